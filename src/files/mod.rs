@@ -1,0 +1,100 @@
+//! Files as facts: mapped files, content hashes, folders that appear whole or not at all, and the manifest in each.
+//!
+//! Knows nothing of models, graphs or adapters.
+
+mod hash;
+mod manifest;
+mod map;
+mod staged;
+
+use std::path::PathBuf;
+
+pub use hash::{sha256_bytes, sha256_file};
+pub use manifest::{FileFact, MANIFEST_NAME, Manifest};
+pub use map::MappedFile;
+pub use staged::StagedFolder;
+
+/// What can go wrong with a file or folder.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+pub enum Error {
+    /// The operating system refused an operation on a path.
+    #[error("cannot {action} {}: {source}", path.display())]
+    #[diagnostic(code(prefold::files::io), help("{}", io_help(source)))]
+    Io {
+        /// What was tried, as a verb phrase: `read`, `write`, `create folder`.
+        action: &'static str,
+        /// The path concerned.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// An output path already holds something.
+    #[error("the output {} already exists", path.display())]
+    #[diagnostic(code(prefold::files::exists), help("choose another --out, or pass --overwrite to replace it"))]
+    Exists {
+        /// The output path.
+        path: PathBuf,
+    },
+    /// A JSON file does not hold what it should.
+    #[error("cannot parse {} as {what}: {source}", path.display())]
+    #[diagnostic(code(prefold::files::json), help("the file is damaged, or was written by another tool or version"))]
+    Json {
+        /// The path concerned.
+        path: PathBuf,
+        /// What was expected.
+        what: &'static str,
+        /// The parser's reason.
+        source: serde_json::Error,
+    },
+}
+
+/// The result of a file operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Wraps an I/O error with the action and path it concerns.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+fn io_help(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "check the path",
+        std::io::ErrorKind::PermissionDenied => "check the permissions of the path",
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            "free some space, or write to another disk; nothing was left behind"
+        }
+        std::io::ErrorKind::UnexpectedEof => "the file is truncated; fetch or write it again",
+        _ => "the operating system gave this reason; nothing was changed",
+    }
+}
+
+/// Reads a whole file.
+///
+/// # Errors
+/// Names the path when the file cannot be read.
+pub fn read(path: &std::path::Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(Error::io("read", path))
+}
+
+/// Reads a JSON file into `T`; `what` names it in an error.
+///
+/// # Errors
+/// When the file cannot be read or does not parse.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path, what: &'static str) -> Result<T> {
+    let bytes = read(path)?;
+    serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: path.into(), what, source })
+}
+
+/// Writes `value` as indented JSON with a final newline.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_json<T: serde::Serialize>(path: &std::path::Path, what: &'static str, value: &T) -> Result<()> {
+    let mut bytes =
+        serde_json::to_vec_pretty(value).map_err(|source| Error::Json { path: path.into(), what, source })?;
+    bytes.push(b'\n');
+    std::fs::write(path, bytes).map_err(Error::io("write", path))
+}

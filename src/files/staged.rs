@@ -1,0 +1,114 @@
+//! A folder that appears whole or not at all.
+
+use std::path::{Path, PathBuf};
+
+use super::{Error, Result};
+
+/// An output folder under construction, beside its final place. [`commit`](Self::commit) renames it there; dropping it
+/// without that removes everything, so that a failed command leaves nothing behind.
+#[derive(Debug)]
+pub struct StagedFolder {
+    staging: tempfile::TempDir,
+    target: PathBuf,
+    overwrite: bool,
+}
+
+impl StagedFolder {
+    /// Starts a folder that will become `target`.
+    ///
+    /// # Errors
+    /// When `target` exists and `overwrite` is false (an empty folder counts as absent), or when the parent cannot be
+    /// created or written.
+    pub fn new(target: &Path, overwrite: bool) -> Result<Self> {
+        if !overwrite && is_occupied(target) {
+            return Err(Error::Exists { path: target.into() });
+        }
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        std::fs::create_dir_all(parent).map_err(Error::io("create folder", parent))?;
+        let staging = tempfile::Builder::new()
+            .prefix(".prefold-")
+            .suffix(".partial")
+            .permissions(folder_permissions())
+            .tempdir_in(parent)
+            .map_err(Error::io("create a folder in", parent))?;
+        Ok(Self { staging, target: target.into(), overwrite })
+    }
+
+    /// Where to write for now.
+    pub fn path(&self) -> &Path {
+        self.staging.path()
+    }
+
+    /// Moves the folder to its final place. With `overwrite`, what was there is replaced only now.
+    ///
+    /// # Errors
+    /// When the rename fails; the previous content, if any, is put back.
+    pub fn commit(self) -> Result<PathBuf> {
+        let Self { staging, target, overwrite } = self;
+        let previous = if is_occupied(&target) {
+            if !overwrite {
+                return Err(Error::Exists { path: target });
+            }
+            let aside = staging.path().with_extension("previous");
+            std::fs::rename(&target, &aside).map_err(Error::io("move aside", &target))?;
+            Some(aside)
+        } else {
+            None
+        };
+        if let Err(source) = std::fs::rename(staging.path(), &target) {
+            if let Some(aside) = previous {
+                std::fs::rename(&aside, &target).map_err(Error::io("restore", &target))?;
+            }
+            return Err(Error::Io { action: "move the finished folder to", path: target, source });
+        }
+        let _moved = staging.keep();
+        if let Some(aside) = previous {
+            let removed = if aside.is_dir() { std::fs::remove_dir_all(&aside) } else { std::fs::remove_file(&aside) };
+            removed.map_err(Error::io("remove the replaced", &aside))?;
+        }
+        Ok(target)
+    }
+}
+
+/// Whether a path holds something that a new folder would replace.
+fn is_occupied(path: &Path) -> bool {
+    match std::fs::read_dir(path) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    }
+}
+
+#[cfg(unix)]
+fn folder_permissions() -> std::fs::Permissions {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::Permissions::from_mode(0o755)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn appears_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("deep/out");
+        drop(StagedFolder::new(&target, false).unwrap());
+        assert_eq!(std::fs::read_dir(target.parent().unwrap()).unwrap().count(), 0);
+
+        let staged = StagedFolder::new(&target, false).unwrap();
+        std::fs::write(staged.path().join("a"), "1").unwrap();
+        staged.commit().unwrap();
+        assert_eq!(std::fs::read_to_string(target.join("a")).unwrap(), "1");
+        assert!(matches!(StagedFolder::new(&target, false), Err(Error::Exists { .. })));
+
+        let staged = StagedFolder::new(&target, true).unwrap();
+        std::fs::write(staged.path().join("b"), "2").unwrap();
+        assert!(target.join("a").exists(), "the old content stays until the commit");
+        staged.commit().unwrap();
+        assert!(!target.join("a").exists() && target.join("b").exists());
+        assert_eq!(std::fs::read_dir(target.parent().unwrap()).unwrap().count(), 1);
+    }
+}

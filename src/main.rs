@@ -1,0 +1,3 @@
+//! The `prefold` command.
+
+fn main() {}
