@@ -30,6 +30,7 @@
 //! `o_i = softmax_attention(q_i, K, V) + elu(q_i)ᵀ · M_h`, with `M_h` of shape `[head_dim, head_dim]` trained from zero and
 //! everything else frozen.
 
+pub mod adapter;
 pub mod base;
 pub mod data;
 pub mod files;

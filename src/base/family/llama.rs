@@ -1,0 +1,61 @@
+//! `llama`: Llama 1 to 3 and the many models in its shape (SmolLM 1 and 2, TinyLlama, Vicuna, …).
+
+use super::super::rotary::Scaling;
+use super::super::{Attention, DecoderSpec, Mlp, Norm, Result, Rotary};
+use super::Config;
+
+pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
+    let hidden_size = config.size("hidden_size")?;
+    let num_heads = config.size("num_attention_heads")?;
+    let num_kv_heads = config.size_or("num_key_value_heads", Some(num_heads))?;
+    if !num_heads.is_multiple_of(num_kv_heads) {
+        return config.fail(
+            "num_key_value_heads",
+            format!("is {num_kv_heads}, which does not divide num_attention_heads ({num_heads})"),
+            "every key-value head serves the same number of query heads",
+        );
+    }
+    if config.get("head_dim").is_none() && !hidden_size.is_multiple_of(num_heads) {
+        return config.fail(
+            "num_attention_heads",
+            format!("is {num_heads}, which does not divide hidden_size ({hidden_size})"),
+            "give head_dim where heads × head_dim is not the hidden size",
+        );
+    }
+    let head_dim = config.size_or("head_dim", Some(hidden_size / num_heads))?;
+    if !head_dim.is_multiple_of(2) {
+        return config.fail("head_dim", format!("is {head_dim}, an odd number"), "rotary positions turn pairs");
+    }
+    let (theta, scaling) = config.rope(10_000.0)?;
+    if let Scaling::Factors(factors) = &scaling
+        && factors.len() != head_dim / 2
+    {
+        return config.fail(
+            "rope_scaling.factors",
+            format!("has {} entries for {} frequencies", factors.len(), head_dim / 2),
+            "one factor for each pair of a head",
+        );
+    }
+    Ok(DecoderSpec {
+        family: config.string("model_type")?.into(),
+        vocab_size: config.size("vocab_size")?,
+        hidden_size,
+        num_layers: config.size("num_hidden_layers")?,
+        max_positions: config.size_or("max_position_embeddings", Some(2048))?,
+        norm: Norm { epsilon: config.number_or("rms_norm_eps", 1e-6)? },
+        attention: Attention {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale: (head_dim as f64).powf(-0.5),
+            rotary: Rotary::new(head_dim, theta, &scaling),
+            bias: config.bool_or("attention_bias", false)?,
+        },
+        mlp: Mlp {
+            intermediate_size: config.size("intermediate_size")?,
+            activation: config.activation("hidden_act")?,
+            bias: config.bool_or("mlp_bias", false)?,
+        },
+        tied_embeddings: config.bool_or("tie_word_embeddings", false)?,
+    })
+}

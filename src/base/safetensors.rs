@@ -1,0 +1,130 @@
+//! One or many mapped `*.safetensors` files as one table of tensors.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::SafeTensors;
+
+use super::{Error, Result};
+use crate::files::{self, MappedFile};
+
+/// Mapped shards.
+#[derive(Debug)]
+pub(super) struct Shards {
+    files: Vec<MappedFile>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    file: usize,
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+impl Shards {
+    /// Opens the shards of a Hugging Face folder: those of `model.safetensors.index.json` where there is one, else
+    /// every `*.safetensors` in it.
+    pub(super) fn open_folder(folder: &Path) -> Result<Self> {
+        let index = folder.join("model.safetensors.index.json");
+        let paths = if index.is_file() { shards_of_index(folder, &index)? } else { safetensors_in(folder)? };
+        if paths.is_empty() {
+            return Err(Error::NotACheckpoint { path: folder.into(), why: "it holds no *.safetensors file".into() });
+        }
+        Self::open_files(&paths)
+    }
+
+    fn open_files(paths: &[PathBuf]) -> Result<Self> {
+        let mut shards = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        for path in paths {
+            shards.add(path)?;
+        }
+        Ok(shards)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let map = MappedFile::open(path)?;
+        let bytes = map.bytes();
+        let parsed = SafeTensors::deserialize(bytes)
+            .map_err(|e| Error::Safetensors { path: path.into(), why: e.to_string() })?;
+        for (name, view) in parsed.iter() {
+            let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
+            let entry = Entry {
+                file: self.files.len(),
+                dtype: view.dtype(),
+                shape: view.shape().to_vec(),
+                start,
+                end: start + view.data().len(),
+            };
+            self.tensors.insert(name.to_owned(), entry);
+        }
+        self.files.push(map);
+        Ok(())
+    }
+
+    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(MappedFile::path)
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|e| e.shape.as_slice())
+    }
+
+    pub(super) fn dtype(&self, name: &str) -> Option<Result<DType>> {
+        self.tensors.get(name).map(|e| self.dtype_of(name, e))
+    }
+
+    fn dtype_of(&self, name: &str, entry: &Entry) -> Result<DType> {
+        match entry.dtype {
+            safetensors::Dtype::F64 => Ok(DType::F64),
+            safetensors::Dtype::F32 => Ok(DType::F32),
+            safetensors::Dtype::F16 => Ok(DType::F16),
+            safetensors::Dtype::BF16 => Ok(DType::BF16),
+            other => Err(Error::Dtype {
+                path: self.files[entry.file].path().into(),
+                name: name.into(),
+                found: format!("{other:?}"),
+            }),
+        }
+    }
+
+    /// A copy of a tensor in the file's dtype.
+    pub(super) fn tensor(&self, name: &str, device: &Device) -> Option<Result<Tensor>> {
+        self.tensors.get(name).map(|entry| {
+            let dtype = self.dtype_of(name, entry)?;
+            let bytes = &self.files[entry.file].bytes()[entry.start..entry.end];
+            Tensor::from_raw_buffer(bytes, dtype, &entry.shape, device).map_err(Error::candle("reading a tensor"))
+        })
+    }
+}
+
+/// The distinct shards that an index names. A shard's name is a plain file name: an index cannot reach out of its folder.
+fn shards_of_index(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let parsed: Index = files::read_json(index, "a safetensors index")?;
+    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
+    names.sort();
+    names.dedup();
+    if let Some(bad) = names.iter().find(|n| Path::new(n).file_name().is_none_or(|f| f != n.as_str())) {
+        return Err(Error::NotACheckpoint { path: index.into(), why: format!("its shard `{bad}` is not a file name") });
+    }
+    Ok(names.iter().map(|n| folder.join(n)).collect())
+}
+
+fn safetensors_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(files::Error::io("list", folder))?;
+    let mut paths: Vec<PathBuf> =
+        entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
+    paths.sort();
+    Ok(paths)
+}
