@@ -1,0 +1,155 @@
+//! How to train.
+
+use candle_core::DType;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{AdamWConfig, Error, Result, Schedule};
+
+/// The options of a training run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Highest learning rate. Prefix-Tuning+ wants lower rates than LoRA: too high a rate stalls without a NaN.
+    pub learning_rate: f64,
+    /// Passes over the training data.
+    pub epochs: usize,
+    /// Optimizer steps, in place of `epochs`.
+    pub max_steps: Option<usize>,
+    /// Sequences in a forward pass.
+    pub batch_size: usize,
+    /// Forward passes in an optimizer step.
+    pub gradient_accumulation: usize,
+    /// Global L2 norm above which gradients are scaled down; 0 for never.
+    pub max_grad_norm: f64,
+    /// Part of all steps in which the rate rises from zero.
+    pub warmup_fraction: f64,
+    /// The rate after the last step, as a fraction of the highest.
+    pub final_rate_fraction: f64,
+    /// The optimizer's constants.
+    pub adamw: AdamWConfig,
+    /// Orders the data.
+    pub seed: u64,
+    /// Steps between evaluations on the held-out part; 0 for one at the end.
+    pub eval_every: usize,
+    /// Steps between checkpoints; 0 for none.
+    pub save_every: usize,
+    /// The type that the frozen model computes in. The adapter and the optimizer are float32.
+    pub dtype: ComputeType,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-3,
+            epochs: 3,
+            max_steps: None,
+            batch_size: 8,
+            gradient_accumulation: 1,
+            max_grad_norm: 1.0,
+            warmup_fraction: 0.1,
+            final_rate_fraction: 0.0,
+            adamw: AdamWConfig::default(),
+            seed: 0,
+            eval_every: 0,
+            save_every: 100,
+            dtype: ComputeType::F32,
+        }
+    }
+}
+
+/// A float type to compute in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeType {
+    /// IEEE binary64.
+    F64,
+    /// IEEE binary32.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE binary16.
+    F16,
+}
+
+impl ComputeType {
+    /// candle's name of it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F64 => DType::F64,
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+impl std::str::FromStr for ComputeType {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "f64" => Ok(Self::F64),
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            "f16" => Ok(Self::F16),
+            other => Err(format!("`{other}` is none of f64, f32, bf16, f16")),
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Whether the numbers make sense.
+    ///
+    /// # Errors
+    /// Names the field that does not.
+    pub fn check(&self) -> Result<()> {
+        let fail = |field: &'static str, why: String| Err(Error::Config { field, why });
+        for (field, value) in
+            [("batch_size", self.batch_size), ("gradient_accumulation", self.gradient_accumulation)]
+        {
+            if value == 0 {
+                return fail(field, "must be at least 1".into());
+            }
+        }
+        if self.max_steps == Some(0) || (self.max_steps.is_none() && self.epochs == 0) {
+            return fail("epochs", "must be at least 1".into());
+        }
+        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
+            return fail("learning_rate", format!("is {}, but must be positive", self.learning_rate));
+        }
+        for (field, value) in
+            [("warmup_fraction", self.warmup_fraction), ("final_rate_fraction", self.final_rate_fraction)]
+        {
+            if !(0.0..=1.0).contains(&value) {
+                return fail(field, format!("is {value}, but must be between 0 and 1"));
+            }
+        }
+        if !(self.max_grad_norm.is_finite() && self.max_grad_norm >= 0.0) {
+            return fail("max_grad_norm", format!("is {}, but must be 0 or more", self.max_grad_norm));
+        }
+        Ok(())
+    }
+
+    /// Batches in a pass over `examples` examples; the last may be smaller.
+    pub fn batches_per_epoch(&self, examples: usize) -> usize {
+        examples.div_ceil(self.batch_size)
+    }
+
+    /// Optimizer steps over `examples` examples.
+    pub fn total_steps(&self, examples: usize) -> usize {
+        let batches = self.batches_per_epoch(examples) * self.epochs;
+        self.max_steps.unwrap_or_else(|| batches.div_ceil(self.gradient_accumulation))
+    }
+
+    /// The learning rate over `total_steps` steps.
+    pub fn schedule(&self, total_steps: usize) -> Schedule {
+        Schedule {
+            peak: self.learning_rate,
+            warmup_steps: (self.warmup_fraction * total_steps as f64).ceil() as usize,
+            total_steps,
+            final_fraction: self.final_rate_fraction,
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The learning rate of each step: linear warm-up, then half a cosine down.
+
+use serde::Serialize;
+
+/// A schedule over a known number of optimizer steps.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Schedule {
+    /// The highest rate, reached at the end of the warm-up.
+    pub peak: f64,
+    /// Steps of linear warm-up from zero.
+    pub warmup_steps: usize,
+    /// All steps.
+    pub total_steps: usize,
+    /// The rate after the last step, as a fraction of the peak.
+    pub final_fraction: f64,
+}
+
+impl Schedule {
+    /// The rate of step `step`, counted from 0. The first step already moves, and the first step after the warm-up has
+    /// the peak: transformers' `get_cosine_schedule_with_warmup` but for its first step of rate zero.
+    pub fn rate(&self, step: usize) -> f64 {
+        if step < self.warmup_steps {
+            return self.peak * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let decay_steps = self.total_steps.saturating_sub(self.warmup_steps).max(1);
+        let progress = ((step - self.warmup_steps) as f64 / decay_steps as f64).min(1.0);
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
+        self.peak * (self.final_fraction + (1.0 - self.final_fraction) * cosine)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warms_up_and_follows_half_a_cosine() {
+        let schedule = Schedule { peak: 2.0, warmup_steps: 4, total_steps: 12, final_fraction: 0.0 };
+        let expected = [0.5, 1.0, 1.5, 2.0, 2.0];
+        for (step, rate) in expected.into_iter().enumerate() {
+            assert!((schedule.rate(step) - rate).abs() < 1e-12);
+        }
+        assert!((schedule.rate(8) - 1.0).abs() < 1e-12);
+        assert!(schedule.rate(12).abs() < 1e-12 && schedule.rate(99).abs() < 1e-12);
+    }
+}
