@@ -9,6 +9,7 @@ mod checkpoint;
 mod decoder;
 mod error;
 pub mod family;
+pub mod fetch;
 mod gguf;
 pub mod ops;
 mod rotary;

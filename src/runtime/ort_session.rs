@@ -1,0 +1,253 @@
+//! ONNX Runtime on the CPU, through `ort`.
+
+use std::path::{Path, PathBuf};
+
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::{Session as InnerSession, SessionInputValue};
+use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, Tensor as OrtTensor, TensorElementType, ValueType};
+use serde::{Deserialize, Serialize};
+
+use super::guard::guarded;
+use super::session::order_feeds;
+use super::{DType, Dim, Error, Port, Result, RuntimeInfo, Session, Tensor, Value, library};
+
+const NAME: &str = "ONNX Runtime";
+
+/// How much ONNX Runtime rewrites a graph before it runs it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimization {
+    /// The graph as it is written.
+    Off,
+    /// Rewrites that keep the meaning exactly: constant folding, removal of redundant nodes.
+    Basic,
+    /// Everything, fused operators included, which may reorder floating-point operations.
+    #[default]
+    All,
+}
+
+/// How a graph is loaded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OrtOptions {
+    /// Graph optimisation.
+    pub optimization: Optimization,
+    /// Threads inside one operator; none means one per core.
+    pub threads: Option<usize>,
+}
+
+/// A graph in ONNX Runtime.
+#[derive(Debug)]
+pub struct OrtSession {
+    inner: InnerSession,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+    library: PathBuf,
+    optimization: Optimization,
+}
+
+impl OrtSession {
+    /// Loads a graph with the library at `library` (see [`library::find`]); external data is looked for beside the graph.
+    ///
+    /// # Errors
+    /// When the library cannot be loaded or another one is, or ONNX Runtime refuses the graph.
+    pub fn open(library: &Path, graph: &Path, options: OrtOptions) -> Result<Self> {
+        let environment = library::load(library)?;
+        std::fs::File::open(graph).map_err(crate::files::Error::io("open", graph))?;
+        let open = || configure(SessionBuilder::new(&environment)?, options)?.commit_from_file(graph);
+        let refused = |reason: String| Error::Load { runtime: NAME, path: graph.into(), reason };
+        let inner = guarded(open).map_err(refused)?;
+        let ports = |outlets: &[Outlet]| outlets.iter().map(port).collect::<Result<Vec<_>>>();
+        let inputs = ports(inner.inputs())?;
+        let outputs = ports(inner.outputs())?;
+        Ok(Self { inner, inputs, outputs, library: library.into(), optimization: options.optimization })
+    }
+}
+
+fn configure(builder: SessionBuilder, options: OrtOptions) -> ort::Result<SessionBuilder> {
+    let level = match options.optimization {
+        Optimization::Off => GraphOptimizationLevel::Disable,
+        Optimization::Basic => GraphOptimizationLevel::Level1,
+        Optimization::All => GraphOptimizationLevel::All,
+    };
+    let builder = builder.with_optimization_level(level)?.with_deterministic_compute(true)?;
+    match options.threads {
+        Some(threads) => Ok(builder.with_intra_threads(threads)?),
+        None => Ok(builder),
+    }
+}
+
+fn run_error(error: ort::Error) -> Error {
+    Error::Run { runtime: NAME, reason: error.to_string() }
+}
+
+impl Session for OrtSession {
+    fn inputs(&self) -> &[Port] {
+        &self.inputs
+    }
+
+    fn outputs(&self) -> &[Port] {
+        &self.outputs
+    }
+
+    fn info(&self) -> RuntimeInfo {
+        let optimization = match self.optimization {
+            Optimization::Off => "off",
+            Optimization::Basic => "basic",
+            Optimization::All => "all",
+        };
+        RuntimeInfo {
+            runtime: "onnxruntime".into(),
+            version: library::version_of(&self.library).unwrap_or_else(|| ort::info().into()),
+            device: "cpu".into(),
+            optimization: optimization.into(),
+            library: Some(self.library.clone()),
+        }
+    }
+
+    fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        let feeds = order_feeds(&self.inputs, feeds)?;
+        let feeds = feeds.into_iter().map(|(name, tensor)| Ok((name, SessionInputValue::from(tensor.into_ort()?))));
+        let feeds = feeds.collect::<Result<Vec<_>>>()?;
+        let outputs = self.inner.run(feeds).map_err(run_error)?;
+        Ok(outputs.into_iter().map(|(name, value)| (name.to_owned(), Tensor::ort(value))).collect())
+    }
+}
+
+fn port(outlet: &Outlet) -> Result<Port> {
+    let ValueType::Tensor { shape, dimension_symbols, .. } = outlet.dtype() else {
+        return Err(unsupported(outlet.dtype()));
+    };
+    let symbols = dimension_symbols.iter().map(String::as_str).chain(std::iter::repeat(""));
+    let dims = shape.iter().zip(symbols).map(|(size, symbol)| match (usize::try_from(*size), symbol) {
+        (Ok(size), _) => Dim::Fixed(size),
+        (Err(_), "") => Dim::Unknown,
+        (Err(_), name) => Dim::Named(name.into()),
+    });
+    Ok(Port { name: outlet.name().into(), dtype: dtype(outlet.dtype())?, dims: dims.collect() })
+}
+
+fn unsupported(found: &ValueType) -> Error {
+    Error::Feed { reason: format!("an input or output is a {found}, which prefold does not read") }
+}
+
+pub(super) fn dtype(found: &ValueType) -> Result<DType> {
+    let ValueType::Tensor { ty, .. } = found else { return Err(unsupported(found)) };
+    Ok(match ty {
+        TensorElementType::Float64 => DType::F64,
+        TensorElementType::Float32 => DType::F32,
+        TensorElementType::Float16 => DType::F16,
+        TensorElementType::Bfloat16 => DType::Bf16,
+        TensorElementType::Int64 => DType::I64,
+        TensorElementType::Int32 => DType::I32,
+        TensorElementType::Int8 => DType::I8,
+        TensorElementType::Uint8 => DType::U8,
+        TensorElementType::Bool => DType::Bool,
+        _ => return Err(unsupported(found)),
+    })
+}
+
+pub(super) fn shape(found: &ValueType) -> Vec<usize> {
+    let ValueType::Tensor { shape, .. } = found else { return Vec::new() };
+    shape.iter().map(|size| usize::try_from(*size).unwrap_or(0)).collect()
+}
+
+pub(super) fn to_value(value: &DynValue) -> Result<Value> {
+    fn copy<T: PrimitiveTensorElementType + Clone>(value: &DynValue) -> Result<Value>
+    where
+        ndarray::ArrayD<T>: Into<Value>,
+    {
+        Ok(value.try_extract_array::<T>().map_err(run_error)?.to_owned().into())
+    }
+    match dtype(value.dtype())? {
+        DType::F64 => copy::<f64>(value),
+        DType::F32 => copy::<f32>(value),
+        DType::F16 => copy::<half::f16>(value),
+        DType::Bf16 => copy::<half::bf16>(value),
+        DType::I64 => copy::<i64>(value),
+        DType::I32 => copy::<i32>(value),
+        DType::I8 => copy::<i8>(value),
+        DType::U8 => copy::<u8>(value),
+        DType::Bool => copy::<bool>(value),
+    }
+}
+
+/// Hands the array's own memory to ONNX Runtime, without a copy when it is row-major.
+pub(super) fn from_value(value: Value) -> Result<DynValue> {
+    let value = match value {
+        Value::F64(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::F32(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::F16(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::Bf16(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::I64(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::I32(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::I8(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::U8(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+        Value::Bool(array) => OrtTensor::from_array(array).map(OrtTensor::into_dyn),
+    };
+    value.map_err(run_error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::testing::{self, TinyModel};
+
+    #[test]
+    fn runs_a_graph_with_and_without_external_data() {
+        let Some(library) = testing::ort_library() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        for external in [false, true] {
+            let graph = TinyModel { cached: false, external }.write(folder.path());
+            let mut session = OrtSession::open(&library, &graph, OrtOptions::default()).unwrap();
+            testing::check_tiny(&mut session);
+            assert_eq!(session.info().runtime, "onnxruntime");
+        }
+    }
+
+    #[test]
+    fn every_optimisation_level_and_thread_count_gives_the_same() {
+        let Some(library) = testing::ort_library() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let graph = TinyModel { cached: false, external: false }.write(folder.path());
+        for optimization in [Optimization::Off, Optimization::Basic, Optimization::All] {
+            let options = OrtOptions { optimization, threads: Some(1) };
+            testing::check_tiny(&mut OrtSession::open(&library, &graph, options).unwrap());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_loaded_is_an_error() {
+        let Some(library) = testing::ort_library() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let open = |path: &Path| OrtSession::open(&library, path, OrtOptions::default()).unwrap_err();
+        assert!(matches!(open(&folder.path().join("absent.onnx")), Error::Files(_)));
+        let graph = TinyModel { cached: false, external: true }.write(folder.path());
+        let bytes = std::fs::read(&graph).unwrap();
+        std::fs::remove_file(folder.path().join(testing::DATA_NAME)).unwrap();
+        assert!(matches!(open(&graph), Error::Load { .. }), "external data missing");
+        std::fs::write(&graph, &bytes[..bytes.len() / 2]).unwrap();
+        assert!(matches!(open(&graph), Error::Load { .. }), "truncated");
+    }
+
+    #[test]
+    fn a_second_library_is_refused() {
+        let Some(library) = testing::ort_library() else { return };
+        library::load(&library).unwrap();
+        let other = tempfile::NamedTempFile::new().unwrap();
+        assert!(matches!(library::load(other.path()), Err(Error::LibraryLoaded { .. })));
+    }
+
+    #[test]
+    fn every_element_type_passes_through() {
+        let Some(library) = testing::ort_library() else { return };
+        library::load(&library).unwrap();
+        for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16, DType::I64, DType::I32, DType::I8, DType::U8] {
+            let value = Value::zeros(dtype, &[2, 3]).unwrap();
+            let empty = Value::zeros(dtype, &[2, 0, 3]).unwrap();
+            assert_eq!(to_value(&from_value(value.clone()).unwrap()).unwrap(), value);
+            assert_eq!(to_value(&from_value(empty.clone()).unwrap()).unwrap(), empty);
+        }
+        let truth = Value::Bool(ndarray::arr1(&[true, false]).into_dyn());
+        assert_eq!(to_value(&from_value(truth.clone()).unwrap()).unwrap(), truth);
+    }
+}
