@@ -131,3 +131,47 @@ pub(crate) fn encode_opset(domain: &str, version: i64) -> Encoder {
     encoder.int(opset::VERSION, version);
     encoder
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{reference_check, small_model};
+    use super::super::{DataType, Error};
+    use super::*;
+
+    /// The reference implementation accepts the model with shape inference, and would write the same bytes.
+    #[test]
+    fn the_reference_implementation_accepts_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.onnx");
+        small_model().save(&path).unwrap();
+        reference_check(&path);
+    }
+
+    #[test]
+    fn what_was_built_is_what_is_read() {
+        let model = small_model();
+        assert_eq!((model.ir_version(), model.opset("ai.onnx"), model.opset("com.microsoft")), (8, Some(17), None));
+        assert_eq!(model.producer(), ("prefold", "test"));
+        assert_eq!(model.metadata("task"), Some("demo"));
+        let graph = model.graph();
+        let names: Vec<_> = graph.nodes().iter().map(|node| node.name()).collect();
+        assert_eq!(names, ["project", "split", "shape", "pick", "join"]);
+        let split = &graph.nodes()[1];
+        assert_eq!((split.attribute("axis").unwrap().as_int(), split.output(1)), (Some(-1), Some("right")));
+        assert_eq!(graph.initializers()[0].to_f32s().unwrap(), [1.0, 0.0, 0.0, 0.5, 0.0, 1.0, 0.5, 0.0]);
+        assert_eq!(graph.nodes()[2].attribute("value").unwrap().as_tensor().unwrap().to_i64s().unwrap(), [0, -1]);
+    }
+
+    #[test]
+    fn a_tensor_of_the_wrong_size_is_refused() {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).initializer(TensorDef::from_f32s("w", &[3], &[1.0]));
+        let found = builder.build();
+        assert!(matches!(found, Err(Error::TensorSize { found: 4, expected: Some(12), .. })), "{found:?}");
+        let constant = NodeDef::new("Constant", "c")
+            .outputs(["c"])
+            .attr_tensor("value", TensorDef::inline("", DataType::Int64, &[1], Vec::new()));
+        let found = ModelBuilder::new("g", 8).opset("", 17).node(constant).build();
+        assert!(matches!(found, Err(Error::TensorSize { found: 0, expected: Some(8), .. })), "{found:?}");
+    }
+}

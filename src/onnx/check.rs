@@ -1,6 +1,6 @@
 //! Structural checks: what must hold whatever the operators mean.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use super::index::{Index, captures};
@@ -15,8 +15,28 @@ const FREE_INITIALIZERS: i64 = 4;
 /// # Errors
 /// The first thing that does not hold, with node and tensor.
 pub fn check(model: &Model) -> Result<()> {
+    check_in(model, Order::Topological)
+}
+
+/// Checks what [`check`] does, but lets the nodes stand in any order in which there is no cycle: the specification does not
+/// allow it, some exporters do it all the same, and runtimes sort for themselves.
+///
+/// # Errors
+/// The first thing that does not hold, with node and tensor.
+pub fn check_any_order(model: &Model) -> Result<()> {
+    check_in(model, Order::Any)
+}
+
+/// How the nodes of a graph may stand.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Topological,
+    Any,
+}
+
+fn check_in(model: &Model, order: Order) -> Result<()> {
     check_old_initializers(model)?;
-    check_graph(model, model.graph(), None)
+    check_graph(model, model.graph(), None, order)
 }
 
 fn check_old_initializers(model: &Model) -> Result<()> {
@@ -53,6 +73,7 @@ impl fmt::Display for Definition<'_> {
 struct Scope<'a> {
     names: HashMap<&'a str, Definition<'a>>,
     outer: Option<&'a Scope<'a>>,
+    order: Order,
 }
 
 impl<'a> Scope<'a> {
@@ -67,8 +88,14 @@ impl<'a> Scope<'a> {
         None
     }
 
+    /// A branch may make a tensor that the graph around it makes later (often the output of the branching node itself); in any
+    /// order, later cannot be told from earlier.
     fn define(&mut self, name: &'a str, definition: Definition<'a>) -> Result<()> {
-        if let Some(first) = self.find(name) {
+        let first = match self.order {
+            Order::Topological => self.find(name),
+            Order::Any => self.names.get(name).copied(),
+        };
+        if let Some(first) = first {
             let (first, second) = (first.to_string(), definition.to_string());
             return Err(Error::Duplicate { tensor: name.to_owned(), first, second });
         }
@@ -77,16 +104,22 @@ impl<'a> Scope<'a> {
     }
 }
 
-fn check_graph(model: &Model, graph: &Graph, outer: Option<&Scope<'_>>) -> Result<()> {
-    let mut scope = Scope { names: HashMap::with_capacity(graph.nodes().len()), outer };
+fn check_graph(model: &Model, graph: &Graph, outer: Option<&Scope<'_>>, order: Order) -> Result<()> {
+    let mut scope = Scope { names: HashMap::with_capacity(graph.nodes().len()), outer, order };
     for input in graph.inputs() {
         scope.define(input.name(), Definition::Input)?;
     }
     define_initializers(graph, &mut scope)?;
+    if order == Order::Any {
+        graph.nodes().iter().try_for_each(|node| define_outputs(node, &mut scope))?;
+        if let Some(cycle) = find_cycle(graph) {
+            return Err(cycle);
+        }
+    }
     for node in graph.nodes() {
         check_node(model, graph, node, &scope)?;
-        for output in node.outputs().iter().filter(|name| !name.is_empty()) {
-            scope.define(output, Definition::Output(node))?;
+        if order == Order::Topological {
+            define_outputs(node, &mut scope)?;
         }
     }
     match graph.outputs().iter().find(|output| scope.find(output.name()).is_none()) {
@@ -111,6 +144,11 @@ fn define_initializers<'a>(graph: &'a Graph, scope: &mut Scope<'a>) -> Result<()
     Ok(())
 }
 
+fn define_outputs<'a>(node: &'a Node, scope: &mut Scope<'a>) -> Result<()> {
+    let mut outputs = node.outputs().iter().filter(|name| !name.is_empty());
+    outputs.try_for_each(|output| scope.define(output, Definition::Output(node)))
+}
+
 fn check_node(model: &Model, graph: &Graph, node: &Node, scope: &Scope<'_>) -> Result<()> {
     if model.opset(node.domain()).is_none() {
         let domain = if node.domain().is_empty() { "ai.onnx" } else { node.domain() };
@@ -121,7 +159,7 @@ fn check_node(model: &Model, graph: &Graph, node: &Node, scope: &Scope<'_>) -> R
         return Err(undefined(graph, node, tensor));
     }
     for subgraph in node.subgraphs() {
-        check_graph(model, subgraph, Some(scope)).map_err(|error| match error {
+        check_graph(model, subgraph, Some(scope), scope.order).map_err(|error| match error {
             // What a branch misses may be made by this graph, only later.
             Error::Undefined { tensor, .. } if Index::new(graph).producer(&tensor).is_some() => {
                 undefined(graph, node, &tensor)
@@ -132,46 +170,160 @@ fn check_node(model: &Model, graph: &Graph, node: &Node, scope: &Scope<'_>) -> R
     Ok(())
 }
 
-/// Why `node` cannot read `tensor`: nothing makes it, a later node does, or one that itself waits for `node`.
+/// Why `node` cannot read `tensor`: nothing makes it, or a later node does, be it only late or in a cycle.
 fn undefined(graph: &Graph, node: &Node, tensor: &str) -> Error {
-    let index = Index::new(graph);
-    let (node_label, tensor) = (node.label(), tensor.to_owned());
-    let Some(producer) = index.producer(&tensor) else {
-        return Error::Undefined { node: node_label, tensor };
+    let (label, name) = (node.label(), tensor.to_owned());
+    let Some(producer) = Index::new(graph).producer(tensor) else {
+        return Error::Undefined { node: label, tensor: name };
     };
-    match find_path(&index, node.id(), producer.id()) {
-        Some(path) => {
-            let back = std::iter::once(producer.id());
-            let nodes = back.chain(path).filter_map(|id| graph.node(id)).map(Node::label).collect();
-            Error::Cycle { nodes }
+    let late = || Error::UseBeforeDefinition { node: label, tensor: name, producer: producer.label() };
+    find_cycle(graph).unwrap_or_else(late)
+}
+
+/// The first cycle of a graph, as an error.
+fn find_cycle(graph: &Graph) -> Option<Error> {
+    let index = Index::new(graph);
+    // Kahn's algorithm: nodes leave once all that they read has left.
+    let mut waits: HashMap<NodeId, usize> = HashMap::with_capacity(graph.nodes().len());
+    let mut readers: HashMap<NodeId, Vec<NodeId>> = HashMap::with_capacity(graph.nodes().len());
+    for node in graph.nodes() {
+        let producers = producers(&index, node);
+        waits.insert(node.id(), producers.len());
+        for producer in producers {
+            readers.entry(producer).or_default().push(node.id());
         }
-        None => Error::UseBeforeDefinition { node: node_label, tensor, producer: producer.label() },
+    }
+    let mut ready: Vec<NodeId> = waits.iter().filter(|(_, waits)| **waits == 0).map(|(&id, _)| id).collect();
+    while let Some(id) = ready.pop() {
+        waits.remove(&id);
+        for reader in readers.get(&id).into_iter().flatten() {
+            if let Some(count) = waits.get_mut(reader) {
+                *count -= 1;
+                if *count == 0 {
+                    ready.push(*reader);
+                }
+            }
+        }
+    }
+    // Each node that is left reads one that is left, so walking back meets itself.
+    let mut path = vec![*waits.keys().min()?];
+    loop {
+        let node = graph.node(*path.last()?)?;
+        let back = producers(&index, node).into_iter().find(|id| waits.contains_key(id))?;
+        let met = path.iter().position(|&id| id == back);
+        path.push(back);
+        if let Some(start) = met {
+            let nodes = path.get(start..)?.iter().rev().filter_map(|&id| graph.node(id)).map(Node::label).collect();
+            return Some(Error::Cycle { nodes });
+        }
     }
 }
 
-/// A way from one node to another along what each reads, both ends included, in data-flow order.
-fn find_path(index: &Index<'_>, from: NodeId, to: NodeId) -> Option<Vec<NodeId>> {
-    // Walked backwards from `to`: `next` says where a node's output is needed.
-    let mut next: HashMap<NodeId, Option<NodeId>> = HashMap::from([(to, None)]);
-    let mut open = vec![to];
-    while let Some(id) = open.pop() {
-        if id == from {
-            let mut path = vec![id];
-            let mut at = id;
-            while let Some(Some(following)) = next.get(&at) {
-                path.push(*following);
-                at = *following;
-            }
-            return Some(path);
-        }
-        let Some(node) = index.graph().node(id) else { continue };
-        for tensor in node.inputs().iter().map(String::as_str).chain(captures(node)) {
-            let Some(producer) = index.producer(tensor) else { continue };
-            if let std::collections::hash_map::Entry::Vacant(entry) = next.entry(producer.id()) {
-                entry.insert(Some(id));
-                open.push(producer.id());
-            }
-        }
+/// The nodes that make what a node or a graph nested in it reads, each once, in reading order.
+fn producers(index: &Index<'_>, node: &Node) -> Vec<NodeId> {
+    let mut seen = HashSet::new();
+    let read = node.inputs().iter().map(String::as_str).chain(captures(node));
+    read.filter_map(|tensor| Some(index.producer(tensor)?.id())).filter(|id| seen.insert(*id)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{identity_branch, if_node, raw_model};
+    use super::super::{ModelBuilder, NodeDef, TensorDef, ValueDef};
+    use super::*;
+    use crate::onnx::DataType;
+
+    fn neg(name: &str, from: &str, to: &str) -> NodeDef {
+        NodeDef::new("Neg", name).inputs([from]).outputs([to])
     }
-    None
+
+    fn value(name: &str) -> ValueDef {
+        ValueDef::new(name, DataType::Float, [2.into()])
+    }
+
+    fn build(nodes: &[NodeDef]) -> Result<Model> {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).input(value("x")).output(value("y"));
+        nodes.iter().for_each(|node| _ = builder.node(node.clone()));
+        builder.build()
+    }
+
+    fn message(result: Result<Model>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_fault_names_node_and_tensor() {
+        build(&[neg("a", "x", "h"), neg("b", "h", "y")]).unwrap();
+        assert_eq!(
+            message(build(&[neg("b", "h", "y"), neg("a", "x", "h")])),
+            "node `b` (Neg) reads `h` before node `a` (Neg) makes it"
+        );
+        assert_eq!(
+            message(build(&[neg("a", "z", "y")])),
+            "node `a` (Neg) reads `z`, which is no input, no initializer and no node's output"
+        );
+        assert_eq!(
+            message(build(&[neg("a", "x", "y"), neg("", "x", "y")])),
+            "tensor `y` is defined twice: as an output of node `a` (Neg) and as an output of node number 1 (Neg)"
+        );
+        assert_eq!(message(build(&[neg("a", "x", "h")])), "graph `g` gives out `y`, which nothing makes");
+        assert_eq!(
+            message(build(&[neg("a", "x", "y").domain("com.microsoft")])),
+            "node `a` (Neg) is of the operator set `com.microsoft`, which the model does not import"
+        );
+    }
+
+    #[test]
+    fn a_cycle_is_told_from_a_wrong_order() {
+        let cycle = "the graph has a cycle: node `a` (Neg) → node `b` (Neg) → node `c` (Neg) → node `a` (Neg)";
+        let nodes = [neg("d", "r", "y"), neg("a", "r", "p"), neg("b", "p", "q"), neg("c", "q", "r")];
+        assert_eq!(message(build(&nodes[1..])), cycle);
+        assert_eq!(
+            message(build(&nodes)),
+            "the graph has a cycle: node `c` (Neg) → node `a` (Neg) → node `b` (Neg) → node `c` (Neg)"
+        );
+        assert_eq!(message(build(&[neg("a", "y", "y")])), "the graph has a cycle: node `a` (Neg) → node `a` (Neg)");
+    }
+
+    #[test]
+    fn any_order_is_any_but_a_cycle() {
+        let model = |nodes: &[NodeDef]| {
+            let encoded: Vec<_> = nodes.iter().map(|node| node.encode().unwrap()).collect();
+            Model::from_bytes(raw_model(&encoded, &["x"], &["y"])).unwrap()
+        };
+        let swapped = model(&[neg("b", "h", "y"), neg("a", "x", "h")]);
+        assert!(matches!(check(&swapped), Err(Error::UseBeforeDefinition { .. })));
+        check_any_order(&swapped).unwrap();
+        assert!(matches!(check_any_order(&model(&[neg("a", "h", "y"), neg("b", "y", "h")])), Err(Error::Cycle { .. })));
+        assert!(matches!(check_any_order(&model(&[neg("a", "h", "y")])), Err(Error::Undefined { .. })));
+        assert!(matches!(
+            check_any_order(&model(&[neg("a", "x", "y"), neg("b", "x", "y")])),
+            Err(Error::Duplicate { .. })
+        ));
+    }
+
+    #[test]
+    fn an_input_may_have_a_default_and_before_version_4_must() {
+        let mut builder = ModelBuilder::new("g", 3);
+        builder.opset("", 9).input(value("x")).output(value("y")).node(neg("a", "x", "y"));
+        builder.initializer(TensorDef::from_f32s("x", &[2], &[0.0; 2])).build().unwrap();
+        builder.initializer(TensorDef::from_f32s("w", &[2], &[0.0; 2]));
+        assert!(matches!(builder.build(), Err(Error::InitializerNotInput { ir_version: 3, .. })));
+    }
+
+    /// A branch sees the names around it that are made before its node, and may not make one of them again.
+    #[test]
+    fn branches_see_what_is_made_before_them() {
+        let model = |branch_input: &str, branch_output: &str, last: bool| {
+            let branch = identity_branch(branch_input, branch_output);
+            let (producer, reader) = (neg("a", "x", "h").encode().unwrap(), if_node(&branch, "x", "y"));
+            let nodes = if last { vec![producer, reader] } else { vec![reader, producer] };
+            check(&Model::from_bytes(raw_model(&nodes, &["x"], &["y"])).unwrap())
+        };
+        model("h", "inner", true).unwrap();
+        assert!(matches!(model("h", "inner", false), Err(Error::UseBeforeDefinition { tensor, .. }) if tensor == "h"));
+        assert!(matches!(model("z", "inner", true), Err(Error::Undefined { tensor, .. }) if tensor == "z"));
+        assert!(matches!(model("h", "x", true), Err(Error::Duplicate { tensor, .. }) if tensor == "x"));
+    }
 }

@@ -252,3 +252,93 @@ impl<W: Write> Write for Counted<W> {
         self.inner.flush()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::reference_check;
+    use super::super::{ModelBuilder, NodeDef, ValueDef};
+    use super::*;
+
+    fn external(location: &str) -> ExternalRef {
+        ExternalRef { location: location.to_owned(), offset: 0, length: None }
+    }
+
+    fn model_with(tensors: Vec<TensorDef>) -> Model {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).input(ValueDef::new("x", DataType::Float, [2.into()]));
+        for (position, tensor) in tensors.into_iter().enumerate() {
+            let (from, to) =
+                (if position == 0 { "x".into() } else { format!("h{}", position - 1) }, format!("h{position}"));
+            builder.output(ValueDef::new(&to, DataType::Float, [2.into()]));
+            builder.node(NodeDef::new("Add", &to).inputs([from, tensor.name().to_owned()]).outputs([to.clone()]));
+            builder.initializer(tensor);
+        }
+        builder.build().unwrap()
+    }
+
+    #[test]
+    fn tensors_are_streamed_and_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = ExternalWriter::create(folder.path(), "model.onnx.data").unwrap();
+        let mut write = |name: &str, values: [f32; 2]| {
+            let put = |out: &mut dyn Write| values.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()));
+            writer.write(name, DataType::Float, &[2], put).unwrap()
+        };
+        let tensors = vec![write("a", [1.0, 2.0]), write("b", [3.0, -4.0])];
+        assert_eq!(writer.finish().unwrap(), EXTERNAL_ALIGNMENT + 8);
+        let path = folder.path().join("model.onnx");
+        model_with(tensors).save(&path).unwrap();
+        reference_check(&path);
+
+        let model = Model::open(&path).unwrap();
+        assert_eq!(external_files(&model).unwrap(), BTreeSet::from(["model.onnx.data".to_owned()]));
+        let tensor = &model.graph().initializers()[1];
+        assert_eq!(tensor.external().unwrap().offset, EXTERNAL_ALIGNMENT);
+        assert!(matches!(tensor.to_f32s(), Err(Error::IsExternal { .. })));
+        assert_eq!(tensor.data_in(folder.path()).unwrap().to_f32s().unwrap(), [3.0, -4.0]);
+
+        let data = std::fs::OpenOptions::new().write(true).open(folder.path().join("model.onnx.data")).unwrap();
+        data.set_len(EXTERNAL_ALIGNMENT + 7).unwrap();
+        assert!(matches!(tensor.data_in(folder.path()), Err(Error::ShortDataFile { length: 8, .. })));
+        std::fs::remove_file(folder.path().join("model.onnx.data")).unwrap();
+        assert!(matches!(tensor.data_in(folder.path()), Err(Error::NoDataFile { .. })));
+    }
+
+    #[test]
+    fn a_tensor_of_the_wrong_size_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = ExternalWriter::create(folder.path(), "data").unwrap();
+        let found = writer.write("w", DataType::Float, &[2], |out| out.write_all(&[0; 4]));
+        assert!(matches!(found, Err(Error::Written { written: 4, expected: 8, .. })));
+        let found = writer.write("w", DataType::Float, &[-2], |_| Ok(()));
+        assert!(matches!(found, Err(Error::TensorSize { .. })));
+        let found = writer.write("w", DataType::Float, &[2], |_| Err(std::io::ErrorKind::StorageFull.into()));
+        assert!(matches!(found, Err(Error::Files(_))));
+    }
+
+    #[test]
+    fn locations_that_leave_the_folder_are_refused() {
+        for location in ["", ".", "/etc/passwd", "../secret", "weights/../../secret", "a\0b"] {
+            let tensor = TensorDef::external("w", DataType::Float, &[2], external(location));
+            let model = model_with(vec![tensor]);
+            assert!(matches!(external_files(&model), Err(Error::Location { .. })), "{location:?}");
+            let read = model.graph().initializers()[0].data_in(Path::new("."));
+            assert!(matches!(read, Err(Error::Location { .. })), "{location:?}");
+            assert!(matches!(ExternalWriter::create(Path::new("."), location), Err(Error::Location { .. })));
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_that_leave_the_folder_are_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("model");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(root.path().join("secret"), [0; 8]).unwrap();
+        std::fs::write(folder.join("real"), [0; 8]).unwrap();
+        std::os::unix::fs::symlink("../secret", folder.join("out")).unwrap();
+        std::os::unix::fs::symlink("real", folder.join("within")).unwrap();
+        assert!(matches!(external("out").read("w", 8, &folder), Err(Error::Location { .. })));
+        assert_eq!(external("within").read("w", 8, &folder).unwrap(), [0; 8]);
+    }
+}

@@ -130,3 +130,44 @@ fn free_names(graph: &Graph) -> Vec<&str> {
     free.retain(|name| !defined.contains(name));
     free
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{identity_branch, if_node, raw_model};
+    use super::super::{DataType, Model, ModelBuilder, NodeDef, TensorDef, ValueDef};
+    use super::*;
+
+    fn names(index: &Index<'_>, uses: &[Use]) -> Vec<(String, usize)> {
+        uses.iter().map(|used| (index.graph().node(used.node).unwrap().name().to_owned(), used.slot)).collect()
+    }
+
+    #[test]
+    fn says_who_makes_and_who_reads() {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).initializer(TensorDef::from_f32s("w", &[2], &[1.0, 2.0]));
+        builder.input(ValueDef::new("x", DataType::Float, [2.into()]));
+        builder.output(ValueDef::new("y", DataType::Float, [2.into()]));
+        builder.node(NodeDef::new("Add", "add").inputs(["x", "w"]).outputs(["h"]));
+        builder.node(NodeDef::new("Mul", "square").inputs(["h", "h"]).outputs(["y"]));
+        let model = builder.build().unwrap();
+        let index = Index::new(model.graph());
+        assert_eq!(index.producer("h").unwrap().name(), "add");
+        assert!(index.producer("x").is_none() && index.producer("w").is_none());
+        assert_eq!(names(&index, index.consumers("h")), [("square".into(), 0), ("square".into(), 1)]);
+        assert_eq!(names(&index, index.consumers("w")), [("add".into(), 1)]);
+        assert!(index.consumers("y").is_empty());
+        assert_eq!(index.initializer("w").unwrap().dims(), [2]);
+        assert!(index.input("x").is_some() && index.output("y").is_some() && index.value("h").is_none());
+    }
+
+    #[test]
+    fn what_a_branch_reads_from_around_it_is_a_capture() {
+        let branch = identity_branch("h", "inner");
+        let producer = NodeDef::new("Neg", "a").inputs(["x"]).outputs(["h"]).encode().unwrap();
+        let bytes = raw_model(&[producer, if_node(&branch, "x", "y")], &["x"], &["y"]);
+        let model = Model::from_bytes(bytes).unwrap();
+        let index = Index::new(model.graph());
+        assert_eq!(index.captured_by("h"), [NodeId(1)]);
+        assert!(index.captured_by("inner").is_empty() && index.consumers("h").is_empty());
+    }
+}

@@ -74,16 +74,23 @@ impl fmt::Display for TensorInfo {
         write!(f, "{}{:?}", self.data_type(), self.dims())?;
         match self.storage() {
             Storage::External(external) => write!(f, " in {:?} at {}", external.location, external.offset),
-            Storage::Raw(_) | Storage::Typed if is_small(self) => {
-                // Which of the two the type decides; what is neither is not shown.
-                if let Ok(values) = self.to_i64s() {
-                    return write!(f, " = {values:?}");
-                }
-                self.to_f32s().map_or(Ok(()), |values| write!(f, " = {values:?}"))
-            }
+            Storage::Raw(_) | Storage::Typed if is_small(self) => small_values(f, self),
             Storage::Raw(_) | Storage::Typed => Ok(()),
         }
     }
+}
+
+/// Integers or floats, as the type decides; values of other types are not shown.
+fn small_values(f: &mut fmt::Formatter<'_>, tensor: &TensorInfo) -> fmt::Result {
+    if let Ok(values) = tensor.to_i64s() {
+        f.write_str(" {")?;
+        separated(f, values, |f, value| write!(f, "{value}"))?;
+        return f.write_char('}');
+    }
+    let Ok(values) = tensor.to_f32s() else { return Ok(()) };
+    f.write_str(" {")?;
+    separated(f, values, |f, value| write!(f, "{value:?}"))?;
+    f.write_char('}')
 }
 
 fn is_small(tensor: &TensorInfo) -> bool {
@@ -158,4 +165,43 @@ fn separated<T>(
         item(f, value)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{identity_branch, if_node, raw_model, small_model};
+    use super::super::{Model, NodeDef};
+
+    #[test]
+    fn a_graph_reads_as_text() {
+        insta::assert_snapshot!(small_model().graph(), @r#"
+        graph "small"
+          input x: float[batch, 2]
+          output y: float[batch, 2]
+          const w: float[2, 4] {1.0, 0.0, 0.0, 0.5, 0.0, 1.0, 0.5, 0.0}
+          const a_much_longer_name_is_not_needed_but_right: float[2] {0.0, 1.0}
+          h = MatMul(x, w)
+          left, right = Split[axis=-1](h)
+          target = Constant[value=int64[2] {0, -1}]()
+          right_2d = Reshape(right, target)
+          y = Add(left, right_2d)
+        "#);
+    }
+
+    #[test]
+    fn branches_are_indented() {
+        let node = NodeDef::new("Neg", "a").inputs(["x"]).outputs(["h\u{1b}[2J"]).encode().unwrap();
+        let branch = if_node(&identity_branch("x", "inner"), "x", "y");
+        let model = Model::from_bytes(raw_model(&[node, branch], &["x"], &["y"])).unwrap();
+        insta::assert_snapshot!(model.graph(), @r#"
+        graph "g"
+          input x: float[]
+          output y: float[]
+          h\u{1b}[2J = Neg(x)
+          y = If[then_branch=graph "branch"](x)
+            graph "branch"
+              output inner: float[]
+              inner = Identity(x)
+        "#);
+    }
 }

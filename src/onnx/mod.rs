@@ -49,7 +49,7 @@ mod tests;
 pub use attribute::{Attribute, AttributeValue};
 pub use builder::ModelBuilder;
 pub use bytes::Bytes;
-pub use check::check;
+pub use check::{check, check_any_order};
 pub use data_type::DataType;
 pub use def::{NodeDef, TensorDef, ValueDef};
 pub use error::{Error, Result};

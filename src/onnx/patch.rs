@@ -8,7 +8,7 @@ use super::node::standard_domain;
 use super::proto::{entry, graph, model, node};
 use super::tensor::parse_entry;
 use super::wire::{Encoder, Field, Fields};
-use super::{Error, Graph, Model, Node, NodeId, Result, check};
+use super::{Error, Graph, Model, Node, NodeId, Result, check, check_any_order};
 
 /// An edit of a model's main graph: collected first, checked and applied as a whole afterwards.
 ///
@@ -85,11 +85,12 @@ impl Patch {
     ///
     /// # Errors
     /// When a node or slot does not exist, a name is taken, an operator set is too old, or the result does not pass
-    /// [`check()`](super::check()). A model that did not pass it before is named as such.
+    /// [`check()`](super::check()). A fault that the model had before is not blamed on the edit; that its nodes do not stand
+    /// in topological order is tolerated, as runtimes do.
     pub fn apply(self, model: &Model) -> Result<Model> {
-        let patched = self.edit(model).and_then(|patched| check(&patched).map(|()| patched));
-        patched.map_err(|source| {
-            check(model).err().unwrap_or_else(|| Error::Patch { label: self.label, source: Box::new(source) })
+        let label = self.label.clone();
+        self.edit(model).and_then(|patched| check_edited(model, &patched).map(|()| patched)).map_err(|source| {
+            check_any_order(model).err().unwrap_or_else(|| Error::Patch { label, source: Box::new(source) })
         })
     }
 
@@ -183,6 +184,13 @@ impl Patch {
     }
 }
 
+fn check_edited(before: &Model, after: &Model) -> Result<()> {
+    match check(after) {
+        Err(Error::UseBeforeDefinition { .. }) if check(before).is_err() => check_any_order(after),
+        result => result,
+    }
+}
+
 /// A field that holds a message.
 fn wrap(message: &'static str, number: u32, content: &Encoder) -> Result<Field> {
     let mut encoder = Encoder::default();
@@ -249,4 +257,127 @@ fn with_value(field: &Field, value: &str) -> Result<Field> {
     }
     encoder.string(entry::VALUE, value);
     wrap(model::MESSAGE, model::METADATA_PROPS, &encoder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{reference_check, small_model};
+    use super::super::{DataType, Index};
+    use super::*;
+
+    fn find(model: &Model, name: &str) -> NodeId {
+        model.graph().nodes().iter().find(|node| node.name() == name).unwrap().id()
+    }
+
+    fn refused(fill: impl FnOnce(&mut Patch)) -> Error {
+        let model = small_model();
+        let mut patch = Patch::new("test edit");
+        fill(&mut patch);
+        match patch.apply(&model).unwrap_err() {
+            Error::Patch { label, source } if label == "test edit" => *source,
+            other => panic!("not named: {other}"),
+        }
+    }
+
+    /// An adapter's edit in small: a new input with a default, a branch beside a tensor, and the sum in its place.
+    #[test]
+    fn a_branch_is_added_beside_a_tensor() {
+        let model = small_model();
+        let mut patch = Patch::new("add a branch");
+        let project = find(&model, "split");
+        patch
+            .insert_before(project, NodeDef::new("MatMul", "branch").inputs(["x", "M"]).outputs(["branch_out"]))
+            .insert_before(project, NodeDef::new("Add", "sum").inputs(["h", "branch_out"]).outputs(["h_sum"]))
+            .replace_input(project, 0, "h_sum")
+            .add_initializer(TensorDef::from_f32s("M", &[2, 4], &[0.0; 8]))
+            .add_input(ValueDef::new("M", DataType::Float, [2.into(), 4.into()]))
+            .append_node(NodeDef::new("Neg", "negate").inputs(["y"]).outputs(["minus_y"]))
+            .add_output(ValueDef::new("minus_y", DataType::Float, ["batch".into(), 2.into()]))
+            .set_metadata("task", "folded")
+            .set_metadata("adapter", "M")
+            .require_opset("", 13)
+            .require_opset("com.example", 1);
+        let patched = patch.apply(&model).unwrap();
+
+        let names: Vec<_> = patched.graph().nodes().iter().map(Node::name).collect();
+        assert_eq!(names, ["project", "branch", "sum", "split", "shape", "pick", "join", "negate"]);
+        let index = Index::new(patched.graph());
+        assert_eq!(index.consumers("h_sum").len(), 1);
+        assert_eq!((patched.opset(""), patched.opset("com.example")), (Some(17), Some(1)));
+        assert_eq!(patched.metadata_props(), [("task".into(), "folded".into()), ("adapter".into(), "M".into())]);
+        // Existing entries are the same bytes in the same order.
+        let untouched = |model: &Model| -> Vec<Vec<u8>> {
+            let fields = model.graph().fields().iter().filter(|field| field.number != graph::NODE);
+            fields.map(|field| field.raw.to_vec()).collect()
+        };
+        let (before, mut after) = (untouched(&model), untouched(&patched));
+        after.retain(|field| before.contains(field));
+        assert_eq!(before, after);
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.onnx");
+        patched.save(&path).unwrap();
+        reference_check(&path);
+        assert_eq!(Model::open(folder.path()).unwrap().to_bytes(), patched.to_bytes());
+    }
+
+    #[test]
+    fn an_edit_undone_gives_the_bytes_back() {
+        let model = small_model();
+        let swap = |model: &Model, tensor: &str| {
+            let mut patch = Patch::new("swap");
+            patch.replace_input(find(model, "join"), 0, tensor);
+            patch.apply(model).unwrap()
+        };
+        let swapped = swap(&model, "a_much_longer_name_is_not_needed_but_right");
+        assert_ne!(swapped.to_bytes(), model.to_bytes());
+        assert_eq!(swap(&swapped, "left").to_bytes(), model.to_bytes());
+        assert_eq!(Patch::new("nothing").apply(&model).unwrap().to_bytes(), model.to_bytes());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let neg = |name: &str, from: &str, to: &str| NodeDef::new("Neg", name).inputs([from]).outputs([to]);
+        let last = NodeId(4);
+        assert!(
+            matches!(refused(|p| _ = p.append_node(neg("new", "h", "left"))), Error::Duplicate { tensor, .. } if tensor == "left")
+        );
+        assert!(
+            matches!(refused(|p| _ = p.append_node(neg("join", "h", "n"))), Error::DuplicateNode { node } if node == "join")
+        );
+        assert!(
+            matches!(refused(|p| _ = p.append_node(neg("new", "nowhere", "n"))), Error::Undefined { tensor, .. } if tensor == "nowhere")
+        );
+        assert!(matches!(
+            refused(|p| _ = p.insert_before(NodeId(0), neg("new", "h", "n"))),
+            Error::UseBeforeDefinition { .. }
+        ));
+        assert!(matches!(refused(|p| _ = p.replace_input(NodeId(0), 0, "y")), Error::Cycle { .. }));
+        assert!(matches!(refused(|p| _ = p.replace_input(last, 2, "h")), Error::NoSlot { slot: 2, inputs: 2, .. }));
+        assert!(matches!(refused(|p| _ = p.replace_input(NodeId(5), 0, "h")), Error::NoNode { index: 5, nodes: 5 }));
+        assert!(matches!(
+            refused(|p| _ = p.insert_before(NodeId(9), neg("n", "h", "n"))),
+            Error::NoNode { index: 9, .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.replace_input(last, 0, "h").replace_input(last, 0, "x")),
+            Error::ReplacedTwice { .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.require_opset("ai.onnx", 23)),
+            Error::OldOpset { found: 17, needed: 23, .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.append_node(neg("n", "h", "n").domain("com.microsoft"))),
+            Error::NoOpset { .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.add_initializer(TensorDef::from_i64s("y", &[], &[1]))),
+            Error::Duplicate { .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.add_output(ValueDef::new("no", DataType::Float, []))),
+            Error::OutputUndefined { .. }
+        ));
+    }
 }
