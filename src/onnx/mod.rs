@@ -1,1 +1,63 @@
-//! onnx
+//! An ONNX file as a lossless, editable graph.
+//!
+//! Owns the wire format, the typed view of a model, its external data, the def-use [`Index`], edits as values
+//! ([`Patch`]), new models ([`ModelBuilder`]) and structural checks ([`check()`]). Knows nothing of candle, adapters or
+//! runtimes.
+//!
+//! A [`Model`] is the file's own bytes, cut at field boundaries, with a typed view beside them. Whatever is not edited is
+//! written back as the bytes it was: unknown fields, doc strings, node metadata, functions, training information. Loading
+//! and saving changes nothing; replacing one input of one node encodes that one field again, and the length prefixes of the
+//! messages around it.
+//!
+//! ```no_run
+//! use prefold::onnx::{Index, Model, NodeDef, Patch};
+//!
+//! # fn main() -> prefold::onnx::Result<()> {
+//! let model = Model::open("exported".as_ref())?;
+//! let index = Index::new(model.graph());
+//! let mut patch = Patch::new("negate the logits");
+//! for reader in index.consumers("logits_raw") {
+//!     patch.insert_before(reader.node, NodeDef::new("Neg", "negate").inputs(["logits_raw"]).outputs(["negated"]));
+//!     patch.replace_input(reader.node, reader.slot, "negated");
+//! }
+//! patch.apply(&model)?.save("edited.onnx".as_ref())
+//! # }
+//! ```
+
+mod attribute;
+mod builder;
+mod bytes;
+mod check;
+mod data_type;
+mod def;
+mod error;
+mod external;
+mod graph;
+mod index;
+mod listing;
+mod model;
+mod node;
+mod patch;
+mod proto;
+mod tensor;
+mod value;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use attribute::{Attribute, AttributeValue};
+pub use builder::ModelBuilder;
+pub use bytes::Bytes;
+pub use check::{check, check_any_order};
+pub use data_type::DataType;
+pub use def::{NodeDef, TensorDef, ValueDef};
+pub use error::{Error, Result};
+pub use external::{EXTERNAL_ALIGNMENT, ExternalRef, ExternalWriter, external_files};
+pub use graph::{Graph, MAX_GRAPH_DEPTH};
+pub use index::{Index, Use};
+pub use model::{MODEL_NAME, Model, OpsetImport};
+pub use node::{Node, NodeId};
+pub use patch::Patch;
+pub use tensor::{SparseTensor, Storage, TensorData, TensorInfo};
+pub use value::{Dim, ValueInfo, ValueType};

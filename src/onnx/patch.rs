@@ -1,0 +1,383 @@
+//! Edits as values.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::builder::encode_opset;
+use super::def::{NodeDef, TensorDef, ValueDef, encode_entry};
+use super::node::standard_domain;
+use super::proto::{entry, graph, model, node};
+use super::tensor::parse_entry;
+use super::wire::{Encoder, Field, Fields};
+use super::{Error, Graph, Model, Node, NodeId, Result, check, check_any_order};
+
+/// An edit of a model's main graph: collected first, checked and applied as a whole afterwards.
+///
+/// Node numbers are those of the graph as it is before the edit. What the edit does not name keeps its bytes and its
+/// place.
+#[derive(Clone, Debug, Default)]
+pub struct Patch {
+    label: String,
+    before: BTreeMap<usize, Vec<NodeDef>>,
+    appended: Vec<NodeDef>,
+    initializers: Vec<TensorDef>,
+    inputs: Vec<ValueDef>,
+    outputs: Vec<ValueDef>,
+    replaced: Vec<(usize, usize, String)>,
+    opsets: Vec<(String, i64)>,
+    metadata: Vec<(String, String)>,
+}
+
+impl Patch {
+    /// An empty edit; errors name its label.
+    pub fn new(label: impl Into<String>) -> Self {
+        Self { label: label.into(), ..Self::default() }
+    }
+
+    /// Puts a new node right before a node; several keep the order in which they were given.
+    pub fn insert_before(&mut self, id: NodeId, node: NodeDef) -> &mut Self {
+        self.before.entry(id.index()).or_default().push(node);
+        self
+    }
+
+    /// Puts a new node at the end.
+    pub fn append_node(&mut self, node: NodeDef) -> &mut Self {
+        self.appended.push(node);
+        self
+    }
+
+    /// Adds a constant. One of an input's name is that input's default.
+    pub fn add_initializer(&mut self, tensor: TensorDef) -> &mut Self {
+        self.initializers.push(tensor);
+        self
+    }
+
+    /// Adds a graph input after those that are there.
+    pub fn add_input(&mut self, value: ValueDef) -> &mut Self {
+        self.inputs.push(value);
+        self
+    }
+
+    /// Adds a graph output after those that are there.
+    pub fn add_output(&mut self, value: ValueDef) -> &mut Self {
+        self.outputs.push(value);
+        self
+    }
+
+    /// Lets an input slot of a node read another tensor.
+    pub fn replace_input(&mut self, id: NodeId, slot: usize, tensor: impl Into<String>) -> &mut Self {
+        self.replaced.push((id.index(), slot, tensor.into()));
+        self
+    }
+
+    /// Wants an operator set of at least this version: it is imported where it is missing; an older one is an error.
+    pub fn require_opset(&mut self, domain: &str, version: i64) -> &mut Self {
+        self.opsets.push((standard_domain(domain).to_owned(), version));
+        self
+    }
+
+    /// Sets a metadata entry of the model.
+    pub fn set_metadata(&mut self, key: &str, value: &str) -> &mut Self {
+        self.metadata.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The edited model; the one given stays as it is.
+    ///
+    /// # Errors
+    /// When a node or slot does not exist, a name is taken, an operator set is too old, or the result does not pass
+    /// [`check()`](super::check()). A fault that the model had before is not blamed on the edit; that its nodes do not stand
+    /// in topological order is tolerated, as runtimes do.
+    pub fn apply(self, model: &Model) -> Result<Model> {
+        let label = self.label.clone();
+        self.edit(model).and_then(|patched| check_edited(model, &patched).map(|()| patched)).map_err(|source| {
+            check_any_order(model).err().unwrap_or_else(|| Error::Patch { label, source: Box::new(source) })
+        })
+    }
+
+    fn edit(&self, model: &Model) -> Result<Model> {
+        self.check_node_names(model.graph())?;
+        let mut fields = model.fields().to_vec();
+        self.import_opsets(model, &mut fields)?;
+        for (key, value) in &self.metadata {
+            set_metadata(&mut fields, key, value)?;
+        }
+        let graph = if self.edits_graph() { Some(self.edit_graph(model.graph())?) } else { None };
+        model.rebuilt(fields, graph)
+    }
+
+    fn edits_graph(&self) -> bool {
+        let nodes = self.before.is_empty() && self.appended.is_empty() && self.replaced.is_empty();
+        !(nodes && self.initializers.is_empty() && self.inputs.is_empty() && self.outputs.is_empty())
+    }
+
+    fn check_node_names(&self, graph: &Graph) -> Result<()> {
+        let mut names = HashSet::new();
+        graph.visit(&mut |graph| names.extend(graph.nodes().iter().map(Node::name)));
+        let new = self.before.values().flatten().chain(&self.appended).map(NodeDef::name);
+        match { new }.find(|name| !name.is_empty() && !names.insert(name)) {
+            Some(name) => Err(Error::DuplicateNode { node: name.to_owned() }),
+            None => Ok(()),
+        }
+    }
+
+    fn import_opsets(&self, model: &Model, fields: &mut Vec<Field>) -> Result<()> {
+        let mut imports: BTreeMap<&str, i64> = BTreeMap::new();
+        for (domain, needed) in &self.opsets {
+            match model.opset(domain) {
+                Some(found) if found < *needed => {
+                    let domain = if domain.is_empty() { "ai.onnx" } else { domain };
+                    return Err(Error::OldOpset { domain: domain.to_owned(), found, needed: *needed });
+                }
+                Some(_) => {}
+                None => {
+                    let version = imports.entry(domain).or_insert(*needed);
+                    *version = (*needed).max(*version);
+                }
+            }
+        }
+        let encoded = imports.into_iter().map(|(domain, version)| Ok(encode_opset(domain, version)));
+        insert(fields, model::MESSAGE, model::OPSET_IMPORT, encoded)
+    }
+
+    fn edit_graph(&self, graph: &Graph) -> Result<Graph> {
+        let count = graph.nodes().len();
+        let mut replaced = self.replacements()?;
+        let named = self.before.keys().chain(replaced.keys());
+        if let Some(&index) = { named }.find(|&&index| index >= count) {
+            return Err(Error::NoNode { index, nodes: count });
+        }
+        let mut fields = Vec::with_capacity(graph.fields().len());
+        let mut nodes = graph.nodes().iter();
+        for field in graph.fields() {
+            let Some(existing) = nodes.as_slice().first().filter(|_| field.number == graph::NODE) else {
+                fields.push(field.clone());
+                continue;
+            };
+            let index = existing.id().index();
+            for new in self.before.get(&index).into_iter().flatten() {
+                fields.push(wrap(graph::MESSAGE, graph::NODE, &new.encode()?)?);
+            }
+            match replaced.remove(&index) {
+                Some(slots) => fields.push(rewire(field, existing, &slots)?),
+                None => fields.push(field.clone()),
+            }
+            nodes.next();
+        }
+        let message = graph::MESSAGE;
+        insert(&mut fields, message, graph::NODE, self.appended.iter().map(NodeDef::encode))?;
+        insert(&mut fields, message, graph::INITIALIZER, self.initializers.iter().map(TensorDef::encode))?;
+        insert(&mut fields, message, graph::INPUT, self.inputs.iter().map(|value| Ok(value.encode())))?;
+        insert(&mut fields, message, graph::OUTPUT, self.outputs.iter().map(|value| Ok(value.encode())))?;
+        Graph::from_fields(fields, 0)
+    }
+
+    /// New input names by node and slot.
+    fn replacements(&self) -> Result<BTreeMap<usize, BTreeMap<usize, &str>>> {
+        let mut replaced: BTreeMap<usize, BTreeMap<usize, &str>> = BTreeMap::new();
+        for (index, slot, name) in &self.replaced {
+            if let Some(first) = replaced.entry(*index).or_default().insert(*slot, name) {
+                let (first, second) = (first.to_owned(), name.clone());
+                return Err(Error::ReplacedTwice { index: *index, slot: *slot, first, second });
+            }
+        }
+        Ok(replaced)
+    }
+}
+
+fn check_edited(before: &Model, after: &Model) -> Result<()> {
+    match check(after) {
+        Err(Error::UseBeforeDefinition { .. }) if check(before).is_err() => check_any_order(after),
+        result => result,
+    }
+}
+
+/// A field that holds a message.
+fn wrap(message: &'static str, number: u32, content: &Encoder) -> Result<Field> {
+    let mut encoder = Encoder::default();
+    encoder.message(number, content);
+    Field::of(message, encoder)
+}
+
+/// Adds fields after the last one of their number, or where the order of numbers wants them.
+fn insert(
+    fields: &mut Vec<Field>,
+    message: &'static str,
+    number: u32,
+    contents: impl Iterator<Item = Result<Encoder>>,
+) -> Result<()> {
+    let new = contents.map(|content| wrap(message, number, &content?)).collect::<Result<Vec<_>>>()?;
+    let last = fields.iter().rposition(|field| field.number == number);
+    let greater = || fields.iter().position(|field| field.number > number);
+    let at = last.map(|last| last + 1).or_else(greater).unwrap_or(fields.len());
+    fields.splice(at..at, new);
+    Ok(())
+}
+
+/// A node's field with some of its inputs replaced.
+fn rewire(field: &Field, existing: &Node, slots: &BTreeMap<usize, &str>) -> Result<Field> {
+    let inputs = existing.inputs().len();
+    if let Some(&slot) = slots.keys().find(|&&slot| slot >= inputs) {
+        return Err(Error::NoSlot { node: existing.label(), slot, inputs });
+    }
+    let mut encoder = Encoder::default();
+    let mut slot = 0;
+    for part in Fields::new(node::MESSAGE, field.bytes()?) {
+        let part = part?;
+        if part.number != node::INPUT {
+            encoder.raw(&part);
+            continue;
+        }
+        match slots.get(&slot) {
+            Some(name) => encoder.string(node::INPUT, name),
+            None => encoder.raw(&part),
+        }
+        slot += 1;
+    }
+    wrap(graph::MESSAGE, graph::NODE, &encoder)
+}
+
+/// Sets a metadata entry: the value of an existing one is replaced, and the rest of it stays.
+fn set_metadata(fields: &mut Vec<Field>, key: &str, value: &str) -> Result<()> {
+    for field in fields.iter_mut().filter(|field| field.number == model::METADATA_PROPS) {
+        if parse_entry(field.bytes()?)?.0 == key {
+            *field = with_value(field, value)?;
+            return Ok(());
+        }
+    }
+    insert(fields, model::MESSAGE, model::METADATA_PROPS, std::iter::once(Ok(encode_entry(key, value))))
+}
+
+fn with_value(field: &Field, value: &str) -> Result<Field> {
+    let mut encoder = Encoder::default();
+    for part in Fields::new(entry::MESSAGE, field.bytes()?) {
+        let part = part?;
+        if part.number != entry::VALUE {
+            encoder.raw(&part);
+        }
+    }
+    encoder.string(entry::VALUE, value);
+    wrap(model::MESSAGE, model::METADATA_PROPS, &encoder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{reference_check, small_model};
+    use super::super::{DataType, Index};
+    use super::*;
+
+    fn find(model: &Model, name: &str) -> NodeId {
+        model.graph().nodes().iter().find(|node| node.name() == name).unwrap().id()
+    }
+
+    fn refused(fill: impl FnOnce(&mut Patch)) -> Error {
+        let model = small_model();
+        let mut patch = Patch::new("test edit");
+        fill(&mut patch);
+        match patch.apply(&model).unwrap_err() {
+            Error::Patch { label, source } if label == "test edit" => *source,
+            other => panic!("not named: {other}"),
+        }
+    }
+
+    /// An adapter's edit in small: a new input with a default, a branch beside a tensor, and the sum in its place.
+    #[test]
+    fn a_branch_is_added_beside_a_tensor() {
+        let model = small_model();
+        let mut patch = Patch::new("add a branch");
+        let project = find(&model, "split");
+        patch
+            .insert_before(project, NodeDef::new("MatMul", "branch").inputs(["x", "M"]).outputs(["branch_out"]))
+            .insert_before(project, NodeDef::new("Add", "sum").inputs(["h", "branch_out"]).outputs(["h_sum"]))
+            .replace_input(project, 0, "h_sum")
+            .add_initializer(TensorDef::from_f32s("M", &[2, 4], &[0.0; 8]))
+            .add_input(ValueDef::new("M", DataType::Float, [2.into(), 4.into()]))
+            .append_node(NodeDef::new("Neg", "negate").inputs(["y"]).outputs(["minus_y"]))
+            .add_output(ValueDef::new("minus_y", DataType::Float, ["batch".into(), 2.into()]))
+            .set_metadata("task", "folded")
+            .set_metadata("adapter", "M")
+            .require_opset("", 13)
+            .require_opset("com.example", 1);
+        let patched = patch.apply(&model).unwrap();
+
+        let names: Vec<_> = patched.graph().nodes().iter().map(Node::name).collect();
+        assert_eq!(names, ["project", "branch", "sum", "split", "shape", "pick", "join", "negate"]);
+        let index = Index::new(patched.graph());
+        assert_eq!(index.consumers("h_sum").len(), 1);
+        assert_eq!((patched.opset(""), patched.opset("com.example")), (Some(17), Some(1)));
+        assert_eq!(patched.metadata_props(), [("task".into(), "folded".into()), ("adapter".into(), "M".into())]);
+        // Existing entries are the same bytes in the same order.
+        let untouched = |model: &Model| -> Vec<Vec<u8>> {
+            let fields = model.graph().fields().iter().filter(|field| field.number != graph::NODE);
+            fields.map(|field| field.raw.to_vec()).collect()
+        };
+        let (before, mut after) = (untouched(&model), untouched(&patched));
+        after.retain(|field| before.contains(field));
+        assert_eq!(before, after);
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.onnx");
+        patched.save(&path).unwrap();
+        reference_check(&path);
+        assert_eq!(Model::open(folder.path()).unwrap().to_bytes(), patched.to_bytes());
+    }
+
+    #[test]
+    fn an_edit_undone_gives_the_bytes_back() {
+        let model = small_model();
+        let swap = |model: &Model, tensor: &str| {
+            let mut patch = Patch::new("swap");
+            patch.replace_input(find(model, "join"), 0, tensor);
+            patch.apply(model).unwrap()
+        };
+        let swapped = swap(&model, "a_much_longer_name_is_not_needed_but_right");
+        assert_ne!(swapped.to_bytes(), model.to_bytes());
+        assert_eq!(swap(&swapped, "left").to_bytes(), model.to_bytes());
+        assert_eq!(Patch::new("nothing").apply(&model).unwrap().to_bytes(), model.to_bytes());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let neg = |name: &str, from: &str, to: &str| NodeDef::new("Neg", name).inputs([from]).outputs([to]);
+        let last = NodeId(4);
+        assert!(
+            matches!(refused(|p| _ = p.append_node(neg("new", "h", "left"))), Error::Duplicate { tensor, .. } if tensor == "left")
+        );
+        assert!(
+            matches!(refused(|p| _ = p.append_node(neg("join", "h", "n"))), Error::DuplicateNode { node } if node == "join")
+        );
+        assert!(
+            matches!(refused(|p| _ = p.append_node(neg("new", "nowhere", "n"))), Error::Undefined { tensor, .. } if tensor == "nowhere")
+        );
+        assert!(matches!(
+            refused(|p| _ = p.insert_before(NodeId(0), neg("new", "h", "n"))),
+            Error::UseBeforeDefinition { .. }
+        ));
+        assert!(matches!(refused(|p| _ = p.replace_input(NodeId(0), 0, "y")), Error::Cycle { .. }));
+        assert!(matches!(refused(|p| _ = p.replace_input(last, 2, "h")), Error::NoSlot { slot: 2, inputs: 2, .. }));
+        assert!(matches!(refused(|p| _ = p.replace_input(NodeId(5), 0, "h")), Error::NoNode { index: 5, nodes: 5 }));
+        assert!(matches!(
+            refused(|p| _ = p.insert_before(NodeId(9), neg("n", "h", "n"))),
+            Error::NoNode { index: 9, .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.replace_input(last, 0, "h").replace_input(last, 0, "x")),
+            Error::ReplacedTwice { .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.require_opset("ai.onnx", 23)),
+            Error::OldOpset { found: 17, needed: 23, .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.append_node(neg("n", "h", "n").domain("com.microsoft"))),
+            Error::NoOpset { .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.add_initializer(TensorDef::from_i64s("y", &[], &[1]))),
+            Error::Duplicate { .. }
+        ));
+        assert!(matches!(
+            refused(|p| _ = p.add_output(ValueDef::new("no", DataType::Float, []))),
+            Error::OutputUndefined { .. }
+        ));
+    }
+}
