@@ -2,9 +2,9 @@
 mod chat;
 mod error;
 mod gguf;
-//mod tokenizer;
+mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
 pub use error::{Error, Result};
 pub use gguf::Gguf;
-//pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tokenizer::{StreamDecoder, Tokenizer};
