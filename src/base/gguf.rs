@@ -17,7 +17,7 @@ use crate::base::{Error, Result};
 use crate::files::MappedFile;
 
 /// The architectures (`general.architecture`) that [`Gguf::config_json`] can describe.
-pub const SUPPORTED: &[&str] = &["llama"];
+const SUPPORTED: &[&str] = &["llama"];
 
 /// An opened GGUF file: its header parsed, its weights mapped.
 #[derive(Debug)]
@@ -159,7 +159,7 @@ impl Gguf {
     /// `head_dim / 2` divisors: the inverse frequency `i` is `theta^(-2i/head_dim) / f_i`.
     ///
     /// # Errors
-    /// When the architecture is none of [`SUPPORTED`], or an entry that it needs is missing or wrong.
+    /// When the architecture is another than `llama`, or an entry that it needs is missing or wrong.
     pub fn config_json(&self) -> Result<serde_json::Value> {
         config::config_json(self)
     }
@@ -287,34 +287,6 @@ pub(crate) mod testing {
         let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(key, value)| (*key, value)).collect();
         let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
         gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
-    }
-
-    /// The SmolLM2 GGUF of the PyPI package, from prefold's cache; says how to get it where it is absent.
-    pub(crate) fn smollm2() -> Option<Gguf> {
-        let cache = match std::env::var_os("PREFOLD_CACHE") {
-            Some(folder) => std::path::PathBuf::from(folder),
-            None => {
-                use etcetera::BaseStrategy;
-                etcetera::choose_base_strategy().unwrap().cache_dir().join("prefold")
-            }
-        };
-        let folder = cache.join("models/smollm2");
-        let found = std::fs::read_dir(&folder).ok().and_then(|entries| {
-            entries.flatten().map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "gguf"))
-        });
-        if found.is_none() {
-            eprintln!("skipped: no GGUF file in {}; `prefold fetch smollm2` brings it", folder.display());
-        }
-        found.map(|path| Gguf::open(&path).unwrap())
-    }
-
-    /// A file of the shared folder, or `None` with a message.
-    pub(crate) fn shared(name: &str) -> Option<std::path::PathBuf> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
-        if !path.exists() {
-            eprintln!("skipped: {} is absent", path.display());
-        }
-        path.exists().then_some(path)
     }
 }
 
@@ -458,6 +430,32 @@ mod tests {
         }
     }
 
+    /// Whatever a damaged header says, the answer is a value or an error.
+    #[test]
+    fn no_damaged_byte_makes_a_panic() {
+        let (folder, gguf) = model(&[
+            ("tokenizer.ggml.model", text("llama")),
+            ("tokenizer.ggml.tokens", Value::Array(["<unk>", "a", "b", "ab"].map(text).to_vec())),
+            ("tokenizer.ggml.scores", Value::Array([0., 0., 0., -1.].map(Value::F32).to_vec())),
+            ("tokenizer.ggml.token_type", Value::Array([2, 1, 1, 1].map(Value::I32).to_vec())),
+        ]);
+        crate::base::Tokenizer::from_gguf(&gguf).unwrap();
+        let bytes = std::fs::read(gguf.path()).unwrap();
+        let header = gguf.content.tensor_data_offset as usize;
+        let damaged = folder.path().join("damaged.gguf");
+        for at in 0..header {
+            for value in [0xff, bytes[at].wrapping_add(1)] {
+                let mut copy = bytes.clone();
+                copy[at] = value;
+                std::fs::write(&damaged, copy).unwrap();
+                let Ok(gguf) = Gguf::open(&damaged) else { continue };
+                drop(gguf.config_json());
+                drop(crate::base::Tokenizer::from_gguf(&gguf));
+                gguf.names().for_each(|name| drop(gguf.tensor(name)));
+            }
+        }
+    }
+
     /// A header by hand: magic, version 3, then what a test appends.
     fn header(tensors: u64, entries: u64) -> Vec<u8> {
         let mut bytes = b"GGUF".to_vec();
@@ -534,7 +532,7 @@ mod tests {
 
     #[test]
     fn opens_smollm2() {
-        let Some(gguf) = testing::smollm2() else { return };
+        let Some(gguf) = crate::base::testing::smollm2() else { return };
         let config = gguf.config_json().unwrap();
         assert_eq!(config["num_hidden_layers"], 30);
         assert_eq!(config["num_key_value_heads"], 3);

@@ -8,3 +8,6 @@ pub use chat::{ChatTemplate, Message};
 pub use error::{Error, Result};
 pub use gguf::Gguf;
 pub use tokenizer::{StreamDecoder, Tokenizer};
+
+#[cfg(test)]
+pub(crate) mod testing;

@@ -291,7 +291,9 @@ fn drop_prefix_space(json: &mut Value) -> bool {
 /// Applies an edit to a stage of the pipeline, or to every stage of a sequence; says whether any changed something.
 fn edit_stage(stage: &mut Value, children: &str, edit: &dyn Fn(&mut Value) -> bool) -> bool {
     match stage.get_mut(children).and_then(Value::as_array_mut) {
-        Some(stages) => stages.iter_mut().fold(false, |changed, stage| edit_stage(stage, children, edit) || changed),
+        Some(stages) => {
+            stages.iter_mut().filter_map(|stage| edit_stage(stage, children, edit).then_some(())).count() > 0
+        }
         None => edit(stage),
     }
 }
@@ -299,7 +301,7 @@ fn edit_stage(stage: &mut Value, children: &str, edit: &dyn Fn(&mut Value) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::gguf::testing::{shared, smollm2};
+    use crate::base::testing::{shared, smollm2};
 
     fn ids(value: &Value) -> Vec<u32> {
         value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()

@@ -267,7 +267,8 @@ fn score(value: &gguf_file::Value) -> Option<f32> {
 mod tests {
     use super::*;
     use crate::base::Tokenizer;
-    use crate::base::gguf::testing::{shared, write};
+    use crate::base::gguf::testing::write;
+    use crate::base::testing::shared;
     use gguf_file::Value as Meta;
 
     type Entries = Vec<(&'static str, Meta)>;

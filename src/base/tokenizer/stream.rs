@@ -63,7 +63,7 @@ impl<'t> StreamDecoder<'t> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::gguf::testing::{shared, smollm2};
+    use crate::base::testing::{shared, smollm2};
 
     const TEXT: &str = "Once, naïve 👍🏽 日本語\n\n  x";
 
