@@ -33,6 +33,8 @@
 pub mod adapter;
 pub mod base;
 pub mod data;
+pub mod export;
 pub mod files;
 pub mod onnx;
 pub mod runtime;
+pub mod train;

@@ -97,7 +97,7 @@ impl Checkpoint {
     pub fn names(&self) -> Vec<String> {
         match &self.weights {
             Weights::Folder(shards) => shards.names().map(str::to_owned).collect(),
-            Weights::Gguf(gguf) => gguf.names(),
+            Weights::Gguf(gguf) => gguf.names().map(str::to_owned).collect(),
         }
     }
 
