@@ -35,6 +35,7 @@ pub mod base;
 pub mod data;
 pub mod export;
 pub mod files;
+pub mod fold;
 pub mod onnx;
 pub mod runtime;
 pub mod train;

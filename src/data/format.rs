@@ -1,6 +1,7 @@
 //! A record as a prompt and a completion in token ids.
 
 use minijinja::Environment;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Record, Result};
@@ -12,7 +13,7 @@ pub const DEFAULT_TEMPLATE: &str = "{{ text }}\nlabel:";
 const TEMPLATE: &str = "prompt";
 
 /// How labels are spelled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LabelText {
     /// `card_arrival` is learnt as `card arrival`, which is closer to what the model has read.
@@ -23,7 +24,7 @@ pub enum LabelText {
 }
 
 /// When the chat template is used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ChatUse {
     /// Where the tokenizer has one.
@@ -34,7 +35,7 @@ pub enum ChatUse {
 }
 
 /// What may be chosen about a [`Format`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FormatOptions {
     /// The prompt of a classification record.

@@ -19,7 +19,7 @@ use super::{DType, Dim, Error, Port, Result, RuntimeInfo, Session, Tensor as Any
 const NAME: &str = "tract";
 
 /// The version in Cargo.lock; a test holds them together.
-const VERSION: &str = "0.23.9";
+const VERSION: &str = env!("TRACT_VERSION");
 
 type Plan = Arc<TypedRunnableModel>;
 type Shapes = Vec<Vec<usize>>;

@@ -10,16 +10,16 @@ use prefold::base::{Checkpoint, Decoder, Input, NoHook, SiteHook};
 use crate::support::shared;
 
 /// One case of an oracle's `io.safetensors`.
-struct Case {
-    batch: usize,
-    ids: Vec<i64>,
-    mask: Vec<i64>,
+pub struct Case {
+    pub batch: usize,
+    pub ids: Vec<i64>,
+    pub mask: Vec<i64>,
     tensors: HashMap<String, Tensor>,
     name: &'static str,
 }
 
 impl Case {
-    fn load(folder: &Path, name: &'static str) -> Self {
+    pub fn load(folder: &Path, name: &'static str) -> Self {
         let tensors = candle_core::safetensors::load(folder.join("io.safetensors"), &Device::Cpu).unwrap();
         let integers = |field: &str| tensors[&format!("{name}_{field}")].flatten_all().unwrap().to_vec1().unwrap();
         let batch = tensors[&format!("{name}_input_ids")].dim(0).unwrap();
@@ -31,7 +31,7 @@ impl Case {
     }
 
     /// Largest difference to the stored logits where the mask is 1.
-    fn distance(&self, logits: &Tensor, stored: &str) -> f32 {
+    pub fn distance(&self, logits: &Tensor, stored: &str) -> f32 {
         let vocab = logits.dim(2).unwrap();
         let flat = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let (found, expected) = (flat(logits), flat(&self.tensors[&format!("{}_{stored}", self.name)]));

@@ -1,0 +1,153 @@
+//! `prefold inspect`
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use miette::{IntoDiagnostic, Result};
+use serde_json::{Value, json};
+
+use super::{Context, style};
+use crate::adapter::{Adapter, CONFIG_NAME};
+use crate::base::Checkpoint;
+use crate::fold::{graph_file, locate};
+use crate::onnx::{MODEL_NAME, Model, ValueInfo};
+
+/// Say what a checkpoint, an adapter or a graph is
+#[derive(Args, Debug)]
+pub(super) struct Inspect {
+    /// A checkpoint, the name of a fetched model, an adapter folder, a graph's folder or .onnx file
+    path: PathBuf,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Inspect {
+    pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
+        let facts = if self.path.join(CONFIG_NAME).is_file() {
+            adapter(&self.path)?
+        } else if self.path.join(MODEL_NAME).is_file() || self.path.extension().is_some_and(|e| e == "onnx") {
+            graph(&graph_file(&self.path))?
+        } else {
+            checkpoint(&context.checkpoint(&self.path.to_string_lossy())?)?
+        };
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&facts).into_diagnostic()?);
+        } else {
+            print_facts(&facts, 0);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn checkpoint(checkpoint: &Checkpoint) -> Result<Value> {
+    let spec = checkpoint.spec();
+    let files: Vec<Value> = checkpoint
+        .weight_files()
+        .iter()
+        .map(|path| {
+            let bytes = std::fs::metadata(path).map(|m| m.len()).unwrap_or_default();
+            json!(format!("{} ({})", path.display(), style::bytes(bytes)))
+        })
+        .collect();
+    let tokenizer = match checkpoint.tokenizer() {
+        Ok(t) => json!({ "vocabulary": t.vocab_size(), "chat_template": t.chat_template().is_some(), "eos": t.eos_ids() }),
+        Err(error) => json!(format!("none: {error}")),
+    };
+    let attention = &spec.attention;
+    Ok(json!({
+        "kind": "checkpoint",
+        "family": spec.family,
+        "parameters": spec.num_parameters(),
+        "dtype": checkpoint.dtype()?.as_str(),
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "query_heads": attention.num_heads,
+        "kv_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "intermediate_size": spec.mlp.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "max_positions": spec.max_positions,
+        "tied_embeddings": spec.tied_embeddings,
+        "tokenizer": tokenizer,
+        "files": files,
+    }))
+}
+
+fn adapter(path: &Path) -> Result<Value> {
+    let adapter = Adapter::open(path)?;
+    let norm = |tensor: &candle_core::Tensor| tensor.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>();
+    let tensors = adapter.tensors().iter().map(|(name, tensor)| {
+        let norm = norm(tensor).into_diagnostic()?.sqrt();
+        Ok(json!(format!("{name} {:?} {}, norm {norm:.4}", tensor.dims(), tensor.dtype().as_str())))
+    });
+    Ok(json!({
+        "kind": "adapter",
+        "config": adapter.config(),
+        "parameters": adapter.num_parameters(),
+        "tensors": tensors.collect::<Result<Vec<_>>>()?,
+    }))
+}
+
+fn graph(path: &Path) -> Result<Value> {
+    let model = Model::open(path)?;
+    let graph = model.graph();
+    let mut operators = std::collections::BTreeMap::<String, usize>::new();
+    for node in graph.nodes() {
+        let domain = if node.domain().is_empty() { String::new() } else { format!("{}.", node.domain()) };
+        *operators.entry(format!("{domain}{}", node.op_type())).or_default() += 1;
+    }
+    let values = |values: &[ValueInfo]| values.iter().map(|v| v.to_string()).collect::<Vec<_>>();
+    let sites = match locate::sites(&model) {
+        Ok(sites) => json!(sites),
+        Err(error) => json!(format!("none: {error}")),
+    };
+    let opsets: Vec<String> = model.opsets().iter().map(|o| o.to_string()).collect();
+    let bytes: u64 = graph.initializers().iter().filter_map(|t| t.byte_len()).sum();
+    Ok(json!({
+        "kind": "graph",
+        "producer": model.producer().0,
+        "ir_version": model.ir_version(),
+        "opsets": opsets,
+        "metadata": model.metadata_props().iter().map(|(k, v)| format!("{k} = {v}")).collect::<Vec<_>>(),
+        "nodes": graph.nodes().len(),
+        "initializers": graph.initializers().len(),
+        "weights": style::bytes(bytes),
+        "inputs": values(graph.inputs()),
+        "outputs": values(graph.outputs()),
+        "operators": operators,
+        "sites": sites,
+    }))
+}
+
+/// Keys and values, indented; a list of objects as one line each.
+fn print_facts(facts: &Value, depth: usize) {
+    let indent = "  ".repeat(depth);
+    let Value::Object(entries) = facts else { return };
+    for (key, value) in entries {
+        match value {
+            Value::Object(_) => {
+                println!("{indent}{key}:");
+                print_facts(value, depth + 1);
+            }
+            Value::Array(items) => {
+                println!("{indent}{key}:");
+                for item in items {
+                    println!("{indent}  {}", line(item));
+                }
+            }
+            _ => println!("{indent}{key}: {}", line(value)),
+        }
+    }
+}
+
+fn line(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Object(entries) => {
+            entries.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| format!("{k} {}", line(v))).collect::<Vec<_>>().join(", ")
+        }
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,149 @@
+//! The command line: one file per command. The only room that prints or ends the process.
+//!
+//! Results go to standard output, progress and errors to standard error. Exit codes: 0 done (for `verify`: parity),
+//! 1 failed (for `verify`: no parity), 2 wrong usage of the command line.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod compile;
+mod demo;
+mod export;
+mod fetch;
+mod fold;
+mod forward;
+mod generate;
+mod inspect;
+mod progress;
+mod runtime;
+mod schema;
+mod style;
+mod train;
+mod verify;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use miette::Result;
+
+use crate::base::{Checkpoint, fetch as models};
+use crate::files;
+
+pub use schema::schemas;
+
+/// Train Prefix-Tuning+ adapters for frozen language models, fold them into ONNX graphs, and prove that the graph computes
+/// what was trained.
+#[derive(Debug, Parser)]
+#[command(name = "prefold", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    global: Global,
+}
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+struct Global {
+    /// The ONNX Runtime library to load [default: prefold's cache, else the Python package onnxruntime]
+    #[arg(long, global = true, env = "ORT_DYLIB_PATH", value_name = "FILE", help_heading = "Global options")]
+    ort_lib: Option<PathBuf>,
+    /// Say more about what happens; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
+    verbose: u8,
+    /// Show no progress
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Demo(demo::Demo),
+    Fetch(fetch::Fetch),
+    Train(Box<train::Train>),
+    Export(export::Export),
+    Fold(fold::Fold),
+    Compile(compile::Compile),
+    Verify(verify::Verify),
+    Generate(generate::Generate),
+    Forward(forward::Forward),
+    Inspect(inspect::Inspect),
+    Runtime(runtime::Runtime),
+    Schema(schema::Schema),
+}
+
+/// What every command may use.
+struct Context {
+    global: Global,
+    cache: PathBuf,
+}
+
+impl Context {
+    /// Opens a checkpoint by path, by a known name, or by `hf:OWNER/NAME` once fetched.
+    fn checkpoint(&self, model: &str) -> Result<Checkpoint> {
+        let path = models::resolve_model(model, &self.cache)?;
+        Ok(Checkpoint::open(&path)?)
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging(cli.global.verbose);
+    match run(cli) {
+        Ok(code) => code,
+        Err(report) => {
+            eprintln!("{report:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    let context = Context { global: cli.global, cache: files::cache_folder()? };
+    match cli.command {
+        Command::Demo(command) => command.run(&context),
+        Command::Fetch(command) => command.run(&context),
+        Command::Train(command) => command.run(&context),
+        Command::Export(command) => command.run(&context),
+        Command::Fold(command) => command.run(),
+        Command::Compile(command) => command.run(&context),
+        Command::Verify(command) => command.run(&context),
+        Command::Generate(command) => command.run(&context),
+        Command::Forward(command) => command.run(&context),
+        Command::Inspect(command) => command.run(&context),
+        Command::Runtime(command) => command.run(&context),
+        Command::Schema(command) => command.run(),
+    }
+}
+
+/// Warnings always, more with `-v`; `PREFOLD_LOG` overrides, in the syntax of `RUST_LOG`.
+fn start_logging(verbose: u8) {
+    let default = match verbose {
+        0 => "prefold=warn,error",
+        1 => "prefold=info,warn",
+        _ => "prefold=debug,info",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("PREFOLD_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    subscriber.without_time().with_target(false).init();
+}
+
+/// An error of the command line itself.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+#[error("{message}")]
+#[diagnostic(help("{help}"))]
+struct Usage {
+    message: String,
+    help: String,
+}
+
+fn usage(message: impl Into<String>, help: impl Into<String>) -> miette::Report {
+    Usage { message: message.into(), help: help.into() }.into()
+}
+
+/// The command line as it was given, for reports.
+fn command_line() -> String {
+    let quoted = |arg: String| if arg.contains([' ', '"', '\'']) { format!("{arg:?}") } else { arg };
+    std::iter::once("prefold".to_owned()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,86 @@
+//! Finding the attention sites of a graph: one file per attention shape, its subgraph drawn in its doc.
+
+mod decomposed;
+mod group_query_attention;
+
+use serde::Serialize;
+
+use super::{Error, Result};
+use crate::onnx::{Index, Model, Node, Use};
+
+/// An attention site: the query that meets the keys, and the attention output it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Site {
+    /// Position among the graph's attention blocks in the order of data flow.
+    pub layer: usize,
+    /// Which attention shape was matched.
+    pub shape: &'static str,
+    /// The node that gave the block away.
+    pub anchor: String,
+    /// The rotated, unscaled query.
+    pub query: String,
+    /// Its layout.
+    pub query_layout: Layout,
+    /// The attention output before the output projection.
+    pub output: String,
+    /// Its layout.
+    pub output_layout: Layout,
+    /// What reads the output and will read the sum instead.
+    #[serde(skip)]
+    pub readers: Vec<Use>,
+    /// Query heads, where the graph says.
+    pub num_heads: Option<i64>,
+    /// Width of a head, where the graph says.
+    pub head_dim: Option<i64>,
+}
+
+/// How heads lie in a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// `[batch, heads, seq, head_dim]`.
+    HeadsFirst,
+    /// `[batch, seq, heads · head_dim]`.
+    Merged,
+}
+
+/// Looks at one node; `None` where it is not the anchor of this attention shape.
+type Locator = fn(&Index, &Node) -> Option<Result<Site>>;
+
+const LOCATORS: [Locator; 2] = [decomposed::locate, group_query_attention::locate];
+
+/// All attention sites in the order of data flow.
+///
+/// # Errors
+/// When there is none, or a block lacks something that an adapter needs.
+pub fn sites(model: &Model) -> Result<Vec<Site>> {
+    let index = Index::new(model.graph());
+    let mut sites = Vec::new();
+    for node in model.graph().nodes() {
+        if let Some(found) = LOCATORS.iter().find_map(|locate| locate(&index, node)) {
+            let mut site = found?;
+            site.layer = sites.len();
+            sites.push(site);
+        }
+    }
+    if sites.is_empty() {
+        return Err(Error::NoSite);
+    }
+    Ok(sites)
+}
+
+/// An error that names the block and how far its match got.
+fn stopped(anchor: &Node, reason: impl Into<String>, help: &'static str) -> Error {
+    Error::Site { anchor: anchor.name().to_owned(), reason: reason.into(), help }
+}
+
+/// Whether a tensor is a constant of one element.
+fn is_scalar(index: &Index, tensor: &str) -> bool {
+    if let Some(initializer) = index.initializer(tensor) {
+        return initializer.dims().iter().product::<i64>() == 1;
+    }
+    let constant = index.producer(tensor).filter(|node| node.is("", "Constant"));
+    let Some(constant) = constant else { return false };
+    let tensor = constant.attribute("value").and_then(|a| a.as_tensor());
+    tensor.is_some_and(|t| t.dims().iter().product::<i64>() == 1) || constant.attribute("value_float").is_some()
+}
