@@ -35,4 +35,5 @@ pub mod base;
 pub mod data;
 pub mod files;
 pub mod onnx;
+pub mod parity;
 pub mod runtime;
