@@ -3,6 +3,7 @@
 use ndarray::Array2;
 
 use super::figures::{first_non_finite, largest_abs};
+use super::report::RULE;
 use super::run::{CandleRunner, GraphRunner, Runner, Script, record, replay};
 use super::{
     Budget, Case, CaseReport, Environment, Error, Facts, Figures, Greedy, NoOpPair, NoOpReport, Report, Result,
@@ -238,6 +239,7 @@ impl Check {
             command: facts.command,
             environment: self.environment,
             budget: self.budget,
+            rule: RULE.into(),
             cases: self.cases,
             runs: self.runs,
             no_op: self.no_op,
@@ -278,4 +280,332 @@ fn disagreement(greedy: &Greedy) -> Option<String> {
         "row {} picks token {} at step {} and the reference {}, whose logit is {:.3e} larger",
         difference.row, difference.run, difference.step, difference.reference, difference.gap
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::adapter::Adapter;
+    use crate::base::{Checkpoint, Linear, WeightRole};
+    use crate::parity::testing::{self, Candle, CandleSession, Tampered, candidate, check, tiny_adapter, tiny_decoder};
+    use crate::runtime::{OrtOptions, OrtSession, TractOptions, TractSession};
+
+    fn report(check: Check) -> Report {
+        check.report(Facts { inputs: Vec::new(), command: "prefold verify".into() }).unwrap()
+    }
+
+    fn failures(report: &Report) -> Vec<&str> {
+        report.rows().iter().filter_map(|row| row.failure).collect()
+    }
+
+    fn tiny_session(adapter: Option<&Adapter>, shift: i64) -> CandleSession {
+        CandleSession::new(tiny_decoder(DType::F32), adapter, shift)
+    }
+
+    fn in_tiny(adapter: Option<&Adapter>, session: impl Session + 'static) -> Report {
+        let mut check = check(tiny_decoder, adapter);
+        check.run(candidate(session));
+        report(check)
+    }
+
+    #[test]
+    fn the_same_model_passes_with_and_without_an_adapter() {
+        for adapter in [None, Some(&tiny_adapter(0.3))] {
+            let report = in_tiny(adapter, tiny_session(adapter, 0));
+            assert_eq!((report.verdict, failures(&report)), (Verdict::Pass, vec![]));
+            assert_eq!(report.runs[0].cases.len(), 7);
+            for case in &report.runs[0].cases {
+                let greedy = case.greedy.as_ref().unwrap();
+                assert_eq!(greedy.run, greedy.reference, "{}", case.case);
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_adapter_is_told() {
+        let report = in_tiny(Some(&tiny_adapter(0.3)), tiny_session(None, 0));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
+        let message = failures(&report)[0];
+        assert!(message.contains("away from the reference") && message.contains("is allowed"), "{message}");
+    }
+
+    /// The base model's scores see only differences of positions, an adapter's term the positions themselves.
+    #[test]
+    fn shifted_positions_are_told_by_an_adapter_alone() {
+        assert_eq!(in_tiny(None, tiny_session(None, 1)).verdict, Verdict::Pass);
+        let adapter = tiny_adapter(0.3);
+        let report = in_tiny(Some(&adapter), tiny_session(Some(&adapter), 1));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
+    }
+
+    #[test]
+    fn one_weight_a_thousandth_off_is_told() {
+        for role in [WeightRole::Embedding, WeightRole::Weight(1, Linear::Down), WeightRole::FinalNorm] {
+            let weight = |weight: &crate::base::WeightShape| {
+                let tensor = testing::tiny_weight(weight, DType::F32)?;
+                Ok(if weight.role == role { testing::perturbed(tensor, 1e-3) } else { tensor })
+            };
+            let decoder = Decoder::from_weights(&testing::tiny_spec(), weight).unwrap();
+            let report = in_tiny(None, CandleSession::new(decoder, None, 0));
+            assert_eq!(report.verdict, Verdict::Fail, "{role:?}");
+        }
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_fail_and_are_named() {
+        for (poison, name) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+            let change = move |_: &str, logits: &mut ndarray::ArrayD<f32>| logits[[0, 0, 3]] = poison;
+            let report = in_tiny(None, Tampered { inner: tiny_session(None, 0), change });
+            let case = &report.runs[0].cases[0];
+            assert_eq!((report.verdict, case.verdict, &case.figures), (Verdict::Fail, Verdict::Fail, &None));
+            let expected = format!("the logit {name} for token 3 at row 0, column 0 is not finite");
+            assert_eq!(case.failure.as_deref(), Some(expected.as_str()));
+            report.to_json().unwrap();
+        }
+    }
+
+    /// Padding is not compared: a graph may give what it likes there.
+    #[test]
+    fn padding_is_not_compared() {
+        let mut check = check(tiny_decoder, None);
+        let change = |_: &str, logits: &mut ndarray::ArrayD<f32>| {
+            if logits.shape()[0] > 1 {
+                logits[[1, 0, 3]] = f32::NAN;
+            }
+        };
+        check.run(candidate(Tampered { inner: tiny_session(None, 0), change }));
+        let report = report(check);
+        let verdict = |name: &str| report.runs[0].cases.iter().find(|case| case.case == name).unwrap().verdict;
+        assert_eq!(verdict("left_padding"), Verdict::Pass, "row 1 starts with padding");
+        assert_eq!(verdict("right_padding"), Verdict::Fail, "row 1 starts with its first token");
+    }
+
+    /// Each pick is moved to a token that is further away than a tie, without any logit moving by more than is allowed.
+    #[test]
+    fn another_greedy_token_fails_although_the_distance_is_allowed() {
+        let mut check = check(tiny_decoder, None);
+        for case in &mut check.cases {
+            case.allowance.allowed = 0.3;
+        }
+        let change = |_: &str, logits: &mut ndarray::ArrayD<f32>| {
+            for mut position in logits.lanes_mut(ndarray::Axis(2)) {
+                let best = position.iter().copied().fold(f32::MIN, f32::max);
+                position.mapv_inplace(|logit| if best - logit < 0.31 { logit - 0.29 } else { logit + 0.29 });
+            }
+        };
+        check.run(candidate(Tampered { inner: tiny_session(None, 0), change }));
+        let report = report(check);
+        for case in &report.runs[0].cases {
+            assert!(case.figures.unwrap().max_abs < case.allowed);
+            let greedy = case.greedy.as_ref().unwrap();
+            assert!(!greedy.agrees && greedy.differences.iter().all(|difference| !difference.tie), "{greedy:?}");
+            let message = case.failure.as_deref().unwrap();
+            assert!(message.starts_with("row 0 picks token") && message.contains("at step 0 and the reference"));
+        }
+    }
+
+    #[test]
+    fn a_runtime_that_fails_is_a_failed_row() {
+        let mut check = check(tiny_decoder, None);
+        let open: Open<'_> = Box::new(|| Err(runtime::Error::NoLibrary { tried: Vec::new() }));
+        assert_eq!(check.run(Candidate { name: "absent".into(), open }), Verdict::Fail);
+        let mut spec = testing::tiny_spec();
+        spec.vocab_size = 41;
+        let other = Decoder::from_weights(&spec, |weight| testing::tiny_weight(weight, DType::F32)).unwrap();
+        check.run(candidate(CandleSession::new(other, None, 0)));
+        assert_eq!(check.run(candidate(tiny_session(None, 0))), Verdict::Pass);
+        let report = report(check);
+        assert_eq!(report.verdict, Verdict::Fail);
+        let rows = report.rows();
+        assert_eq!((rows[0].run, rows[0].case), ("absent", "load"));
+        assert!(rows[0].failure.unwrap().contains("no usable ONNX Runtime library"));
+        assert!(rows[1].failure.unwrap().contains("the logits are [1, 12, 41]"), "{:?}", rows[1]);
+        assert_eq!(rows.len(), 1 + 7 + 7);
+    }
+
+    #[test]
+    fn what_cannot_be_judged_is_an_error() {
+        assert!(matches!(check(tiny_decoder, None).report(Facts::default()), Err(Error::Nothing)));
+
+        let broken = |weight: &crate::base::WeightShape| {
+            let tensor = testing::tiny_weight(weight, DType::F64)?;
+            Ok(if weight.role == WeightRole::FinalNorm { testing::perturbed(tensor, f64::NAN) } else { tensor })
+        };
+        let broken = Candle::new(Decoder::from_weights(&testing::tiny_spec(), broken).unwrap(), None);
+        let error = Reference::compute(broken.model(), testing::cases(&testing::tiny_spec())).unwrap_err();
+        assert!(matches!(&error, Error::Reference { case, .. } if case == "single_row"), "{error}");
+
+        let model = Candle::new(tiny_decoder(DType::F64), None);
+        let foreign = vec![Case::row("foreign", &[40], 0).unwrap()];
+        assert!(matches!(Reference::compute(model.model(), foreign), Err(Error::Base(_))));
+        let long = vec![Case::row("long", &[1; 65], 0).unwrap()];
+        assert!(matches!(Reference::compute(model.model(), long), Err(Error::Case { .. })));
+
+        let reference = Reference::compute(model.model(), testing::cases(&testing::tiny_spec())).unwrap();
+        let mut spec = testing::tiny_spec();
+        spec.norm.epsilon = 1e-6;
+        let other = Decoder::from_weights(&spec, |weight| testing::tiny_weight(weight, DType::F32)).unwrap();
+        let other = Candle::new(other, None);
+        let budget = Budget::of(DType::F32).unwrap();
+        assert!(matches!(Check::new(reference, other.model(), budget), Err(Error::Option { option: "model", .. })));
+    }
+
+    #[test]
+    fn a_report_is_what_its_schema_says_and_reads_back() {
+        let mut check = check(tiny_decoder, None);
+        check.run(candidate(tiny_session(None, 0)));
+        check.run(candidate(tiny_session(Some(&tiny_adapter(0.3)), 0)));
+        let open: Open<'_> = Box::new(|| Err(runtime::Error::NoLibrary { tried: Vec::new() }));
+        check.run(Candidate { name: "absent".into(), open });
+        check.no_op(no_op_pair(|_, _| {}));
+        let report = report(check);
+        let json: serde_json::Value = serde_json::from_str(&report.to_json().unwrap()).unwrap();
+        let schema = serde_json::to_value(schemars::schema_for!(Report)).unwrap();
+        let errors: Vec<String> =
+            jsonschema::validator_for(&schema).unwrap().iter_errors(&json).map(|error| error.to_string()).collect();
+        assert_eq!(errors, Vec::<String>::new());
+        assert_eq!(serde_json::from_value::<Report>(json).unwrap(), report);
+    }
+
+    fn no_op_pair(change: impl FnMut(&str, &mut ndarray::ArrayD<f32>) + Send + 'static) -> NoOpPair<'static> {
+        NoOpPair {
+            name: "test".into(),
+            base: Box::new(|| Ok(Box::new(tiny_session(None, 0)))),
+            folded: Box::new(|| Ok(Box::new(Tampered { inner: tiny_session(Some(&tiny_adapter(0.0)), 0), change }))),
+        }
+    }
+
+    #[test]
+    fn a_zero_adapter_changes_nothing_or_the_first_bit_is_named() {
+        let mut check = check(tiny_decoder, None);
+        assert_eq!(check.no_op(no_op_pair(|_, _| {})), Verdict::Pass);
+        let last_bit = |_: &str, logits: &mut ndarray::ArrayD<f32>| {
+            if logits.shape()[..2] == [3, 12] {
+                logits[[1, 2, 3]] = logits[[1, 2, 3]].next_up();
+            }
+        };
+        assert_eq!(check.no_op(no_op_pair(last_bit)), Verdict::Fail);
+        let report = report(check);
+        assert_eq!(report.verdict, Verdict::Fail);
+        // Three prefills without steps, one of one token, three with four steps.
+        assert_eq!(report.no_op[0].tensors, 4 + 3 * 5);
+        let found = report.no_op[1].first_difference.as_ref().unwrap();
+        assert_eq!((found.case.as_str(), found.call, found.output.as_str()), ("left_padding", 0, "logits"));
+        assert_eq!(found.index, [1, 2, 3]);
+    }
+
+    #[test]
+    fn the_stated_version_is_the_locked_one() {
+        let lock = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.lock")).unwrap();
+        assert!(lock.contains(&format!("name = \"candle-core\"\nversion = \"{CANDLE_VERSION}\"")));
+    }
+
+    /// A graph that another exporter wrote, and the checkpoint that it was written from.
+    struct Exported {
+        graph: std::path::PathBuf,
+        checkpoint: Checkpoint,
+        adapter: Adapter,
+        library: Option<std::path::PathBuf>,
+    }
+
+    impl Exported {
+        fn open(name: &str) -> Option<Self> {
+            let graph = testing::shared(&format!("graphs/optimum_with_past/{name}/model.onnx"))?;
+            let oracle = testing::shared(&format!("oracles/{name}"))?;
+            let checkpoint = Checkpoint::open(&oracle).unwrap();
+            let adapter = Adapter::open(&oracle.join("adapter.safetensors")).unwrap();
+            Some(Self { graph, checkpoint, adapter, library: testing::ort_library() })
+        }
+
+        fn decoder(&self, dtype: DType) -> Decoder {
+            Decoder::load(&self.checkpoint, dtype, &Device::Cpu).unwrap()
+        }
+
+        fn opens(&self) -> Vec<(&'static str, Open<'_>)> {
+            let mut opens: Vec<(&'static str, Open<'_>)> = vec![("tract", tract(&self.graph))];
+            if let Some(library) = &self.library {
+                let open = || Ok(Box::new(OrtSession::open(library, &self.graph, OrtOptions::default())?) as Box<_>);
+                opens.push(("onnxruntime", Box::new(open)));
+            }
+            opens
+        }
+
+        /// The graph in every runtime against the check's reference.
+        fn judge(&self, mut check: Check) -> Report {
+            for (name, open) in self.opens() {
+                check.run(Candidate { name: name.into(), open });
+            }
+            report(check)
+        }
+    }
+
+    fn tract(graph: &Path) -> Open<'_> {
+        Box::new(move || Ok(Box::new(TractSession::open(graph, TractOptions::default())?)))
+    }
+
+    #[test]
+    fn exported_graphs_pass_as_they_are_and_fail_against_another_function() {
+        for name in ["llama_gqa", "llama_mha"] {
+            let Some(exported) = Exported::open(name) else { return };
+            let faithful = exported.judge(check(|dtype| exported.decoder(dtype), None));
+            assert_eq!(failures(&faithful), Vec::<&str>::new(), "{name}");
+            assert_eq!(faithful.verdict, Verdict::Pass);
+            for run in &faithful.runs {
+                assert_eq!(run.runtime.as_ref().unwrap().runtime, run.name);
+                for case in &run.cases {
+                    let figures = case.figures.unwrap();
+                    eprintln!("{name} {} {}: {:.2e} of {:.2e}", run.name, case.case, figures.max_abs, case.allowed);
+                    assert!(figures.max_abs > 0.0 && figures.kl_max < 1e-9, "{figures:?}");
+                }
+            }
+
+            let adapted = exported.judge(check(|dtype| exported.decoder(dtype), Some(&exported.adapter)));
+            for case in adapted.runs.iter().flat_map(|run| &run.cases) {
+                let figures = case.figures.unwrap();
+                assert_eq!(case.verdict, Verdict::Fail, "{name} {}", case.case);
+                assert!(figures.max_abs > 0.1 && case.factor.unwrap() > 1e3, "{name} {}: {figures:?}", case.case);
+            }
+
+            let role = WeightRole::Weight(0, Linear::Value);
+            let off = |dtype| {
+                let weight = |weight: &crate::base::WeightShape| {
+                    let action = crate::base::Error::candle("converting a weight");
+                    let tensor = exported.checkpoint.tensor(&weight.name)?.to_dtype(dtype).map_err(action)?;
+                    Ok(if weight.role == role { testing::perturbed(tensor, 1e-3) } else { tensor })
+                };
+                Decoder::from_weights(exported.checkpoint.spec(), weight).unwrap()
+            };
+            let perturbed = exported.judge(check(off, None));
+            assert!(perturbed.runs.iter().all(|run| !run.verdict.passed()), "{name}: {:?}", perturbed.rows());
+        }
+    }
+
+    #[test]
+    fn an_exported_graph_equals_itself_and_a_changed_cache_is_named() {
+        let Some(exported) = Exported::open("llama_gqa") else { return };
+        let mut check = check(|dtype| exported.decoder(dtype), None);
+        for ((name, base), (_, folded)) in exported.opens().into_iter().zip(exported.opens()) {
+            assert_eq!(check.no_op(NoOpPair { name: name.into(), base, folded }), Verdict::Pass);
+        }
+        let mut calls = 0;
+        let change = move |name: &str, array: &mut ndarray::ArrayD<f32>| {
+            calls += usize::from(name == "logits");
+            // Five calls without steps or before them: the sixth is a cached step.
+            if name == "present.1.value" && calls == 6 {
+                array[[0, 1, 12, 15]] = array[[0, 1, 12, 15]].next_down();
+            }
+        };
+        let folded = tract(&exported.graph);
+        let folded: Open<'_> = Box::new(|| Ok(Box::new(Tampered { inner: folded()?, change })));
+        let pair = NoOpPair { name: "tract".into(), base: tract(&exported.graph), folded };
+        assert_eq!(check.no_op(pair), Verdict::Fail);
+        let report = report(check);
+        let found = report.no_op.last().unwrap().first_difference.as_ref().unwrap();
+        assert_eq!((found.case.as_str(), found.call), ("cached_decode", 1));
+        assert_eq!((found.output.as_str(), &found.index[..]), ("present.1.value", &[0, 1, 12, 15][..]));
+    }
 }

@@ -10,6 +10,14 @@ use crate::runtime::RuntimeInfo;
 /// Version of the report's layout.
 pub const SCHEMA_VERSION: u32 = 1;
 
+/// What the budget's numbers mean, for who reads a report.
+pub(super) const RULE: &str = "e(x) is the largest absolute distance of the logits of x from the reference's over all \
+    positions that are not padding. A run passes a case when its logits are finite, \
+    e(run) <= max(factor * e(candle), relative_floor * largest reference logit), and its greedy tokens are the \
+    reference's, each picked after the reference's own tokens; a token that differs is a tie, and counts as equal, only \
+    when the reference's logits of the two tokens are no further apart than that limit. A zero adapter passes when every \
+    output is equal bit for bit.";
+
 /// The outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -55,11 +63,10 @@ pub struct Report {
     pub command: String,
     /// What the reference ran on.
     pub environment: Environment,
-    /// The error budget: with `e` the largest absolute distance from the reference's logits over real positions, a run
-    /// passes a case when `e(run) <= max(factor * e(candle), relative_floor * largest reference logit)`, all its logits
-    /// are finite, and its greedy tokens are the reference's; a token that differs is a tie, and counts as equal, when the
-    /// reference's logits of the two tokens are no further apart than the budget allows.
+    /// The error budget's numbers.
     pub budget: Budget,
+    /// The error budget in words.
+    pub rule: String,
     /// The cases, with candle's own distance.
     pub cases: Vec<CaseReport>,
     /// One entry for each runtime.
@@ -170,8 +177,8 @@ pub struct Row<'a> {
     pub allowed: Option<f64>,
     /// The other figures.
     pub figures: Option<&'a Figures>,
-    /// Whether the greedy tokens agree.
-    pub greedy: Option<bool>,
+    /// The greedy continuation.
+    pub greedy: Option<&'a Greedy>,
     /// Why it failed.
     pub failure: Option<&'a str>,
 }
@@ -236,7 +243,7 @@ impl RunCase {
             distance: self.figures.as_ref().map(|figures| figures.max_abs),
             allowed: Some(self.allowed),
             figures: self.figures.as_ref(),
-            greedy: self.greedy.as_ref().map(|greedy| greedy.agrees),
+            greedy: self.greedy.as_ref(),
             failure: self.failure.as_deref(),
         }
     }

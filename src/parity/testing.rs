@@ -4,10 +4,14 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor as CandleTensor};
 use ndarray::{Array2, ArrayD};
+use rand::{RngExt, SeedableRng};
 
-use super::{Case, CaseOptions, generated_prompts, standard_cases};
-use crate::base::{Activation, Attention, Decoder, DecoderSpec, Input, Mlp, Norm, Rotary, SiteHook};
-use crate::runtime::{self, Dim, NamedValues, Port, RuntimeInfo, Session, Tensor};
+use super::{Budget, Candidate, Case, CaseOptions, Check, Model, Reference, generated_prompts, standard_cases};
+use crate::adapter::{Adapter, AdapterConfig};
+use crate::base::{
+    Activation, Attention, Decoder, DecoderSpec, Input, Mlp, NoHook, Norm, Rotary, SiteHook, WeightShape,
+};
+use crate::runtime::{self, Dim, NamedValues, Port, RuntimeInfo, Session, Tensor, library};
 
 pub(super) fn tiny_spec() -> DecoderSpec {
     DecoderSpec {
@@ -32,15 +36,35 @@ pub(super) fn tiny_spec() -> DecoderSpec {
 
 /// A decoder with weights of about the size of a trained one's.
 pub(super) fn tiny_decoder(dtype: DType) -> Decoder {
-    Decoder::from_weights(&tiny_spec(), |weight| {
-        let seed = weight.name.bytes().fold(0.0, |seed, byte| seed * 1.3 % 7.0 + f64::from(byte));
-        let scale = if weight.shape.len() == 1 { 1.0 } else { 0.4 };
-        let count = weight.shape.iter().product::<usize>();
-        let values: Vec<f64> = (0..count).map(|i| scale * (seed + 12.9898 * i as f64).sin()).collect();
-        let tensor = CandleTensor::from_vec(values, weight.shape.clone(), &Device::Cpu);
-        tensor.and_then(|tensor| tensor.to_dtype(dtype)).map_err(crate::base::Error::candle("making a weight"))
-    })
-    .unwrap()
+    Decoder::from_weights(&tiny_spec(), |weight| tiny_weight(weight, dtype)).unwrap()
+}
+
+pub(super) fn tiny_weight(weight: &WeightShape, dtype: DType) -> crate::base::Result<CandleTensor> {
+    let scale = if weight.shape.len() == 1 { 1.0 } else { 0.4 };
+    noise(&weight.name, &weight.shape, scale).to_dtype(dtype).map_err(crate::base::Error::candle("making a weight"))
+}
+
+/// Numbers between `-scale` and `scale`, the same for the same name.
+fn noise(name: &str, shape: &[usize], scale: f64) -> CandleTensor {
+    let seed = name.bytes().fold(0u64, |seed, byte| seed.wrapping_mul(257).wrapping_add(byte.into()));
+    let mut random = rand_pcg::Pcg64Mcg::seed_from_u64(seed);
+    let values = (0..shape.iter().product::<usize>()).map(|_| scale * random.random_range(-1.0..1.0));
+    CandleTensor::from_vec(values.collect::<Vec<f64>>(), shape, &Device::Cpu).unwrap()
+}
+
+/// A weight with its first element moved by `by`.
+pub(super) fn perturbed(weight: CandleTensor, by: f64) -> CandleTensor {
+    let mut moved = vec![0.0; weight.elem_count()];
+    moved[0] = by;
+    let moved = CandleTensor::from_vec(moved, weight.shape(), &Device::Cpu).unwrap();
+    (&weight + moved.to_dtype(weight.dtype()).unwrap()).unwrap()
+}
+
+/// The ONNX Runtime library of this machine, or none with a message.
+pub(super) fn ort_library() -> Option<PathBuf> {
+    let found =
+        crate::files::cache_folder().map_err(runtime::Error::from).and_then(|cache| library::find(None, &cache));
+    found.inspect_err(|error| eprintln!("skipped: {error}; `prefold runtime install` gets it")).ok()
 }
 
 pub(super) fn cases(spec: &DecoderSpec) -> Vec<Case> {
@@ -58,29 +82,78 @@ pub(super) fn shared(path: &str) -> Option<PathBuf> {
     Some(path)
 }
 
+/// A small adapter, and large enough to see.
+pub(super) fn tiny_adapter(scale: f64) -> Adapter {
+    let spec = tiny_spec();
+    let config = serde_json::json!({
+        "method": "prefix_plus", "num_layers": spec.num_layers,
+        "num_heads": spec.attention.num_heads, "head_dim": spec.attention.head_dim,
+    });
+    let config: AdapterConfig = serde_json::from_value(config).unwrap();
+    let tensors = crate::adapter::shapes(&config).into_iter().map(|(name, shape)| {
+        let tensor = noise(&name, &shape, scale);
+        (name, tensor)
+    });
+    let tensors = tensors.collect();
+    Adapter::new(config, tensors).unwrap()
+}
+
+/// A decoder with at most an adapter.
+pub(super) struct Candle {
+    pub(super) decoder: Decoder,
+    hook: Box<dyn SiteHook>,
+}
+
+impl Candle {
+    pub(super) fn new(decoder: Decoder, adapter: Option<&Adapter>) -> Self {
+        let hook = match adapter {
+            Some(adapter) => adapter.hook(decoder.spec(), &Device::Cpu).unwrap(),
+            None => Box::new(NoHook),
+        };
+        Self { decoder, hook }
+    }
+
+    pub(super) fn model(&self) -> Model<'_> {
+        Model { decoder: &self.decoder, hook: &*self.hook }
+    }
+}
+
+/// The check of a model by float64, float32 for candle's own run; `weights` makes both.
+pub(super) fn check(weights: impl Fn(DType) -> Decoder, adapter: Option<&Adapter>) -> Check {
+    let reference = Candle::new(weights(DType::F64), adapter);
+    let reference = Reference::compute(reference.model(), cases(reference.decoder.spec())).unwrap();
+    let model = Candle::new(weights(DType::F32), adapter);
+    Check::new(reference, model.model(), Budget::of(DType::F32).unwrap()).unwrap()
+}
+
+/// A candidate that gives `session`.
+pub(super) fn candidate(session: impl Session + 'static) -> Candidate<'static> {
+    Candidate { name: "test".into(), open: Box::new(|| Ok(Box::new(session))) }
+}
+
 /// A decoder without a cache, run by candle.
-pub(super) struct CandleSession<'a> {
-    pub(super) decoder: &'a Decoder,
-    pub(super) hook: &'a (dyn SiteHook + Sync),
+pub(super) struct CandleSession {
+    decoder: Decoder,
+    adapter: Option<Adapter>,
     /// Added to all positions.
-    pub(super) shift: i64,
+    shift: i64,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
 }
 
-impl<'a> CandleSession<'a> {
-    pub(super) fn new(decoder: &'a Decoder, hook: &'a (dyn SiteHook + Sync), shift: i64) -> Self {
+impl CandleSession {
+    pub(super) fn new(decoder: Decoder, adapter: Option<&Adapter>, shift: i64) -> Self {
         let named = |name: &str| Dim::Named(name.into());
         let port = |name: &str, dtype, dims| Port { name: name.into(), dtype, dims };
         let index = |name| port(name, runtime::DType::I64, vec![named("batch"), named("sequence")]);
         let vocab = Dim::Fixed(decoder.spec().vocab_size);
         let inputs = ["input_ids", "attention_mask", "position_ids"].map(index).into();
         let logits = port("logits", runtime::DType::F32, vec![named("batch"), named("sequence"), vocab]);
-        Self { decoder, hook, shift, inputs, outputs: vec![logits] }
+        Self { decoder, adapter: adapter.cloned(), shift, inputs, outputs: vec![logits] }
     }
 }
 
-impl Session for CandleSession<'_> {
+impl Session for CandleSession {
     fn inputs(&self) -> &[Port] {
         &self.inputs
     }
@@ -109,7 +182,9 @@ impl Session for CandleSession<'_> {
         let positions = take("position_ids") + self.shift;
         let flat = |array: &Array2<i64>| array.iter().copied().collect::<Vec<_>>();
         let input = Input::new(ids.nrows(), &flat(&ids), &flat(&mask), Some(&flat(&positions))).unwrap();
-        let logits = self.decoder.forward(&input, None, self.hook).unwrap().to_dtype(DType::F32).unwrap();
+        let hook = self.adapter.as_ref().map(|adapter| adapter.hook(self.decoder.spec(), &Device::Cpu).unwrap());
+        let hook = hook.as_deref().unwrap_or(&NoHook);
+        let logits = self.decoder.forward(&input, None, hook).unwrap().to_dtype(DType::F32).unwrap();
         let values = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let logits = ArrayD::from_shape_vec(logits.dims(), values).unwrap();
         Ok(vec![("logits".into(), runtime::Value::from(logits).into())])
