@@ -291,7 +291,10 @@ mod tests {
     use super::*;
     use crate::adapter::Adapter;
     use crate::base::{Checkpoint, Linear, WeightRole};
-    use crate::parity::testing::{self, Candle, CandleSession, Tampered, candidate, check, tiny_adapter, tiny_decoder};
+    use crate::parity::testing::{
+        self, Candle, CandleSession, Distort, FAITHFUL, SHIFTED, Tampered, UNMASKED, candidate, check, tiny_adapter,
+        tiny_decoder,
+    };
     use crate::runtime::{OrtOptions, OrtSession, TractOptions, TractSession};
 
     fn report(check: Check) -> Report {
@@ -302,8 +305,8 @@ mod tests {
         report.rows().iter().filter_map(|row| row.failure).collect()
     }
 
-    fn tiny_session(adapter: Option<&Adapter>, shift: i64) -> CandleSession {
-        CandleSession::new(tiny_decoder(DType::F32), adapter, shift)
+    fn tiny_session(adapter: Option<&Adapter>, distort: Distort) -> CandleSession {
+        CandleSession::new(tiny_decoder(DType::F32), adapter, distort)
     }
 
     fn in_tiny(adapter: Option<&Adapter>, session: impl Session + 'static) -> Report {
@@ -315,7 +318,7 @@ mod tests {
     #[test]
     fn the_same_model_passes_with_and_without_an_adapter() {
         for adapter in [None, Some(&tiny_adapter(0.3))] {
-            let report = in_tiny(adapter, tiny_session(adapter, 0));
+            let report = in_tiny(adapter, tiny_session(adapter, FAITHFUL));
             assert_eq!((report.verdict, failures(&report)), (Verdict::Pass, vec![]));
             assert_eq!(report.runs[0].cases.len(), 7);
             for case in &report.runs[0].cases {
@@ -327,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_missing_adapter_is_told() {
-        let report = in_tiny(Some(&tiny_adapter(0.3)), tiny_session(None, 0));
+        let report = in_tiny(Some(&tiny_adapter(0.3)), tiny_session(None, FAITHFUL));
         assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
         let message = failures(&report)[0];
         assert!(message.contains("away from the reference") && message.contains("is allowed"), "{message}");
@@ -336,10 +339,19 @@ mod tests {
     /// The base model's scores see only differences of positions, an adapter's term the positions themselves.
     #[test]
     fn shifted_positions_are_told_by_an_adapter_alone() {
-        assert_eq!(in_tiny(None, tiny_session(None, 1)).verdict, Verdict::Pass);
+        assert_eq!(in_tiny(None, tiny_session(None, SHIFTED)).verdict, Verdict::Pass);
         let adapter = tiny_adapter(0.3);
-        let report = in_tiny(Some(&adapter), tiny_session(Some(&adapter), 1));
+        let report = in_tiny(Some(&adapter), tiny_session(Some(&adapter), SHIFTED));
         assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
+    }
+
+    /// Padding after a row is hidden by causality, whatever the mask says.
+    #[test]
+    fn an_ignored_mask_is_told_by_padding_on_the_left_alone() {
+        let report = in_tiny(None, tiny_session(None, UNMASKED));
+        let failed = report.runs[0].cases.iter().filter(|case| !case.verdict.passed());
+        let failed: Vec<&str> = failed.map(|case| case.case.as_str()).collect();
+        assert_eq!(failed, ["left_padding", "cached_decode_left_padding"]);
     }
 
     #[test]
@@ -350,7 +362,7 @@ mod tests {
                 Ok(if weight.role == role { testing::perturbed(tensor, 1e-3) } else { tensor })
             };
             let decoder = Decoder::from_weights(&testing::tiny_spec(), weight).unwrap();
-            let report = in_tiny(None, CandleSession::new(decoder, None, 0));
+            let report = in_tiny(None, CandleSession::new(decoder, None, FAITHFUL));
             assert_eq!(report.verdict, Verdict::Fail, "{role:?}");
         }
     }
@@ -359,7 +371,7 @@ mod tests {
     fn logits_that_are_not_finite_fail_and_are_named() {
         for (poison, name) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
             let change = move |_: &str, logits: &mut ndarray::ArrayD<f32>| logits[[0, 0, 3]] = poison;
-            let report = in_tiny(None, Tampered { inner: tiny_session(None, 0), change });
+            let report = in_tiny(None, Tampered { inner: tiny_session(None, FAITHFUL), change });
             let case = &report.runs[0].cases[0];
             assert_eq!((report.verdict, case.verdict, &case.figures), (Verdict::Fail, Verdict::Fail, &None));
             let expected = format!("the logit {name} for token 3 at row 0, column 0 is not finite");
@@ -377,7 +389,7 @@ mod tests {
                 logits[[1, 0, 3]] = f32::NAN;
             }
         };
-        check.run(candidate(Tampered { inner: tiny_session(None, 0), change }));
+        check.run(candidate(Tampered { inner: tiny_session(None, FAITHFUL), change }));
         let report = report(check);
         let verdict = |name: &str| report.runs[0].cases.iter().find(|case| case.case == name).unwrap().verdict;
         assert_eq!(verdict("left_padding"), Verdict::Pass, "row 1 starts with padding");
@@ -397,7 +409,7 @@ mod tests {
                 position.mapv_inplace(|logit| if best - logit < 0.31 { logit - 0.29 } else { logit + 0.29 });
             }
         };
-        check.run(candidate(Tampered { inner: tiny_session(None, 0), change }));
+        check.run(candidate(Tampered { inner: tiny_session(None, FAITHFUL), change }));
         let report = report(check);
         for case in &report.runs[0].cases {
             assert!(case.figures.unwrap().max_abs < case.allowed);
@@ -416,8 +428,8 @@ mod tests {
         let mut spec = testing::tiny_spec();
         spec.vocab_size = 41;
         let other = Decoder::from_weights(&spec, |weight| testing::tiny_weight(weight, DType::F32)).unwrap();
-        check.run(candidate(CandleSession::new(other, None, 0)));
-        assert_eq!(check.run(candidate(tiny_session(None, 0))), Verdict::Pass);
+        check.run(candidate(CandleSession::new(other, None, FAITHFUL)));
+        assert_eq!(check.run(candidate(tiny_session(None, FAITHFUL))), Verdict::Pass);
         let report = report(check);
         assert_eq!(report.verdict, Verdict::Fail);
         let rows = report.rows();
@@ -457,8 +469,8 @@ mod tests {
     #[test]
     fn a_report_is_what_its_schema_says_and_reads_back() {
         let mut check = check(tiny_decoder, None);
-        check.run(candidate(tiny_session(None, 0)));
-        check.run(candidate(tiny_session(Some(&tiny_adapter(0.3)), 0)));
+        check.run(candidate(tiny_session(None, FAITHFUL)));
+        check.run(candidate(tiny_session(Some(&tiny_adapter(0.3)), FAITHFUL)));
         let open: Open<'_> = Box::new(|| Err(runtime::Error::NoLibrary { tried: Vec::new() }));
         check.run(Candidate { name: "absent".into(), open });
         check.no_op(no_op_pair(|_, _| {}));
@@ -474,8 +486,10 @@ mod tests {
     fn no_op_pair(change: impl FnMut(&str, &mut ndarray::ArrayD<f32>) + Send + 'static) -> NoOpPair<'static> {
         NoOpPair {
             name: "test".into(),
-            base: Box::new(|| Ok(Box::new(tiny_session(None, 0)))),
-            folded: Box::new(|| Ok(Box::new(Tampered { inner: tiny_session(Some(&tiny_adapter(0.0)), 0), change }))),
+            base: Box::new(|| Ok(Box::new(tiny_session(None, FAITHFUL)))),
+            folded: Box::new(|| {
+                Ok(Box::new(Tampered { inner: tiny_session(Some(&tiny_adapter(0.0)), FAITHFUL), change }))
+            }),
         }
     }
 

@@ -90,11 +90,10 @@ pub(super) fn tiny_adapter(scale: f64) -> Adapter {
         "num_heads": spec.attention.num_heads, "head_dim": spec.attention.head_dim,
     });
     let config: AdapterConfig = serde_json::from_value(config).unwrap();
-    let tensors = crate::adapter::shapes(&config).into_iter().map(|(name, shape)| {
-        let tensor = noise(&name, &shape, scale);
-        (name, tensor)
-    });
-    let tensors = tensors.collect();
+    let mut tensors = std::collections::BTreeMap::new();
+    for (name, shape) in crate::adapter::shapes(&config) {
+        tensors.insert(name.clone(), noise(&name, &shape, scale));
+    }
     Adapter::new(config, tensors).unwrap()
 }
 
@@ -131,25 +130,31 @@ pub(super) fn candidate(session: impl Session + 'static) -> Candidate<'static> {
     Candidate { name: "test".into(), open: Box::new(|| Ok(Box::new(session))) }
 }
 
+/// What is done to mask and positions before the decoder sees them.
+pub(super) type Distort = fn(&mut Array2<i64>, &mut Array2<i64>);
+
+pub(super) const FAITHFUL: Distort = |_, _| {};
+pub(super) const SHIFTED: Distort = |_, positions| *positions += 1;
+pub(super) const UNMASKED: Distort = |mask, _| mask.fill(1);
+
 /// A decoder without a cache, run by candle.
 pub(super) struct CandleSession {
     decoder: Decoder,
     adapter: Option<Adapter>,
-    /// Added to all positions.
-    shift: i64,
+    distort: Distort,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
 }
 
 impl CandleSession {
-    pub(super) fn new(decoder: Decoder, adapter: Option<&Adapter>, shift: i64) -> Self {
+    pub(super) fn new(decoder: Decoder, adapter: Option<&Adapter>, distort: Distort) -> Self {
         let named = |name: &str| Dim::Named(name.into());
         let port = |name: &str, dtype, dims| Port { name: name.into(), dtype, dims };
         let index = |name| port(name, runtime::DType::I64, vec![named("batch"), named("sequence")]);
         let vocab = Dim::Fixed(decoder.spec().vocab_size);
         let inputs = ["input_ids", "attention_mask", "position_ids"].map(index).into();
         let logits = port("logits", runtime::DType::F32, vec![named("batch"), named("sequence"), vocab]);
-        Self { decoder, adapter: adapter.cloned(), shift, inputs, outputs: vec![logits] }
+        Self { decoder, adapter: adapter.cloned(), distort, inputs, outputs: vec![logits] }
     }
 }
 
@@ -178,8 +183,8 @@ impl Session for CandleSession {
         let mut take = |name: &str| -> Array2<i64> {
             feeds.take(name).unwrap().into_i64().unwrap().into_dimensionality().unwrap()
         };
-        let (ids, mask) = (take("input_ids"), take("attention_mask"));
-        let positions = take("position_ids") + self.shift;
+        let (ids, mut mask, mut positions) = (take("input_ids"), take("attention_mask"), take("position_ids"));
+        (self.distort)(&mut mask, &mut positions);
         let flat = |array: &Array2<i64>| array.iter().copied().collect::<Vec<_>>();
         let input = Input::new(ids.nrows(), &flat(&ids), &flat(&mask), Some(&flat(&positions))).unwrap();
         let hook = self.adapter.as_ref().map(|adapter| adapter.hook(self.decoder.spec(), &Device::Cpu).unwrap());
