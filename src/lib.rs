@@ -33,7 +33,9 @@
 pub mod adapter;
 pub mod base;
 pub mod data;
+pub mod export;
 pub mod files;
 pub mod onnx;
 pub mod parity;
 pub mod runtime;
+pub mod train;

@@ -97,7 +97,7 @@ impl Checkpoint {
     pub fn names(&self) -> Vec<String> {
         match &self.weights {
             Weights::Folder(shards) => shards.names().map(str::to_owned).collect(),
-            Weights::Gguf(gguf) => gguf.names(),
+            Weights::Gguf(gguf) => gguf.names().map(str::to_owned).collect(),
         }
     }
 
@@ -106,11 +106,10 @@ impl Checkpoint {
     /// # Errors
     /// When there is no such tensor.
     pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
-        let shape = match &self.weights {
-            Weights::Folder(shards) => shards.shape(name).map(<[usize]>::to_vec),
+        match &self.weights {
+            Weights::Folder(shards) => shards.shape(name).map(<[usize]>::to_vec).ok_or_else(|| self.missing(name)),
             Weights::Gguf(gguf) => gguf.shape(name),
-        };
-        shape.ok_or_else(|| self.missing(name))
+        }
     }
 
     /// The data type that the weights are best computed in: the file's own, float32 for a GGUF file.
@@ -155,6 +154,6 @@ impl Checkpoint {
     }
 
     fn missing(&self, name: &str) -> Error {
-        Error::MissingTensor { path: self.path.clone(), name: name.into() }
+        Error::TensorMissing { path: self.path.clone(), name: name.into() }
     }
 }

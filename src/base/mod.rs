@@ -5,6 +5,7 @@
 //! attention output it belongs to, offered to a [`SiteHook`] in every layer.
 
 mod cache;
+mod chat;
 mod checkpoint;
 mod decoder;
 mod error;
@@ -18,9 +19,13 @@ mod spec;
 mod tokenizer;
 
 pub use cache::KvCache;
+pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
 pub use decoder::{Decoder, Input, NoHook, Site, SiteHook};
 pub use error::{Error, Result};
 pub use gguf::Gguf;
 pub use spec::{Activation, Attention, DecoderSpec, Linear, Mlp, Norm, Rotary, WeightRole, WeightShape};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{StreamDecoder, Tokenizer};
+
+#[cfg(test)]
+pub(crate) mod testing;

@@ -1,6 +1,6 @@
 //! New models.
 
-use super::def::{NodeDef, TensorDef, ValueDef, encode_entry};
+use super::def::{FunctionDef, NodeDef, TensorDef, ValueDef, encode_entry};
 use super::node::standard_domain;
 use super::proto::{graph, model, opset};
 use super::wire::Encoder;
@@ -20,6 +20,7 @@ pub struct ModelBuilder {
     outputs: Vec<ValueDef>,
     value_info: Vec<ValueDef>,
     metadata: Vec<(String, String)>,
+    functions: Vec<FunctionDef>,
 }
 
 impl ModelBuilder {
@@ -36,6 +37,7 @@ impl ModelBuilder {
             outputs: Vec::new(),
             value_info: Vec::new(),
             metadata: Vec::new(),
+            functions: Vec::new(),
         }
     }
 
@@ -87,6 +89,12 @@ impl ModelBuilder {
         self
     }
 
+    /// Adds a model-local function: what an operator means where a runtime does not know it.
+    pub fn function(&mut self, function: FunctionDef) -> &mut Self {
+        self.functions.push(function);
+        self
+    }
+
     /// The model, checked.
     ///
     /// # Errors
@@ -102,6 +110,9 @@ impl ModelBuilder {
         }
         for (key, value) in &self.metadata {
             encoder.message(model::METADATA_PROPS, &encode_entry(key, value));
+        }
+        for function in &self.functions {
+            encoder.message(model::FUNCTIONS, &function.encode()?);
         }
         let model = Model::from_bytes(encoder.into_bytes())?;
         check(&model)?;

@@ -1,9 +1,10 @@
 //! New nodes, tensors and values, as they are written down before they are part of a model.
 
+use super::builder::encode_opset;
 use super::data_type::DataType;
 use super::external::ExternalRef;
 use super::node::standard_domain;
-use super::proto::{attribute, entry, node, tensor, types, value};
+use super::proto::{attribute, entry, function, node, tensor, types, value};
 use super::value::Dim;
 use super::wire::Encoder;
 use super::{Error, Result};
@@ -243,6 +244,64 @@ impl TensorDef {
             found: given.unwrap_or(0),
             expected,
         })
+    }
+}
+
+/// A new model-local function: an operator defined by others.
+#[derive(Clone, Debug)]
+pub struct FunctionDef {
+    domain: String,
+    name: String,
+    inputs: Vec<String>,
+    outputs: Vec<String>,
+    opsets: Vec<(String, i64)>,
+    nodes: Vec<NodeDef>,
+}
+
+impl FunctionDef {
+    /// Defines operator `name` of `domain` over the given operator sets.
+    pub fn new(domain: &str, name: &str, opsets: &[(&str, i64)]) -> Self {
+        Self {
+            domain: standard_domain(domain).to_owned(),
+            name: name.to_owned(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            opsets: opsets.iter().map(|(domain, version)| (standard_domain(domain).to_owned(), *version)).collect(),
+            nodes: Vec::new(),
+        }
+    }
+
+    /// Adds formal inputs.
+    pub fn inputs<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
+        self.inputs.extend(names.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds formal outputs.
+    pub fn outputs<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
+        self.outputs.extend(names.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds a node of the body after those that are there.
+    pub fn node(mut self, node: NodeDef) -> Self {
+        self.nodes.push(node);
+        self
+    }
+
+    pub(crate) fn encode(&self) -> Result<Encoder> {
+        let mut encoder = Encoder::default();
+        encoder.string(function::NAME, &self.name);
+        self.inputs.iter().for_each(|name| encoder.string(function::INPUT, name));
+        self.outputs.iter().for_each(|name| encoder.string(function::OUTPUT, name));
+        for node in &self.nodes {
+            encoder.message(function::NODE, &node.encode()?);
+        }
+        for (domain, version) in &self.opsets {
+            encoder.message(function::OPSET_IMPORT, &encode_opset(domain, *version));
+        }
+        encoder.string(function::DOMAIN, &self.domain);
+        Ok(encoder)
     }
 }
 

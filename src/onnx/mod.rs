@@ -51,7 +51,7 @@ pub use builder::ModelBuilder;
 pub use bytes::Bytes;
 pub use check::{check, check_any_order};
 pub use data_type::DataType;
-pub use def::{NodeDef, TensorDef, ValueDef};
+pub use def::{FunctionDef, NodeDef, TensorDef, ValueDef};
 pub use error::{Error, Result};
 pub use external::{EXTERNAL_ALIGNMENT, ExternalRef, ExternalWriter, external_files};
 pub use graph::{Graph, MAX_GRAPH_DEPTH};

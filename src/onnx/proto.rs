@@ -132,7 +132,12 @@ pub(crate) mod types {
 /// `FunctionProto`.
 pub(crate) mod function {
     pub const MESSAGE: &str = "FunctionProto";
+    pub const NAME: u32 = 1;
+    pub const INPUT: u32 = 4;
+    pub const OUTPUT: u32 = 5;
     pub const NODE: u32 = 7;
+    pub const OPSET_IMPORT: u32 = 9;
+    pub const DOMAIN: u32 = 10;
 }
 
 /// `TrainingInfoProto`.

@@ -106,9 +106,7 @@ impl TrainConfig {
     /// Names the field that does not.
     pub fn check(&self) -> Result<()> {
         let fail = |field: &'static str, why: String| Err(Error::Config { field, why });
-        for (field, value) in
-            [("batch_size", self.batch_size), ("gradient_accumulation", self.gradient_accumulation)]
-        {
+        for (field, value) in [("batch_size", self.batch_size), ("gradient_accumulation", self.gradient_accumulation)] {
             if value == 0 {
                 return fail(field, "must be at least 1".into());
             }

@@ -46,7 +46,9 @@ pub enum Error {
     #[error("training diverged at step {step}: the {what} is {value}")]
     #[diagnostic(
         code(prefold::train::diverged),
-        help("lower --learning-rate (now {learning_rate}), or lengthen the warm-up; checkpoints written before stay as they are")
+        help(
+            "lower --learning-rate (now {learning_rate}), or lengthen the warm-up; checkpoints written before stay as they are"
+        )
     )]
     Diverged {
         /// The step, counted from 1.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Result, batch_input, completion_loss};
 use crate::base::{Decoder, SiteHook};
-use crate::data::{Batch, Example};
+use crate::data::Dataset;
 
 /// Figures over a set of examples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,21 +19,17 @@ pub struct Evaluation {
     pub accuracy: f64,
 }
 
-/// Evaluates `hook` on `examples` in batches of `batch_size`, sorted by length so that little is padding.
+/// Evaluates `hook` on a dataset in batches of `batch_size`, sorted by length so that little is padding.
 ///
 /// # Errors
 /// When an example does not fit the model.
-pub fn evaluate(
-    decoder: &Decoder,
-    hook: &dyn SiteHook,
-    examples: &[Example],
-    batch_size: usize,
-) -> Result<Evaluation> {
-    let mut by_length: Vec<&Example> = examples.iter().collect();
-    by_length.sort_by_key(|e| e.len());
+pub fn evaluate(decoder: &Decoder, hook: &dyn SiteHook, dataset: &Dataset, batch_size: usize) -> Result<Evaluation> {
+    let examples = dataset.examples();
+    let mut by_length: Vec<usize> = (0..examples.len()).collect();
+    by_length.sort_by_key(|i| examples.get(*i).map(|e| e.prompt_ids.len() + e.completion_ids.len()));
     let (mut loss, mut tokens, mut correct, mut exact) = (0.0, 0, 0, 0);
     for chunk in by_length.chunks(batch_size.max(1)) {
-        let batch = Batch::right_padded(chunk);
+        let batch = dataset.batch(chunk);
         let found = completion_loss(decoder, hook, &batch_input(&batch)?, &batch.labels)?;
         let sum = found.sum.to_dtype(candle_core::DType::F64).and_then(|s| s.to_scalar::<f64>());
         loss += sum.map_err(Error::candle("reading the loss"))?;

@@ -1,5 +1,6 @@
 //! The loss: cross-entropy of the completion's tokens, and of nothing else.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 

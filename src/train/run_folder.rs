@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{AdamW, Error, Result, TrainConfig};
 use crate::adapter::Adapter;
+use crate::data::Cursor;
 use crate::files::{self, StagedFolder};
 
 /// File name of the metrics.
@@ -24,11 +25,13 @@ const CHECKPOINTS: &str = "checkpoints";
 const OPTIMIZER_NAME: &str = "optimizer.safetensors";
 const STATE_NAME: &str = "state.json";
 
-/// What a checkpoint holds besides tensors. The data cursor follows from the step: see `Trainer`.
+/// What a checkpoint holds besides tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct State {
     /// Optimizer steps done.
     pub(super) step: usize,
+    /// Where in the training data the next batch begins.
+    pub(super) cursor: Cursor,
     /// SHA-256 over the token ids of the training examples.
     pub(super) data: String,
     /// The options of the run.

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::adapter::Adapter;
 use crate::base::{Decoder, SiteHook};
-use crate::data::{Batch, Example, epoch_order};
+use crate::data::{Batch, Cursor, Dataset, Example, Sampler};
 
 /// One optimizer step, as it is logged and shown.
 #[derive(Clone, Debug, Serialize)]
@@ -73,14 +73,13 @@ pub struct Outcome {
 
 /// A training run: what is trained, on what, how, and where it is written.
 ///
-/// The data cursor is the number of micro-batches consumed, `step · gradient_accumulation`: batch `n` is batch
-/// `n mod batches_per_epoch` of epoch `n / batches_per_epoch`, whose order follows from the seed. So a checkpoint needs the
-/// step alone.
+/// What it computes follows from its seed, data and options: a checkpoint holds the adapter, the optimizer's moments, the
+/// step and the data cursor, and a run that goes on from it ends in the same bytes.
 pub struct Trainer<'a> {
     decoder: &'a Decoder,
     config: TrainConfig,
-    train: &'a [Example],
-    held_out: &'a [Example],
+    train: &'a Dataset,
+    held_out: Option<&'a Dataset>,
     folder: &'a RunFolder,
     adapter: Adapter,
     hook: Box<dyn SiteHook>,
@@ -88,8 +87,8 @@ pub struct Trainer<'a> {
     schedule: Schedule,
     data_hash: String,
     start: usize,
-    /// The shuffled examples of an epoch.
-    order: (usize, Vec<usize>),
+    sampler: Sampler,
+    cursor: Cursor,
 }
 
 impl<'a> Trainer<'a> {
@@ -102,26 +101,32 @@ impl<'a> Trainer<'a> {
         decoder: &'a Decoder,
         adapter: &Adapter,
         config: TrainConfig,
-        train: &'a [Example],
-        held_out: &'a [Example],
+        train: &'a Dataset,
+        held_out: Option<&'a Dataset>,
         folder: &'a RunFolder,
     ) -> Result<Self> {
         config.check()?;
-        if train.is_empty() {
+        if train.examples().is_empty() {
             return Err(Error::NoExamples);
         }
-        let data_hash = hash_of(train);
+        let data_hash = hash_of(train.examples());
         let saved = folder.load()?;
         if let Some(saved) = &saved {
-            check_resumable(&saved.path, &saved.state, &config, &data_hash, saved.adapter.config() == adapter.config())?;
+            check_resumable(
+                &saved.path,
+                &saved.state,
+                &config,
+                &data_hash,
+                saved.adapter.config() == adapter.config(),
+            )?;
         }
         let start_from = saved.as_ref().map_or(adapter, |s| &s.adapter);
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(decoder.spec(), decoder.device())?;
         let mut optimizer = AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?;
-        let mut start = 0;
+        let (mut start, mut cursor) = (0, Cursor::default());
         if let Some(saved) = saved {
-            start = saved.state.step;
+            (start, cursor) = (saved.state.step, saved.state.cursor);
             if optimizer.restore(&saved.moments, start).is_none() {
                 let why = "its optimizer state does not fit the adapter".into();
                 return Err(Error::Resume { path: saved.path, why });
@@ -129,8 +134,22 @@ impl<'a> Trainer<'a> {
             folder.rewind_metrics(start)?;
         }
         let schedule = config.schedule(config.total_steps(train.len()));
-        let order = (0, epoch_order(train.len(), config.seed, 0));
-        Ok(Self { decoder, config, train, held_out, folder, adapter, hook, optimizer, schedule, data_hash, start, order })
+        let sampler = Sampler::new(train.len(), config.batch_size, config.seed);
+        Ok(Self {
+            decoder,
+            config,
+            train,
+            held_out,
+            folder,
+            adapter,
+            hook,
+            optimizer,
+            schedule,
+            data_hash,
+            start,
+            sampler,
+            cursor,
+        })
     }
 
     /// Optimizer steps of the whole run.
@@ -169,15 +188,13 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&self, step: usize) -> Result<PathBuf> {
-        let state = State { step, data: self.data_hash.clone(), config: self.config.clone() };
+        let state = State { step, cursor: self.cursor, data: self.data_hash.clone(), config: self.config.clone() };
         self.folder.save(&self.adapter, &self.optimizer, &state)
     }
 
     fn evaluate_held_out(&self, step: usize, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
-        if self.held_out.is_empty() {
-            return Ok(None);
-        }
-        let evaluation = evaluate(self.decoder, self.hook.as_ref(), self.held_out, self.config.batch_size * 4)?;
+        let Some(held_out) = self.held_out else { return Ok(None) };
+        let evaluation = evaluate(self.decoder, self.hook.as_ref(), held_out, self.config.batch_size * 4)?;
         #[derive(Serialize)]
         struct Line {
             step: usize,
@@ -190,9 +207,8 @@ impl<'a> Trainer<'a> {
 
     fn step(&mut self, step: usize) -> Result<StepReport> {
         let started = Instant::now();
-        let first = step * self.config.gradient_accumulation;
-        let batches: Vec<Batch> = (first..first + self.config.gradient_accumulation).map(|n| self.batch(n)).collect();
-        let completion_tokens: usize = batches.iter().map(Batch::num_labels).sum();
+        let batches: Vec<Batch> = (0..self.config.gradient_accumulation).map(|_| self.next_batch()).collect();
+        let completion_tokens: usize = batches.iter().map(Batch::labelled).sum();
         let mut gradients = BTreeMap::new();
         let mut loss = 0.0;
         for batch in &batches {
@@ -210,7 +226,7 @@ impl<'a> Trainer<'a> {
         self.check_finite(step, "gradient norm", grad_norm)?;
         let learning_rate = self.schedule.rate(step);
         self.optimizer.step(&gradients, learning_rate).map_err(Error::candle("updating the adapter"))?;
-        let tokens = batches.iter().map(Batch::num_tokens).sum();
+        let tokens = batches.iter().map(Batch::tokens).sum();
         let seconds = started.elapsed().as_secs_f64();
         Ok(StepReport { step: step + 1, loss, learning_rate, grad_norm, tokens, completion_tokens, seconds })
     }
@@ -222,17 +238,8 @@ impl<'a> Trainer<'a> {
         Err(Error::Diverged { step: step + 1, what, value, learning_rate: self.config.learning_rate })
     }
 
-    /// Micro-batch `n` of the run.
-    fn batch(&mut self, n: usize) -> Batch {
-        let per_epoch = self.config.batches_per_epoch(self.train.len());
-        let epoch = n / per_epoch;
-        if self.order.0 != epoch {
-            self.order = (epoch, epoch_order(self.train.len(), self.config.seed, epoch as u64));
-        }
-        let from = n % per_epoch * self.config.batch_size;
-        let to = (from + self.config.batch_size).min(self.train.len());
-        let rows: Vec<&Example> = self.order.1[from..to].iter().map(|i| &self.train[*i]).collect();
-        Batch::right_padded(&rows)
+    fn next_batch(&mut self) -> Batch {
+        self.train.batch(&self.sampler.next(&mut self.cursor))
     }
 }
 

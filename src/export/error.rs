@@ -1,0 +1,30 @@
+//! What can go wrong while a graph is written.
+
+/// An error of the export room.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Files(#[from] crate::files::Error),
+    /// The checkpoint failed.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Base(#[from] crate::base::Error),
+    /// The graph could not be built.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Onnx(#[from] crate::onnx::Error),
+    /// A weight could not be converted.
+    #[error("candle failed while converting `{tensor}`: {source}")]
+    #[diagnostic(code(prefold::export::convert))]
+    Convert {
+        /// The weight.
+        tensor: String,
+        /// candle's reason.
+        source: candle_core::Error,
+    },
+}
+
+/// The result of an operation of export.
+pub type Result<T> = std::result::Result<T, Error>;

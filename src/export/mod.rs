@@ -1,0 +1,181 @@
+//! A decoder as an ONNX graph with a key-value cache: the ONNX interpreter of a
+//! [`DecoderSpec`](crate::base::DecoderSpec).
+//!
+//! ```text
+//! input_ids       [batch, sequence]          ─┐
+//! attention_mask  [batch, past + sequence]    ├─► graph ─► logits       [batch, sequence, vocab]
+//! position_ids    [batch, sequence]           │            present.N.*  [batch, kv_heads, past + sequence, head_dim]
+//! past_key_values.N.key|value                ─┘
+//!                 [batch, kv_heads, past, head_dim]
+//! ```
+//!
+//! [`decoder`] writes what all dialects share; [`portable`] and [`fused`] each write norms and attention in their
+//! operators. Weights are streamed from the mapped checkpoint, one at a time. Knows no training and no adapter.
+
+mod decoder;
+mod error;
+mod fused;
+mod portable;
+mod writer;
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use error::{Error, Result};
+
+use crate::base::Checkpoint;
+use crate::files::{FileFact, Manifest};
+use crate::onnx::{DataType, MODEL_NAME, ModelBuilder};
+
+/// File name of the external data.
+pub const DATA_NAME: &str = "model.onnx.data";
+
+const IR_VERSION: i64 = 8;
+const OPSET: i64 = 17;
+
+/// Which operators the graph is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Dialect {
+    /// Standard operators of opset 17 only: runs in every ONNX runtime, with symbolic dimensions in tract.
+    #[default]
+    Portable,
+    /// Fused operators of `com.microsoft`: GroupQueryAttention, RotaryEmbedding, SimplifiedLayerNormalization and its skip
+    /// form. For ONNX Runtime.
+    Ort,
+}
+
+impl std::str::FromStr for Dialect {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "portable" => Ok(Self::Portable),
+            "ort" => Ok(Self::Ort),
+            other => Err(format!("`{other}` is neither portable nor ort")),
+        }
+    }
+}
+
+impl std::fmt::Display for Dialect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Portable => "portable",
+            Self::Ort => "ort",
+        })
+    }
+}
+
+/// The type of weights, activations and cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// float32.
+    #[default]
+    F32,
+    /// float16; rotary angles and norms are computed in float32.
+    F16,
+}
+
+impl Precision {
+    /// ONNX's name of the type.
+    pub fn data_type(self) -> DataType {
+        match self {
+            Self::F32 => DataType::Float,
+            Self::F16 => DataType::Float16,
+        }
+    }
+
+    /// candle's name of the type.
+    pub fn dtype(self) -> candle_core::DType {
+        match self {
+            Self::F32 => candle_core::DType::F32,
+            Self::F16 => candle_core::DType::F16,
+        }
+    }
+}
+
+impl std::str::FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            other => Err(format!("`{other}` is neither f32 nor f16")),
+        }
+    }
+}
+
+/// How to export.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ExportOptions {
+    /// Which operators.
+    pub dialect: Dialect,
+    /// Which type.
+    pub precision: Precision,
+    /// Weights go into `model.onnx.data` where all of them together have more bytes than this.
+    pub external_data_threshold: u64,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        Self { dialect: Dialect::Portable, precision: Precision::F32, external_data_threshold: 64 << 20 }
+    }
+}
+
+/// Writes `model.onnx`, its data, `config.json`, the tokenizer where the checkpoint has one, and the manifest into a
+/// folder that exists.
+///
+/// # Errors
+/// When a weight cannot be read or a file cannot be written.
+pub fn export(checkpoint: &Checkpoint, options: &ExportOptions, folder: &Path) -> Result<PathBuf> {
+    let mut graph = writer::GraphWriter::new(checkpoint, options, folder)?;
+    match options.dialect {
+        Dialect::Portable => decoder::write(&mut graph, portable::Portable::default())?,
+        Dialect::Ort => decoder::write(&mut graph, fused::Fused::default())?,
+    }
+    let path = folder.join(MODEL_NAME);
+    graph.finish()?.save(&path)?;
+    write_companions(checkpoint, folder)?;
+    write_manifest(checkpoint, options, folder)?;
+    Ok(path)
+}
+
+fn new_builder(dialect: Dialect) -> ModelBuilder {
+    let mut builder = ModelBuilder::new("decoder", IR_VERSION);
+    builder.producer("prefold", env!("CARGO_PKG_VERSION")).opset("", OPSET);
+    builder.metadata("prefold.dialect", &dialect.to_string());
+    if dialect == Dialect::Ort {
+        builder.opset(fused::DOMAIN, 1);
+    }
+    builder
+}
+
+fn write_companions(checkpoint: &Checkpoint, folder: &Path) -> Result<()> {
+    crate::files::write_json(&folder.join("config.json"), "a model configuration", checkpoint.config())?;
+    match checkpoint.tokenizer() {
+        Ok(tokenizer) => Ok(tokenizer.save(folder)?),
+        Err(error) => {
+            tracing::warn!("the graph goes without a tokenizer: {error}");
+            Ok(())
+        }
+    }
+}
+
+fn write_manifest(checkpoint: &Checkpoint, options: &ExportOptions, folder: &Path) -> Result<()> {
+    let options = serde_json::to_value(options).unwrap_or_default();
+    let mut manifest = Manifest::new("export", options);
+    for file in checkpoint.weight_files() {
+        manifest = manifest.input("weights", &file)?;
+    }
+    manifest = manifest.output("graph", &folder.join(MODEL_NAME))?;
+    let data = folder.join(DATA_NAME);
+    if data.exists() {
+        manifest.outputs.push(FileFact::of("external_data", &data)?);
+    }
+    manifest.facts = serde_json::json!({ "base_model": checkpoint.display_name(), "parameters": checkpoint.spec().num_parameters() });
+    Ok(manifest.write(folder)?)
+}
