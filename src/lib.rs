@@ -37,5 +37,6 @@ pub mod export;
 pub mod files;
 pub mod fold;
 pub mod onnx;
+pub mod parity;
 pub mod runtime;
 pub mod train;

@@ -1,0 +1,204 @@
+//! What is run: prompts as batches, padded on either side, with or without cached steps after them.
+
+use ndarray::Array2;
+use rand::{RngExt, SeedableRng};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Result};
+use crate::base::DecoderSpec;
+
+/// On which side shorter rows are filled up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Padding {
+    /// Before the prompt, so that all rows end together.
+    Left,
+    /// After the prompt.
+    Right,
+}
+
+/// A batch of prompts, run at once and then continued token by token with the cache.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Case {
+    name: String,
+    /// `[batch, seq]`.
+    ids: Array2<i64>,
+    /// `[batch, seq]`, 1 where a token is real.
+    mask: Array2<i64>,
+    steps: usize,
+}
+
+/// How [`generated_prompts`] makes prompts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CaseOptions {
+    /// Seed of the token ids.
+    pub seed: u64,
+    /// Tokens of each prompt.
+    pub lengths: Vec<usize>,
+    /// Cached steps after the prompts.
+    pub steps: usize,
+}
+
+impl Default for CaseOptions {
+    fn default() -> Self {
+        Self { seed: 0, lengths: vec![24, 9, 16], steps: 8 }
+    }
+}
+
+impl Case {
+    /// A batch of `prompts`, each filled up to the longest one on the given side, followed by `steps` cached steps. Rows of
+    /// equal length get one column of padding too, for otherwise there is nothing to see; one row in a case of its own
+    /// gets none with [`row`](Self::row). The padding repeats a real token, so that a graph that looks at it tells.
+    ///
+    /// # Errors
+    /// When there is no prompt or one of them is empty.
+    pub fn batch(name: &str, prompts: &[Vec<u32>], padding: Padding, steps: usize) -> Result<Self> {
+        let lengths = || prompts.iter().map(Vec::len);
+        let (Some(shortest), Some(longest)) = (lengths().min(), lengths().max()) else {
+            return Err(Error::Case { case: name.into(), why: "there is no prompt".into() });
+        };
+        let width = longest.saturating_add(usize::from(shortest == longest));
+        Self::padded(name, prompts, width, padding, steps)
+    }
+
+    /// One prompt without padding, followed by `steps` cached steps.
+    ///
+    /// # Errors
+    /// When the prompt is empty.
+    pub fn row(name: &str, prompt: &[u32], steps: usize) -> Result<Self> {
+        Self::padded(name, &[prompt.to_vec()], prompt.len(), Padding::Left, steps)
+    }
+
+    fn padded(name: &str, prompts: &[Vec<u32>], width: usize, padding: Padding, steps: usize) -> Result<Self> {
+        let (mut ids, mut mask) = (Vec::new(), Vec::new());
+        for (row, prompt) in prompts.iter().enumerate() {
+            let Some(filler) = prompt.first() else {
+                return Err(Error::Case { case: name.into(), why: format!("prompt {row} is empty") });
+            };
+            let tokens = prompt.iter().map(|id| (i64::from(*id), 1));
+            let filling = std::iter::repeat_n((i64::from(*filler), 0), width.saturating_sub(prompt.len()));
+            let row: Vec<(i64, i64)> = match padding {
+                Padding::Left => filling.chain(tokens).collect(),
+                Padding::Right => tokens.chain(filling).collect(),
+            };
+            ids.extend(row.iter().map(|(id, _)| *id));
+            mask.extend(row.iter().map(|(_, real)| *real));
+        }
+        let shape = (prompts.len(), width);
+        let array = |values| {
+            Array2::from_shape_vec(shape, values)
+                .map_err(|error| Error::Case { case: name.into(), why: error.to_string() })
+        };
+        Ok(Self { name: name.into(), ids: array(ids)?, mask: array(mask)?, steps })
+    }
+
+    /// The case's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Token ids, `[batch, seq]`.
+    pub fn ids(&self) -> &Array2<i64> {
+        &self.ids
+    }
+
+    /// 1 where a token is real, 0 where it is padding, `[batch, seq]`.
+    pub fn mask(&self) -> &Array2<i64> {
+        &self.mask
+    }
+
+    /// Cached steps after the prompts.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// Whether the model has enough positions for the case.
+    pub(super) fn check_fits(&self, spec: &DecoderSpec) -> Result<()> {
+        let longest = self.mask.rows().into_iter().map(|row| row.iter().filter(|real| **real == 1).count()).max();
+        let needed = longest.unwrap_or(0).saturating_add(self.steps);
+        if needed <= spec.max_positions {
+            return Ok(());
+        }
+        let why = format!("it needs {needed} positions and the model has {}", spec.max_positions);
+        Err(Error::Case { case: self.name.clone(), why })
+    }
+}
+
+/// Prompts of random tokens, the same for the same options. A model with few positions gets shorter ones.
+pub fn generated_prompts(spec: &DecoderSpec, options: &CaseOptions) -> Vec<Vec<u32>> {
+    let mut random = rand_pcg::Pcg64Mcg::seed_from_u64(options.seed);
+    let room = spec.max_positions.saturating_sub(options.steps).max(1);
+    let vocab = u32::try_from(spec.vocab_size).unwrap_or(u32::MAX).max(1);
+    let prompt = |length: &usize| (0..(*length).min(room)).map(|_| random.random_range(0..vocab)).collect();
+    options.lengths.iter().map(prompt).collect()
+}
+
+/// The cases that every graph must pass: a single row; one token; all prompts as a batch with padding on the left and on
+/// the right; the longest prompt, one token, and the batch, each continued by `steps` cached steps.
+///
+/// # Errors
+/// When there is no prompt or one of them is empty.
+pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
+    let longest = prompts.iter().max_by_key(|prompt| prompt.len()).map(Vec::as_slice).unwrap_or_default();
+    let one = longest.get(..1).unwrap_or_default();
+    Ok(vec![
+        Case::row("single_row", longest, 0)?,
+        Case::row("one_token", one, 0)?,
+        Case::batch("left_padding", prompts, Padding::Left, 0)?,
+        Case::batch("right_padding", prompts, Padding::Right, 0)?,
+        Case::row("cached_decode", longest, steps)?,
+        Case::row("cached_decode_from_one_token", one, steps)?,
+        Case::batch("cached_decode_left_padding", prompts, Padding::Left, steps)?,
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::arr2;
+
+    use super::*;
+    use crate::parity::testing;
+
+    #[test]
+    fn rows_are_filled_up_on_the_named_side() {
+        let prompts = [vec![5, 6, 7], vec![8]];
+        let left = Case::batch("l", &prompts, Padding::Left, 2).unwrap();
+        assert_eq!((left.ids(), left.mask()), (&arr2(&[[5, 6, 7], [8, 8, 8]]), &arr2(&[[1, 1, 1], [0, 0, 1]])));
+        let right = Case::batch("r", &prompts, Padding::Right, 0).unwrap();
+        assert_eq!((right.ids(), right.mask()), (&arr2(&[[5, 6, 7], [8, 8, 8]]), &arr2(&[[1, 1, 1], [1, 0, 0]])));
+    }
+
+    #[test]
+    fn prompts_of_one_length_are_padded_nevertheless() {
+        let left = Case::batch("l", &[vec![5], vec![6]], Padding::Left, 0).unwrap();
+        assert_eq!(left.mask(), &arr2(&[[0, 1], [0, 1]]));
+        assert_eq!(Case::row("s", &[5, 6], 0).unwrap().mask(), &arr2(&[[1, 1]]));
+    }
+
+    #[test]
+    fn empty_prompts_are_refused() {
+        for prompts in [vec![], vec![vec![]], vec![vec![1], vec![]]] {
+            assert!(matches!(standard_cases(&prompts, 1), Err(Error::Case { .. })), "{prompts:?}");
+        }
+    }
+
+    #[test]
+    fn generated_prompts_depend_on_the_seed_alone_and_fit_the_model() {
+        let mut spec = testing::tiny_spec();
+        let options = CaseOptions::default();
+        let prompts = generated_prompts(&spec, &options);
+        assert_eq!(prompts, generated_prompts(&spec, &options));
+        assert_ne!(prompts, generated_prompts(&spec, &CaseOptions { seed: 1, ..options.clone() }));
+        assert_eq!(prompts.iter().map(Vec::len).collect::<Vec<_>>(), options.lengths);
+        assert!(prompts.iter().flatten().all(|id| (*id as usize) < spec.vocab_size));
+        spec.max_positions = 12;
+        let prompts = generated_prompts(&spec, &options);
+        for case in standard_cases(&prompts, options.steps).unwrap() {
+            case.check_fits(&spec).unwrap();
+        }
+        let long = Case::row("long", &[1, 2, 3, 4, 5], 8).unwrap();
+        let message = long.check_fits(&spec).unwrap_err().to_string();
+        assert!(message.contains("13 positions and the model has 12"), "{message}");
+    }
+}

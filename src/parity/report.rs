@@ -1,0 +1,265 @@
+//! `parity.json`: what was compared with what, how far apart it is, how far it may be, and the verdict.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Allowance, Budget, Figures, FirstDifference, Greedy, Result};
+use crate::files::FileFact;
+use crate::runtime::RuntimeInfo;
+
+/// Version of the report's layout.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// What the budget's numbers mean, for who reads a report.
+pub(super) const RULE: &str = "e(x) is the largest absolute distance of the logits of x from the reference's over all \
+    positions that are not padding. A run passes a case when its logits are finite, \
+    e(run) <= max(factor * e(candle), relative_floor * largest reference logit), and its greedy tokens are the \
+    reference's, each picked after the reference's own tokens; a token that differs is a tie, and counts as equal, only \
+    when the reference's logits of the two tokens are no further apart than that limit. A zero adapter passes when every \
+    output is equal bit for bit.";
+
+/// The outcome of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Parity.
+    Pass,
+    /// No parity, or a run that failed.
+    Fail,
+}
+
+impl Verdict {
+    /// Whether it is [`Pass`](Self::Pass).
+    pub fn passed(self) -> bool {
+        self == Self::Pass
+    }
+
+    pub(super) fn of(passed: bool) -> Self {
+        if passed { Self::Pass } else { Self::Fail }
+    }
+}
+
+/// What the caller knows.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The files that were compared: graph, checkpoint, adapter.
+    pub inputs: Vec<FileFact>,
+    /// The command that repeats the check.
+    pub command: String,
+}
+
+/// The whole result of a verification.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Report {
+    /// Version of this layout.
+    pub schema_version: u32,
+    /// The tool that wrote the report, with its version.
+    pub tool: String,
+    /// Whether every run passed in every case, and every zero adapter changed nothing.
+    pub verdict: Verdict,
+    /// The files that were compared.
+    pub inputs: Vec<FileFact>,
+    /// The command that repeats the check.
+    pub command: String,
+    /// What the reference ran on.
+    pub environment: Environment,
+    /// The error budget's numbers.
+    pub budget: Budget,
+    /// The error budget in words.
+    pub rule: String,
+    /// The cases, with candle's own distance.
+    pub cases: Vec<CaseReport>,
+    /// One entry for each runtime.
+    pub runs: Vec<RunReport>,
+    /// One entry for each runtime in which a zero adapter was tried.
+    pub no_op: Vec<NoOpReport>,
+}
+
+/// What the reference ran on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Environment {
+    /// candle's version.
+    pub candle: String,
+    /// The precision of the reference.
+    pub reference: String,
+    /// The graph's precision, in which candle's own distance was measured.
+    pub precision: String,
+    /// Threads of candle's pool.
+    pub threads: usize,
+}
+
+/// A case, and candle's own distance in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CaseReport {
+    /// The case's name.
+    pub name: String,
+    /// Token ids, `[batch, seq]`.
+    pub input_ids: Vec<Vec<i64>>,
+    /// 1 where a token is real, `[batch, seq]`.
+    pub attention_mask: Vec<Vec<i64>>,
+    /// Cached steps after the prompts.
+    pub steps: usize,
+    /// Number of compared positions, those of the steps included.
+    pub positions: usize,
+    /// The reference's largest absolute logit.
+    pub largest_logit: f64,
+    /// How far candle is from the reference at the graph's precision; none when its logits are not finite.
+    pub candle: Option<Figures>,
+    /// Why candle's own run failed the case.
+    pub failure: Option<String>,
+    /// What the budget comes to.
+    pub allowance: Allowance,
+}
+
+/// A graph in one runtime.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RunReport {
+    /// The name that the caller gave the run.
+    pub name: String,
+    /// Whether all cases passed.
+    pub verdict: Verdict,
+    /// The runtime; none when it did not load the graph.
+    pub runtime: Option<RuntimeInfo>,
+    /// Why there is nothing to compare.
+    pub failure: Option<String>,
+    /// The cases, in the report's order.
+    pub cases: Vec<RunCase>,
+}
+
+/// A graph in one runtime in one case.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RunCase {
+    /// The case's name.
+    pub case: String,
+    /// Whether the run passed.
+    pub verdict: Verdict,
+    /// Why it did not.
+    pub failure: Option<String>,
+    /// How far the run is from the reference; none when it failed or its logits are not finite.
+    pub figures: Option<Figures>,
+    /// How far it may be.
+    pub allowed: f64,
+    /// The factor that would just pass, `e(run) / e(candle)`; none where candle has no distance.
+    pub factor: Option<f64>,
+    /// The greedy continuation.
+    pub greedy: Option<Greedy>,
+}
+
+/// A zero adapter in one runtime: every output of the base graph and of the graph with the adapter, bit for bit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct NoOpReport {
+    /// The name that the caller gave the pair.
+    pub name: String,
+    /// Whether nothing differs.
+    pub verdict: Verdict,
+    /// The runtime; none when it did not run the graphs.
+    pub runtime: Option<RuntimeInfo>,
+    /// Why it did not pass.
+    pub failure: Option<String>,
+    /// Number of output tensors compared.
+    pub tensors: usize,
+    /// The first element that differs.
+    pub first_difference: Option<FirstDifference>,
+}
+
+/// A line of the table that sums a report up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row<'a> {
+    /// The run's name.
+    pub run: &'a str,
+    /// The case; `load` for a run that has none, `zero adapter` for a no-op.
+    pub case: &'a str,
+    /// The outcome.
+    pub verdict: Verdict,
+    /// The distance from the reference.
+    pub distance: Option<f64>,
+    /// How far it may be; zero for a no-op.
+    pub allowed: Option<f64>,
+    /// The other figures.
+    pub figures: Option<&'a Figures>,
+    /// The greedy continuation.
+    pub greedy: Option<&'a Greedy>,
+    /// Why it failed.
+    pub failure: Option<&'a str>,
+}
+
+impl Report {
+    /// The report as JSON text.
+    ///
+    /// # Errors
+    /// When it does not serialise.
+    pub fn to_json(&self) -> Result<String> {
+        Ok(serde_json::to_string_pretty(self)?)
+    }
+
+    /// The report as a table: one row for each run in each case, then one for each no-op; before them, one for each case
+    /// that candle itself failed.
+    pub fn rows(&self) -> Vec<Row<'_>> {
+        let candle = self.cases.iter().filter(|case| case.failure.is_some()).map(CaseReport::row);
+        let runs = self.runs.iter().flat_map(RunReport::rows);
+        candle.chain(runs).chain(self.no_op.iter().map(NoOpReport::row)).collect()
+    }
+}
+
+impl CaseReport {
+    fn row(&self) -> Row<'_> {
+        Row {
+            run: "candle",
+            case: &self.name,
+            verdict: Verdict::of(self.failure.is_none()),
+            distance: self.candle.as_ref().map(|figures| figures.max_abs),
+            allowed: None,
+            figures: self.candle.as_ref(),
+            greedy: None,
+            failure: self.failure.as_deref(),
+        }
+    }
+}
+
+impl RunReport {
+    fn rows(&self) -> Vec<Row<'_>> {
+        if self.cases.is_empty() {
+            return vec![Row {
+                run: &self.name,
+                case: "load",
+                verdict: self.verdict,
+                distance: None,
+                allowed: None,
+                figures: None,
+                greedy: None,
+                failure: self.failure.as_deref(),
+            }];
+        }
+        self.cases.iter().map(|case| case.row(&self.name)).collect()
+    }
+}
+
+impl RunCase {
+    fn row<'a>(&'a self, run: &'a str) -> Row<'a> {
+        Row {
+            run,
+            case: &self.case,
+            verdict: self.verdict,
+            distance: self.figures.as_ref().map(|figures| figures.max_abs),
+            allowed: Some(self.allowed),
+            figures: self.figures.as_ref(),
+            greedy: self.greedy.as_ref(),
+            failure: self.failure.as_deref(),
+        }
+    }
+}
+
+impl NoOpReport {
+    fn row(&self) -> Row<'_> {
+        Row {
+            run: &self.name,
+            case: "zero adapter",
+            verdict: self.verdict,
+            distance: None,
+            allowed: Some(0.0),
+            figures: None,
+            greedy: None,
+            failure: self.failure.as_deref(),
+        }
+    }
+}

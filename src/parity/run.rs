@@ -1,0 +1,238 @@
+//! Running a case: what is fed, call by call, and the logits that come out.
+
+use ndarray::{Array2, Array3, Axis, concatenate};
+
+use super::figures::{Spot, top1};
+use super::{Case, Error, Model, Result};
+use crate::base::{Input, KvCache};
+use crate::runtime::{GraphDecoder, Session};
+
+/// Tokens that are fed at once, after those of earlier calls.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Call {
+    /// `[batch, seq]`.
+    ids: Array2<i64>,
+    /// `[batch, seq]`, 1 where a token is real.
+    mask: Array2<i64>,
+}
+
+/// Something that runs a decoder with its cache.
+pub(super) trait Runner {
+    /// Forgets what was decoded before.
+    fn start(&mut self);
+
+    /// Feeds the next tokens and gives their logits, `[batch, seq, vocab]`. Positions are counted from the mask so far.
+    ///
+    /// # Errors
+    /// When the model or its runtime fails.
+    fn extend(&mut self, call: &Call) -> Result<Array3<f64>>;
+}
+
+/// All calls of a case, with the reference's greedy tokens written in.
+#[derive(Debug)]
+pub(super) struct Script {
+    calls: Vec<Call>,
+    /// The compared positions, in the order of the recorded logits.
+    pub(super) spots: Vec<Spot>,
+    /// By call, by row: the index among `spots` of the position that picks the next token.
+    pub(super) picks: Vec<Vec<usize>>,
+}
+
+/// Runs a case greedily. Gives the script that others replay, and the logits of its spots, `[spots, vocab]`.
+pub(super) fn record(runner: &mut dyn Runner, case: &Case, vocab: usize) -> Result<(Script, Array2<f64>)> {
+    let mut record = Recording::new(vocab, case.ids().nrows());
+    let mut call = Call { ids: case.ids().clone(), mask: case.mask().clone() };
+    let (mut calls, mut picks) = (Vec::new(), Vec::new());
+    runner.start();
+    for step in 0..=case.steps() {
+        if step > 0 {
+            call = record.next_call();
+        }
+        record.add(&call, &runner.extend(&call)?)?;
+        picks.push(record.last.clone());
+        calls.push(call.clone());
+    }
+    let spots = std::mem::take(&mut record.spots);
+    Ok((Script { calls, spots, picks }, record.into_logits()?))
+}
+
+/// Runs a script. Gives the logits of its spots, `[spots, vocab]`.
+pub(super) fn replay(runner: &mut dyn Runner, script: &Script, vocab: usize) -> Result<Array2<f64>> {
+    let batch = script.calls.first().map_or(0, |call| call.ids.nrows());
+    let mut record = Recording::new(vocab, batch);
+    runner.start();
+    for call in &script.calls {
+        record.add(call, &runner.extend(call)?)?;
+    }
+    record.into_logits()
+}
+
+/// The logits of the real positions seen so far.
+struct Recording {
+    vocab: usize,
+    columns: usize,
+    /// `[spots, vocab]`.
+    logits: Vec<f64>,
+    spots: Vec<Spot>,
+    /// By row, the index of its last spot, and the token that is greedy there.
+    last: Vec<usize>,
+    greedy: Vec<i64>,
+}
+
+impl Recording {
+    fn new(vocab: usize, batch: usize) -> Self {
+        let (logits, spots) = (Vec::new(), Vec::new());
+        Self { vocab, columns: 0, logits, spots, last: vec![0; batch], greedy: vec![0; batch] }
+    }
+
+    fn add(&mut self, call: &Call, logits: &Array3<f64>) -> Result<()> {
+        let (batch, seq) = call.ids.dim();
+        if logits.dim() != (batch, seq, self.vocab) {
+            return Err(Error::Logits { found: logits.shape().into(), expected: vec![batch, seq, self.vocab] });
+        }
+        let rows = logits.outer_iter().zip(call.mask.outer_iter()).zip(self.last.iter_mut().zip(&mut self.greedy));
+        for (row, ((logits, mask), (last, greedy))) in rows.enumerate() {
+            for (column, (logits, real)) in logits.outer_iter().zip(mask).enumerate() {
+                if *real == 0 {
+                    continue;
+                }
+                *last = self.spots.len();
+                *greedy = top1(logits) as i64;
+                self.spots.push(Spot { row, column: self.columns.saturating_add(column) });
+                self.logits.extend(logits);
+            }
+        }
+        self.columns = self.columns.saturating_add(seq);
+        Ok(())
+    }
+
+    fn next_call(&self) -> Call {
+        let ids = ndarray::ArrayView1::from(&self.greedy).insert_axis(Axis(1)).to_owned();
+        Call { mask: Array2::ones(ids.raw_dim()), ids }
+    }
+
+    fn into_logits(self) -> Result<Array2<f64>> {
+        let (found, vocab) = (self.logits.len(), self.vocab);
+        let spots = found.checked_div(vocab).unwrap_or(0);
+        Array2::from_shape_vec((spots, vocab), self.logits)
+            .map_err(|_| Error::Logits { found: vec![found], expected: vec![spots, vocab] })
+    }
+}
+
+/// The candle decoder with its hook.
+pub(super) struct CandleRunner<'a> {
+    model: Model<'a>,
+    cache: KvCache,
+    mask: Option<Array2<i64>>,
+}
+
+impl<'a> CandleRunner<'a> {
+    pub(super) fn new(model: Model<'a>) -> Self {
+        Self { model, cache: KvCache::new(model.decoder.spec().num_layers), mask: None }
+    }
+}
+
+impl Runner for CandleRunner<'_> {
+    fn start(&mut self) {
+        *self = Self::new(self.model);
+    }
+
+    fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {
+        let mask = match self.mask.take() {
+            None => call.mask.clone(),
+            Some(seen) => concatenate![Axis(1), seen, call.mask],
+        };
+        let flat = |array: &Array2<i64>| array.iter().copied().collect::<Vec<_>>();
+        let input = Input::new(call.ids.nrows(), &flat(&call.ids), &flat(&mask), None)?;
+        self.mask = Some(mask);
+        let logits = self.model.decoder.forward(&input, Some(&mut self.cache), self.model.hook)?;
+        let expected = [call.ids.nrows(), call.ids.ncols(), self.model.decoder.spec().vocab_size];
+        let values = logits
+            .to_dtype(candle_core::DType::F64)
+            .and_then(|logits| logits.flatten_all()?.to_vec1::<f64>())
+            .map_err(|source| Error::Candle { action: "reading logits", source })?;
+        Array3::from_shape_vec(expected, values)
+            .map_err(|_| Error::Logits { found: logits.dims().into(), expected: expected.into() })
+    }
+}
+
+/// A graph in a runtime.
+pub(super) struct GraphRunner<S> {
+    decoder: GraphDecoder<S>,
+}
+
+impl<S: Session> GraphRunner<S> {
+    /// # Errors
+    /// When the graph is not a decoder; see [`GraphDecoder::with_head_dim`].
+    pub(super) fn new(session: S, head_dim: usize) -> Result<Self> {
+        Ok(Self { decoder: GraphDecoder::with_head_dim(session, head_dim)? })
+    }
+
+    pub(super) fn session_mut(&mut self) -> &mut S {
+        self.decoder.session_mut()
+    }
+}
+
+impl<S: Session> Runner for GraphRunner<S> {
+    fn start(&mut self) {
+        self.decoder.reset();
+    }
+
+    fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {
+        Ok(self.decoder.extend(&call.ids, &call.mask, None)?.mapv(f64::from))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::arr2;
+
+    use super::*;
+    use crate::parity::Padding;
+
+    /// Five tokens; the greedy next one is always the last one plus one.
+    struct Counting {
+        fed: Vec<Call>,
+    }
+
+    impl Runner for Counting {
+        fn start(&mut self) {
+            self.fed.clear();
+        }
+
+        fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {
+            self.fed.push(call.clone());
+            let (batch, seq) = call.ids.dim();
+            let logit = |(row, column, token)| f64::from(u8::from((call.ids[[row, column]] + 1) % 5 == token as i64));
+            Ok(Array3::from_shape_fn((batch, seq, 5), logit))
+        }
+    }
+
+    #[test]
+    fn a_script_holds_the_greedy_tokens_and_only_real_positions() {
+        for (padding, prefill) in
+            [(Padding::Left, [(0, 0), (0, 1), (0, 2), (1, 2)]), (Padding::Right, [(0, 0), (0, 1), (0, 2), (1, 0)])]
+        {
+            let case = Case::batch("c", &[vec![0, 1, 2], vec![4]], padding, 2).unwrap();
+            let mut runner = Counting { fed: Vec::new() };
+            let (script, logits) = record(&mut runner, &case, 5).unwrap();
+            let fed: Vec<_> = script.calls.iter().skip(1).map(|call| call.ids.clone()).collect();
+            assert_eq!(fed, [arr2(&[[3], [0]]), arr2(&[[4], [1]])]);
+            let spots: Vec<_> = script.spots.iter().map(|spot| (spot.row, spot.column)).collect();
+            assert_eq!(spots, [&prefill[..], &[(0, 3), (1, 3), (0, 4), (1, 4)]].concat());
+            assert_eq!(script.picks, [[2, 3], [4, 5], [6, 7]]);
+            assert_eq!(logits.outer_iter().map(top1).collect::<Vec<_>>(), [1, 2, 3, 0, 4, 1, 0, 2]);
+
+            let mut other = Counting { fed: vec![script.calls[0].clone()] };
+            assert_eq!(replay(&mut other, &script, 5).unwrap(), logits);
+            assert_eq!(other.fed, script.calls);
+        }
+    }
+
+    #[test]
+    fn logits_of_another_vocabulary_are_refused() {
+        let case = Case::row("c", &[1, 2], 0).unwrap();
+        let error = record(&mut Counting { fed: Vec::new() }, &case, 6).unwrap_err().to_string();
+        assert_eq!(error, "the logits are [1, 2, 5], the tokens and the model's vocabulary ask for [1, 2, 6]");
+    }
+}
