@@ -32,6 +32,7 @@
 
 pub mod adapter;
 pub mod base;
+pub mod cli;
 pub mod data;
 pub mod export;
 pub mod files;

@@ -76,7 +76,7 @@ mod tests {
         assert_eq!(plain[20], scaled[20]);
         assert_eq!(scaled[63], plain[63] / 8.0);
         // index 32: wavelength 2π·√500000 = 4442.9 lies between 2048 and 8192; smooth = (8192/4442.9 - 1)/3 = 0.28127
-        let smooth = (8192.0 / 4442.882_938_158_366 - 1.0) / 3.0;
+        let smooth = (8192.0 / 4_442.882_938_158_366 - 1.0) / 3.0;
         let expected = ((1.0 - smooth) / 8.0 + smooth) / 500_000f64.sqrt();
         assert!((f64::from(scaled[32]) / expected - 1.0).abs() < 1e-6);
     }

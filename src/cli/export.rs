@@ -41,6 +41,13 @@ pub(super) struct ExportArgs {
     external_data_threshold: u64,
 }
 
+/// As the command line has it where nothing is given.
+impl Default for ExportArgs {
+    fn default() -> Self {
+        Self { dialect: Dialect::Portable, precision: Precision::F32, external_data_threshold: 64 }
+    }
+}
+
 impl ExportArgs {
     pub(super) fn options(&self) -> ExportOptions {
         ExportOptions {

@@ -116,7 +116,8 @@ impl Forward {
     fn graph(&self, context: &Context, graph: &Path, given: &Given) -> Result<HashMap<String, Tensor>> {
         let session = open_session(context, self.runtime, &graph_file(graph))?;
         let mut decoder = GraphDecoder::new(session)?;
-        let array = |values: &[i64]| Array2::from_shape_vec((given.batch, given.seq), values.to_vec()).into_diagnostic();
+        let array =
+            |values: &[i64]| Array2::from_shape_vec((given.batch, given.seq), values.to_vec()).into_diagnostic();
         let (ids, mask) = (array(&given.ids)?, array(&given.mask)?);
         let position_ids = match &given.positions {
             Some(values) => Some(array(values)?),
@@ -125,7 +126,8 @@ impl Forward {
         };
         let logits = decoder.extend(&ids, &mask, position_ids.as_ref())?;
         let shape = logits.dim();
-        let logits = Tensor::from_vec(logits.into_iter().collect::<Vec<f32>>(), shape, &Device::Cpu).into_diagnostic()?;
+        let logits =
+            Tensor::from_vec(logits.into_iter().collect::<Vec<f32>>(), shape, &Device::Cpu).into_diagnostic()?;
         Ok(HashMap::from([("logits".to_owned(), logits)]))
     }
 }

@@ -67,7 +67,7 @@ impl Generate {
         let hook = adapter.map(|a| a.hook(checkpoint.spec(), &Device::Cpu)).transpose()?;
         let prompt = self.prompt_ids(&tokenizer)?;
         tokenizer.check_vocabulary(&self.prompt, &prompt, checkpoint.spec().vocab_size)?;
-        let mut stream = tokenizer.stream(&prompt, true)?;
+        let mut stream = tokenizer.stream(&prompt, true);
         let hook = hook.as_deref().unwrap_or(&NoHook);
         let mut say = |id: u32| -> Result<()> { print_now(&stream.push(id)?) };
         greedy(&decoder, hook, &prompt, self.max_new_tokens, &tokenizer, &mut say)?;
@@ -79,13 +79,13 @@ impl Generate {
         let tokenizer = Tokenizer::from_folder(graph.parent().unwrap_or(Path::new(".")))?;
         let prompt = self.prompt_ids(&tokenizer)?;
         let mut decoder = GraphDecoder::new(open_session(context, self.runtime, &graph)?)?;
-        let mut stream = tokenizer.stream(&prompt, true)?;
+        let mut stream = tokenizer.stream(&prompt, true);
         let wide = |ids: &[u32]| ids.iter().map(|id| i64::from(*id)).collect::<Vec<i64>>();
         let (prompts, eos) = ([wide(&prompt)], wide(tokenizer.eos_ids()));
         let mut failure = None;
         decoder.generate(&prompts, self.max_new_tokens, &eos, &mut |_, token| {
             let id = u32::try_from(token).unwrap_or_default();
-            let said = stream.push(id).map_err(Into::into).and_then(|text| print_now(&text));
+            let said = stream.push(id).map_err(miette::Report::from).and_then(|text| print_now(&text));
             failure = failure.take().or(said.err());
         })?;
         failure.map_or(Ok(()), Err)?;

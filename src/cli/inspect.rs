@@ -52,7 +52,9 @@ fn checkpoint(checkpoint: &Checkpoint) -> Result<Value> {
         })
         .collect();
     let tokenizer = match checkpoint.tokenizer() {
-        Ok(t) => json!({ "vocabulary": t.vocab_size(), "chat_template": t.chat_template().is_some(), "eos": t.eos_ids() }),
+        Ok(t) => {
+            json!({ "vocabulary": t.vocab_size(), "chat_template": t.chat_template().is_some(), "eos": t.eos_ids() })
+        }
         Err(error) => json!(format!("none: {error}")),
     };
     let attention = &spec.attention;
@@ -77,7 +79,8 @@ fn checkpoint(checkpoint: &Checkpoint) -> Result<Value> {
 
 fn adapter(path: &Path) -> Result<Value> {
     let adapter = Adapter::open(path)?;
-    let norm = |tensor: &candle_core::Tensor| tensor.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>();
+    let norm =
+        |tensor: &candle_core::Tensor| tensor.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>();
     let tensors = adapter.tensors().iter().map(|(name, tensor)| {
         let norm = norm(tensor).into_diagnostic()?.sqrt();
         Ok(json!(format!("{name} {:?} {}, norm {norm:.4}", tensor.dims(), tensor.dtype().as_str())))
@@ -98,12 +101,16 @@ fn graph(path: &Path) -> Result<Value> {
         let domain = if node.domain().is_empty() { String::new() } else { format!("{}.", node.domain()) };
         *operators.entry(format!("{domain}{}", node.op_type())).or_default() += 1;
     }
-    let values = |values: &[ValueInfo]| values.iter().map(|v| v.to_string()).collect::<Vec<_>>();
+    let values = |values: &[ValueInfo]| values.iter().map(value).collect::<Vec<_>>();
     let sites = match locate::sites(&model) {
         Ok(sites) => json!(sites),
         Err(error) => json!(format!("none: {error}")),
     };
-    let opsets: Vec<String> = model.opsets().iter().map(|o| o.to_string()).collect();
+    let opsets: Vec<String> = model
+        .opsets()
+        .iter()
+        .map(|o| format!("{} {}", if o.domain.is_empty() { "ai.onnx" } else { &o.domain }, o.version))
+        .collect();
     let bytes: u64 = graph.initializers().iter().filter_map(|t| t.byte_len()).sum();
     Ok(json!({
         "kind": "graph",
@@ -119,6 +126,13 @@ fn graph(path: &Path) -> Result<Value> {
         "operators": operators,
         "sites": sites,
     }))
+}
+
+/// `name: type[dims]`.
+fn value(value: &ValueInfo) -> String {
+    let data_type = value.elem_type().map_or("?".to_owned(), |t| t.to_string());
+    let dims = value.shape().unwrap_or_default().iter().map(|d| d.to_string()).collect::<Vec<_>>().join(", ");
+    format!("{}: {data_type}[{dims}]", value.name())
 }
 
 /// Keys and values, indented; a list of objects as one line each.
@@ -145,9 +159,12 @@ fn print_facts(facts: &Value, depth: usize) {
 fn line(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
-        Value::Object(entries) => {
-            entries.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| format!("{k} {}", line(v))).collect::<Vec<_>>().join(", ")
-        }
+        Value::Object(entries) => entries
+            .iter()
+            .filter(|(_, v)| !v.is_null())
+            .map(|(k, v)| format!("{k} {}", line(v)))
+            .collect::<Vec<_>>()
+            .join(", "),
         other => other.to_string(),
     }
 }

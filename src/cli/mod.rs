@@ -5,7 +5,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod compile;
-mod demo;
+//mod demo;
 mod export;
 mod fetch;
 mod fold;
@@ -57,7 +57,7 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Demo(demo::Demo),
+    //Demo(demo::Demo),
     Fetch(fetch::Fetch),
     Train(Box<train::Train>),
     Export(export::Export),
@@ -101,7 +101,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     let context = Context { global: cli.global, cache: files::cache_folder()? };
     match cli.command {
-        Command::Demo(command) => command.run(&context),
+        //Command::Demo(command) => command.run(&context),
         Command::Fetch(command) => command.run(&context),
         Command::Train(command) => command.run(&context),
         Command::Export(command) => command.run(&context),

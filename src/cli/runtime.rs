@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use miette::Result;
 
 use super::{Context, style};
-use crate::runtime::library;
+use crate::runtime::{TRACT_VERSION, library};
 
 /// Install or list ONNX Runtime libraries
 #[derive(Args, Debug)]
@@ -41,6 +41,6 @@ fn list(context: &Context) {
         let from = candidate.source.to_string();
         table.add_row(["onnxruntime".into(), version, from, usable, candidate.path.display().to_string()]);
     }
-    table.add_row(["tract", env!("TRACT_VERSION"), "embedded", "yes", ""]);
+    table.add_row(["tract", TRACT_VERSION, "embedded", "yes", ""]);
     println!("{table}");
 }

@@ -349,7 +349,8 @@ fn datasets(
     let (mut records, mut held_out) = match (&options.eval, &options.holdout) {
         (Some(path), _) => (records, Some(data::read_jsonl(path)?)),
         (None, Some(text)) => {
-            let holdout: Holdout = text.parse().map_err(|e| usage(format!("--holdout: {e}"), "a count or a fraction"))?;
+            let holdout: Holdout =
+                text.parse().map_err(|e| usage(format!("--holdout: {e}"), "a count or a fraction"))?;
             let (records, held_out) = records.hold_out(holdout, seed)?;
             (records, Some(held_out))
         }

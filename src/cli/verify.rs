@@ -193,22 +193,19 @@ fn engines(context: &Context, graph: &Graph, asked: &[Engine]) -> Vec<Engine> {
         (true, _) => vec![Engine::Ort],
         (false, true) => vec![Engine::Tract, Engine::Ort],
         (false, false) => {
-            tracing::warn!("no ONNX Runtime library was found, so tract alone is asked; `prefold runtime install` gets one");
+            tracing::warn!(
+                "no ONNX Runtime library was found, so tract alone is asked; `prefold runtime install` gets one"
+            );
             vec![Engine::Tract]
         }
     }
 }
 
 /// Folds an adapter of zeros into the base graph and compares bit for bit.
-fn no_op(
-    context: &Context,
-    subject: &Subject,
-    graph: &Graph,
-    engines: &[Engine],
-    check: &mut Check,
-) -> Result<()> {
+fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine], check: &mut Check) -> Result<()> {
     let Some(adapter) = subject.adapter else { return Ok(()) };
-    let scratch = tempfile::tempdir().map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
+    let scratch =
+        tempfile::tempdir().map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
     let base = match (&subject.base_graph, graph.metadata("prefold.dialect")) {
         (Some(base), _) => base.clone(),
         (None, Some(dialect)) => {
@@ -292,14 +289,7 @@ pub(super) fn summary(report: &Report) -> String {
 /// How `compile` and `demo` verify what they exported.
 impl Default for VerifyArgs {
     fn default() -> Self {
-        Self {
-            runtime: Vec::new(),
-            reference: ComputeType::F64,
-            prompts: Vec::new(),
-            seed: 0,
-            steps: 8,
-            factor: None,
-        }
+        Self { runtime: Vec::new(), reference: ComputeType::F64, prompts: Vec::new(), seed: 0, steps: 8, factor: None }
     }
 }
 

@@ -20,7 +20,7 @@ pub use decode::{CachePort, DecoderPorts, GraphDecoder, last_logits, left_pad, p
 pub use ort_session::{Optimization, OrtOptions, OrtSession};
 pub use session::{Dim, Port, RuntimeInfo, Session};
 pub use tensor::Tensor;
-pub use tract_session::{TractOptions, TractSession};
+pub use tract_session::{TRACT_VERSION, TractOptions, TractSession};
 pub use value::{DType, NamedValues, Value};
 
 /// What can go wrong while a graph is loaded or run.

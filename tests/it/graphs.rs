@@ -4,13 +4,11 @@ use std::path::Path;
 
 use candle_core::Device;
 use ndarray::Array2;
-use prefold::adapter::{Adapter, AdapterConfig};
 use prefold::base::Checkpoint;
 use prefold::export::{Dialect, ExportOptions, export};
 use prefold::fold::fold_folder;
 use prefold::runtime::{
-    GraphDecoder, NamedValues, Optimization, OrtOptions, OrtSession, Session, TractOptions, TractSession, Value,
-    library,
+    GraphDecoder, Optimization, OrtOptions, OrtSession, Session, TractOptions, TractSession, library,
 };
 
 use crate::oracles::Case;
