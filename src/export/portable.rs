@@ -2,14 +2,15 @@
 //! dimensions.
 //!
 //! ```text
-//! q ─ Reshape ─ Transpose ─ rotary ─┬─ Reshape [B, kv, group·S, d] ─ MatMul ─ Reshape [B, h, S, T] ─ Mul scale
-//!                                   │                                  │
-//!                                 query                     past ─ Concat ─ Transpose        ─ Add bias ─ Softmax
-//!                                                            k ──────┘
-//!  ─ Reshape [B, kv, group·S, T] ─ MatMul values ─ Reshape [B, h, S, d] ─ Transpose ─ Reshape ─► o_proj
+//! q ─ Reshape ─ Transpose ─ rotary ─┬─ Reshape [B, kv, group, S, d] ─┐
+//!                                   │                                ├ MatMul ─ Mul scale ─ Add bias ─ Softmax ─┐
+//!                                 query    past ─ Concat ─ Unsqueeze, Transpose ─┘                               │
+//!                                            k ──────┘                                                           │
+//!           o_proj ◄─ Reshape ─ Transpose ─ output ─ Reshape [B, h, S, d] ─ MatMul values [B, kv, 1, T, d] ◄─────┘
 //! ```
 //!
-//! The query heads of one key-value head are stacked along the sequence, so that keys and values are not repeated.
+//! The query heads of one key-value head are a dimension of their own, over which keys and values broadcast: they are not
+//! repeated, and no reshape mixes sequence and cache length, which symbolic analysis could not follow.
 
 use super::Result;
 use super::decoder::{Operators, Projected, Residual, attention_bias};
@@ -23,7 +24,7 @@ pub(super) struct Portable {
     /// `[batch, 1, sequence, head_dim / 2]`.
     cos: String,
     sin: String,
-    /// `[batch, 1, sequence, total]`.
+    /// `[batch, 1, 1, sequence, total]`.
     bias: String,
     scale: String,
     two: String,
@@ -31,8 +32,9 @@ pub(super) struct Portable {
     half: String,
     to_query_heads: String,
     to_kv_heads: String,
-    stack: String,
-    unstack: String,
+    group: String,
+    ungroup: String,
+    group_axis: String,
     merge: String,
 }
 
@@ -41,7 +43,7 @@ impl Operators for Portable {
         let attention = &graph.spec().attention;
         let (heads, kv_heads) = (attention.num_heads as i64, attention.num_kv_heads as i64);
         let width = attention.head_dim as i64;
-        self.bias = attention_bias(graph, true)?;
+        let bias = attention_bias(graph, true)?;
         (self.cos, self.sin) = rotary_angles(graph)?;
         self.scale = graph.number("/model/constants/scale", attention.scale)?;
         self.two = graph.floats("/model/constants/two", &[], &[2.0]);
@@ -49,8 +51,10 @@ impl Operators for Portable {
         self.half = graph.integers("/model/constants/rotary_halves", &[width / 2, width / 2]);
         self.to_query_heads = graph.integers("/model/constants/query_heads", &[0, 0, heads, width]);
         self.to_kv_heads = graph.integers("/model/constants/kv_heads", &[0, 0, kv_heads, width]);
-        self.stack = graph.integers("/model/constants/stacked", &[0, kv_heads, -1, width]);
-        self.unstack = graph.integers("/model/constants/unstacked", &[0, heads, -1, width]);
+        self.group = graph.integers("/model/constants/grouped", &[0, kv_heads, heads / kv_heads, -1, width]);
+        self.ungroup = graph.integers("/model/constants/ungrouped", &[0, heads, -1, width]);
+        self.group_axis = graph.integers("/model/constants/group_axis", &[2]);
+        self.bias = graph.node("Unsqueeze", "/model/mask/Unsqueeze_bias", &[&bias, &self.group_axis]);
         self.merge = graph.integers("/model/constants/merged", &[0, 0, heads * width]);
         Ok(())
     }
@@ -89,20 +93,17 @@ impl Operators for Portable {
         let key = append(graph, &at("Concat_key"), layer, "key", &key);
         let value = append(graph, &at("Concat_value"), layer, "value", &value);
 
-        let stacked = graph.node("Reshape", &at("Reshape_stack"), &[&query, &self.stack]);
-        let key = transpose(graph, &at("Transpose_key"), &key, &[0, 1, 3, 2]);
-        let scores = graph.node("MatMul", &at("MatMul_scores"), &[&stacked, &key]);
-        let (heads, kv_heads) = (graph.spec().attention.num_heads as i64, graph.spec().attention.num_kv_heads as i64);
-        let by_head = graph.integers(&at("by_head"), &[0, heads, -1, 0]);
-        let by_kv_head = graph.integers(&at("by_kv_head"), &[0, kv_heads, -1, 0]);
-        let scores = graph.node("Reshape", &at("Reshape_scores"), &[&scores, &by_head]);
+        let grouped = graph.node("Reshape", &at("Reshape_group"), &[&query, &self.group]);
+        let key = graph.node("Unsqueeze", &at("Unsqueeze_key"), &[&key, &self.group_axis]);
+        let key = transpose(graph, &at("Transpose_key"), &key, &[0, 1, 2, 4, 3]);
+        let scores = graph.node("MatMul", &at("MatMul_scores"), &[&grouped, &key]);
         let scores = graph.node("Mul", &at("Mul_scale"), &[&scores, &self.scale]);
         let scores = graph.node("Add", &at("Add_bias"), &[&scores, &self.bias]);
         let softmax = NodeDef::new("Softmax", at("Softmax")).attr_int("axis", -1);
         let weights = graph.node_with(softmax, &at("Softmax"), &[&scores]);
-        let weights = graph.node("Reshape", &at("Reshape_weights"), &[&weights, &by_kv_head]);
+        let value = graph.node("Unsqueeze", &at("Unsqueeze_value"), &[&value, &self.group_axis]);
         let mixed = graph.node("MatMul", &at("MatMul_values"), &[&weights, &value]);
-        let mixed = graph.node("Reshape", &at("Reshape_unstack"), &[&mixed, &self.unstack]);
+        let mixed = graph.node("Reshape", &at("Reshape_ungroup"), &[&mixed, &self.ungroup]);
         let mixed = transpose(graph, &at("Transpose_mixed"), &mixed, &[0, 2, 1, 3]);
         Ok(graph.node("Reshape", &at("Reshape_merge"), &[&mixed, &self.merge]))
     }
