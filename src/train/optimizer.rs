@@ -74,7 +74,7 @@ impl AdamW {
             *second = ((&*second * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
             let denominator = ((&*second / correction2)?.sqrt()? + epsilon)?;
             let update = ((&*first / correction1)? / denominator)?;
-            let value = var.as_tensor().to_dtype(DType::F32)?;
+            let value = var.as_detached_tensor().to_dtype(DType::F32)?;
             let value = ((value * (1.0 - rate * weight_decay))? - (update * rate)?)?;
             var.set(&value.to_dtype(var.dtype())?)?;
         }
@@ -118,7 +118,8 @@ pub(super) fn accumulate(
 ) -> Result<()> {
     for (name, var) in vars {
         let Some(gradient) = gradients.get(var) else { continue };
-        let gradient = gradient.to_dtype(DType::F32)?;
+        // a gradient remembers the activations that it was computed from, and whatever sums it would keep them alive
+        let gradient = gradient.detach().to_dtype(DType::F32)?;
         let sum = match gathered.get(name) {
             Some(so_far) => (so_far + gradient)?,
             None => gradient,
