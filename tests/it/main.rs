@@ -1,6 +1,12 @@
 //! End-to-end tests: prefold as its users meet it, against oracles from other implementations.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
+mod checkpoints;
+mod command_line;
+mod gradients;
 mod graphs;
 mod oracles;
+mod real_models;
+mod schemas;
 mod support;
+mod training;

@@ -14,7 +14,7 @@ pub struct Case {
     pub batch: usize,
     pub ids: Vec<i64>,
     pub mask: Vec<i64>,
-    tensors: HashMap<String, Tensor>,
+    pub tensors: HashMap<String, Tensor>,
     name: &'static str,
 }
 
