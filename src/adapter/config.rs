@@ -200,7 +200,24 @@ mod tests {
             serde_json::from_str(r#"{"method": "prefix_plus", "num_layers": 2, "num_heads": 4, "head_dim": 16}"#)
                 .unwrap();
         config.check().unwrap();
-        insta::assert_json_snapshot!(config, @"");
+        insta::assert_json_snapshot!(config, @r#"
+        {
+          "format_version": 1,
+          "method": "prefix_plus",
+          "base_model": null,
+          "num_layers": 2,
+          "num_heads": 4,
+          "num_kv_heads": null,
+          "head_dim": 16,
+          "feature_map": "elu",
+          "query": "post_rope",
+          "sharing": "head",
+          "rank": null,
+          "gate": "none",
+          "normalizer": false,
+          "layers": null
+        }
+        "#);
     }
 
     #[test]
@@ -217,6 +234,13 @@ mod tests {
             AdapterConfig { layers: Some(vec![]), ..base },
         ]
         .map(|config| config.check().unwrap_err().to_string());
-        insta::assert_snapshot!(messages.join("\n"), @"");
+        insta::assert_snapshot!(messages.join("\n"), @"
+        adapter_config.json: `format_version` is 9, this prefold knows up to 1
+        adapter_config.json: `num_heads` is 0
+        adapter_config.json: `rank` is 4
+        adapter_config.json: `normalizer` is true
+        adapter_config.json: `layers` names layer 2 of 2
+        adapter_config.json: `layers` is empty
+        ");
     }
 }

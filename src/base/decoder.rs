@@ -401,6 +401,12 @@ mod tests {
             Input::new(0, &[], &[], None),
         ]
         .map(|r| r.unwrap_err().to_string());
-        insta::assert_snapshot!(messages.join("\n"), @"");
+        insta::assert_snapshot!(messages.join("\n"), @"
+        the model's inputs do not fit: 3 token ids do not make 2 equal rows
+        the model's inputs do not fit: 2 mask entries do not cover 1 rows of 3 tokens or more
+        the model's inputs do not fit: input_ids holds -2
+        the model's inputs do not fit: 1 positions for 2 tokens
+        the model's inputs do not fit: 0 token ids do not make 0 equal rows
+        ");
     }
 }

@@ -66,7 +66,9 @@ impl Demo {
         let trained = train(context, &config, false, false)?;
         println!("{}\n", trained.before_and_after().unwrap_or_default());
 
-        println!("2. Write the model as ONNX, fold the adapter in, and prove that the graph computes what was trained\n");
+        println!(
+            "2. Write the model as ONNX, fold the adapter in, and prove that the graph computes what was trained\n"
+        );
         ensure_onnx_runtime(context);
         let checkpoint = context.checkpoint(config.model.as_deref().unwrap_or_default())?;
         let graph = root.join("graph");
@@ -163,7 +165,11 @@ fn answer(context: &Context, graph: &Path, tokenizer: &Tokenizer, prompt: &[u32]
 
 fn show_files(out: &Path, trained: &Trained) {
     println!("Files");
-    println!("   adapter       {} ({} parameters)", out.join("adapter").join(WEIGHTS_NAME).display(), trained.outcome.adapter.num_parameters());
+    println!(
+        "   adapter       {} ({} parameters)",
+        out.join("adapter").join(WEIGHTS_NAME).display(),
+        trained.outcome.adapter.num_parameters()
+    );
     println!("   graph         {}", out.join("graph").join(MODEL_NAME).display());
     println!("   parity report {}", out.join("graph/parity.json").display());
     println!("   metrics       {}", out.join("adapter").join(crate::train::METRICS_NAME).display());

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use miette::Result;
 
+use super::existing_graph;
 use crate::files::StagedFolder;
 use crate::fold::fold_folder;
 use crate::onnx::MODEL_NAME;
@@ -30,7 +31,7 @@ pub(super) struct Fold {
 impl Fold {
     pub(super) fn run(self) -> Result<ExitCode> {
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
-        let folded = fold_folder(&self.graph, &self.adapter, staged.path())?;
+        let folded = fold_folder(&existing_graph(&self.graph)?, &self.adapter, staged.path())?;
         let out = staged.commit()?;
         println!("{} ({} sites)", out.join(MODEL_NAME).display(), folded.sites.len());
         Ok(ExitCode::SUCCESS)

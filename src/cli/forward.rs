@@ -10,10 +10,9 @@ use miette::{IntoDiagnostic, Result};
 use ndarray::Array2;
 
 use super::verify::{Engine, open_session};
-use super::{Context, usage};
+use super::{Context, existing_graph, usage};
 use crate::adapter::Adapter;
 use crate::base::{Decoder, Input, NoHook, SiteHook};
-use crate::fold::graph_file;
 use crate::runtime::{GraphDecoder, positions};
 use crate::train::{ComputeType, completion_loss};
 
@@ -114,7 +113,7 @@ impl Forward {
     }
 
     fn graph(&self, context: &Context, graph: &Path, given: &Given) -> Result<HashMap<String, Tensor>> {
-        let session = open_session(context, self.runtime, &graph_file(graph))?;
+        let session = open_session(context, self.runtime, &existing_graph(graph)?)?;
         let mut decoder = GraphDecoder::new(session)?;
         let array =
             |values: &[i64]| Array2::from_shape_vec((given.batch, given.seq), values.to_vec()).into_diagnostic();

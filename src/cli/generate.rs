@@ -9,10 +9,9 @@ use clap::Args;
 use miette::{IntoDiagnostic, Result};
 
 use super::verify::{Engine, open_session};
-use super::{Context, usage};
+use super::{Context, existing_graph, usage};
 use crate::adapter::Adapter;
 use crate::base::{Decoder, Input, KvCache, Message, NoHook, SiteHook, Tokenizer};
-use crate::fold::graph_file;
 use crate::runtime::GraphDecoder;
 use crate::train::ComputeType;
 
@@ -75,7 +74,7 @@ impl Generate {
     }
 
     fn graph(&self, context: &Context, graph: &Path) -> Result<()> {
-        let graph = graph_file(graph);
+        let graph = existing_graph(graph)?;
         let tokenizer = Tokenizer::from_folder(graph.parent().unwrap_or(Path::new(".")))?;
         let prompt = self.prompt_ids(&tokenizer)?;
         let mut decoder = GraphDecoder::new(open_session(context, self.runtime, &graph)?)?;

@@ -7,10 +7,10 @@ use clap::Args;
 use miette::{IntoDiagnostic, Result};
 use serde_json::{Value, json};
 
-use super::{Context, style};
+use super::{Context, existing_graph, style};
 use crate::adapter::{Adapter, CONFIG_NAME};
 use crate::base::Checkpoint;
-use crate::fold::{graph_file, locate};
+use crate::fold::locate;
 use crate::onnx::{MODEL_NAME, Model, ValueInfo};
 
 /// Say what a checkpoint, an adapter or a graph is
@@ -28,7 +28,7 @@ impl Inspect {
         let facts = if self.path.join(CONFIG_NAME).is_file() {
             adapter(&self.path)?
         } else if self.path.join(MODEL_NAME).is_file() || self.path.extension().is_some_and(|e| e == "onnx") {
-            graph(&graph_file(&self.path))?
+            graph(&existing_graph(&self.path)?)?
         } else {
             checkpoint(&context.checkpoint(&self.path.to_string_lossy())?)?
         };

@@ -5,7 +5,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod compile;
-//mod demo;
+mod demo;
 mod export;
 mod fetch;
 mod fold;
@@ -19,7 +19,7 @@ mod style;
 mod train;
 mod verify;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -27,6 +27,7 @@ use miette::Result;
 
 use crate::base::{Checkpoint, fetch as models};
 use crate::files;
+use crate::fold::graph_file;
 
 pub use schema::schemas;
 
@@ -57,7 +58,7 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    //Demo(demo::Demo),
+    Demo(demo::Demo),
     Fetch(fetch::Fetch),
     Train(Box<train::Train>),
     Export(export::Export),
@@ -89,6 +90,13 @@ impl Context {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging(cli.global.verbose);
+    // an error's text already says what caused it
+    let hook = miette::set_hook(Box::new(|_| {
+        Box::new(miette::MietteHandlerOpts::new().without_cause_chain().width(100).build())
+    }));
+    if hook.is_err() {
+        tracing::debug!("errors are shown in the default style");
+    }
     match run(cli) {
         Ok(code) => code,
         Err(report) => {
@@ -101,7 +109,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     let context = Context { global: cli.global, cache: files::cache_folder()? };
     match cli.command {
-        //Command::Demo(command) => command.run(&context),
+        Command::Demo(command) => command.run(&context),
         Command::Fetch(command) => command.run(&context),
         Command::Train(command) => command.run(&context),
         Command::Export(command) => command.run(&context),
@@ -140,6 +148,15 @@ struct Usage {
 
 fn usage(message: impl Into<String>, help: impl Into<String>) -> miette::Report {
     Usage { message: message.into(), help: help.into() }.into()
+}
+
+/// The `.onnx` file that a graph's path names, which must be there.
+fn existing_graph(path: &Path) -> Result<PathBuf> {
+    let file = graph_file(path);
+    if file.is_file() {
+        return Ok(file);
+    }
+    Err(usage(format!("there is no graph {}", path.display()), "name a folder that holds model.onnx, or an .onnx file"))
 }
 
 /// The command line as it was given, for reports.

@@ -211,8 +211,8 @@ impl Train {
         }
         let figment = figment.merge(Serialized::globals(self.given()));
         figment.extract().map_err(|error| {
-            let place = if error.path.is_empty() { String::new() } else { format!(" (at `{}`)", error.path.join(".")) };
-            usage(format!("the configuration does not hold: {error}{place}"), "see schemas/train.schema.json")
+            let file = self.config.as_deref().map_or("the command line".into(), |path| path.display().to_string());
+            usage(format!("{file}: `{}`: {}", error.path.join("."), error.kind), "see schemas/train.schema.json")
         })
     }
 

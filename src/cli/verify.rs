@@ -8,12 +8,12 @@ use clap::{Args, ValueEnum};
 use miette::Result;
 
 use super::export::ExportArgs;
-use super::{Context, command_line, style, usage};
+use super::{Context, command_line, existing_graph, style, usage};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, NoHook, SiteHook};
 use crate::export::{Dialect, ExportOptions, Precision, export};
 use crate::files::FileFact;
-use crate::fold::{fold_folder, graph_file};
+use crate::fold::fold_folder;
 use crate::onnx::{DataType, MODEL_NAME, Model as Graph};
 use crate::parity::{
     Budget, Candidate, CaseOptions, Check, Facts, Model, NoOpPair, Reference, Report, Verdict, generated_prompts,
@@ -103,9 +103,9 @@ impl Verify {
         let checkpoint = context.checkpoint(&self.model)?;
         let subject = Subject {
             checkpoint: &checkpoint,
-            graph: graph_file(&self.graph),
+            graph: existing_graph(&self.graph)?,
             adapter: self.adapter.as_deref(),
-            base_graph: self.base_graph.as_deref().map(graph_file),
+            base_graph: self.base_graph.as_deref().map(existing_graph).transpose()?,
         };
         let report = verify(context, &subject, &self.options)?;
         write_report(&report, &self.out)?;

@@ -234,6 +234,10 @@ mod tests {
         assert_eq!((positions, targets), (vec![1, 3], vec![8, 9]));
         let messages = [vec![-100; 6], vec![1, 2], vec![-100, 10, -100, -100, -100, -100]]
             .map(|labels| labelled((2, 3), &labels, 10).unwrap_err().to_string());
-        insta::assert_snapshot!(messages.join("\n"), @"");
+        insta::assert_snapshot!(messages.join("\n"), @"
+        the model's inputs do not fit: no position carries a label
+        the model's inputs do not fit: 2 labels for 6 tokens
+        the model's inputs do not fit: label 10 is not below the vocabulary size 10
+        ");
     }
 }

@@ -184,7 +184,8 @@ impl<'a> Trainer<'a> {
                 observer.checkpoint(&self.save(done)?);
             }
         }
-        Ok(Outcome { adapter: self.adapter, steps: total, loss, before, after })
+        let adapter = Adapter::new(self.adapter.config().clone(), self.adapter.tensors().clone())?;
+        Ok(Outcome { adapter, steps: total, loss, before, after })
     }
 
     fn save(&self, step: usize) -> Result<PathBuf> {

@@ -11,8 +11,7 @@ use prefold::runtime::{
     GraphDecoder, Optimization, OrtOptions, OrtSession, Session, TractOptions, TractSession, library,
 };
 
-use crate::oracles::Case;
-use crate::support::shared;
+use crate::oracles::{Case, folders};
 
 /// Every runtime at hand that can run a dialect.
 fn sessions(graph: &Path, dialect: Dialect) -> Vec<Box<dyn Session>> {
@@ -38,8 +37,7 @@ fn check(graph: &Path, oracle: &Path, dialect: Dialect, stored: &str) {
     for session in sessions(graph, dialect) {
         let info = session.info();
         let mut decoder = GraphDecoder::new(session).unwrap();
-        for name in ["single", "left", "right"] {
-            let case = Case::load(oracle, name);
+        for case in Case::all(oracle) {
             let seq = case.ids.len() / case.batch;
             let ids = Array2::from_shape_vec((case.batch, seq), case.ids.clone()).unwrap();
             let mask = Array2::from_shape_vec((case.batch, seq), case.mask.clone()).unwrap();
@@ -48,41 +46,30 @@ fn check(graph: &Path, oracle: &Path, dialect: Dialect, stored: &str) {
             let (shape, values) = (logits.dim(), logits.into_iter().collect::<Vec<f32>>());
             let logits = candle_core::Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
             let distance = case.distance(&logits, stored);
-            eprintln!("{} {} {dialect} {name} {stored}: {distance:.2e}", info.runtime, info.optimization);
+            eprintln!("{} {} {dialect} {} {stored}: {distance:.2e}", info.runtime, info.optimization, case.name);
             assert!(distance < 1e-4);
         }
     }
 }
 
-fn export_fold_and_check(family: &str, dialect: Dialect) {
-    let Some(oracle) = shared(&format!("oracles/{family}")) else { return };
+fn export_fold_and_check(oracle: &Path, dialect: Dialect) {
     let folder = tempfile::tempdir().unwrap();
     let (base, folded) = (folder.path().join("base"), folder.path().join("folded"));
     std::fs::create_dir(&base).unwrap();
     std::fs::create_dir(&folded).unwrap();
-    let checkpoint = Checkpoint::open(&oracle).unwrap();
+    let checkpoint = Checkpoint::open(oracle).unwrap();
     export(&checkpoint, &ExportOptions { dialect, ..ExportOptions::default() }, &base).unwrap();
-    check(&base, &oracle, dialect, "base_logits");
+    check(&base, oracle, dialect, "base_logits");
     fold_folder(&base, &oracle.join("adapter.safetensors"), &folded).unwrap();
-    check(&folded, &oracle, dialect, "adapted_logits");
+    check(&folded, oracle, dialect, "adapted_logits");
 }
 
 #[test]
-fn portable_llama_mha() {
-    export_fold_and_check("llama_mha", Dialect::Portable);
+fn portable_graphs_compute_pytorch_s_logits() {
+    folders().iter().for_each(|oracle| export_fold_and_check(oracle, Dialect::Portable));
 }
 
 #[test]
-fn portable_llama_gqa() {
-    export_fold_and_check("llama_gqa", Dialect::Portable);
-}
-
-#[test]
-fn ort_llama_mha() {
-    export_fold_and_check("llama_mha", Dialect::Ort);
-}
-
-#[test]
-fn ort_llama_gqa() {
-    export_fold_and_check("llama_gqa", Dialect::Ort);
+fn fused_graphs_compute_pytorch_s_logits() {
+    folders().iter().for_each(|oracle| export_fold_and_check(oracle, Dialect::Ort));
 }

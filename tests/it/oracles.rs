@@ -7,7 +7,18 @@ use candle_core::{DType, Device, Tensor};
 use prefold::adapter::Adapter;
 use prefold::base::{Checkpoint, Decoder, Input, NoHook, SiteHook};
 
-use crate::support::shared;
+use crate::support::{fixture, shared};
+
+/// The variants of the Llama family in `fixtures/oracles`.
+pub const VARIANTS: [&str; 5] =
+    ["llama_tied", "llama_bias", "llama_head_dim", "llama_rope_linear", "llama_rope_llama3"];
+
+/// The folders of all oracles at hand.
+pub fn folders() -> Vec<std::path::PathBuf> {
+    let ours = VARIANTS.iter().map(|name| fixture("oracles").join(name));
+    let workshop = ["llama_mha", "llama_gqa"].iter().filter_map(|name| shared(&format!("oracles/{name}")));
+    ours.chain(workshop).collect()
+}
 
 /// One case of an oracle's `io.safetensors`.
 pub struct Case {
@@ -15,10 +26,20 @@ pub struct Case {
     pub ids: Vec<i64>,
     pub mask: Vec<i64>,
     pub tensors: HashMap<String, Tensor>,
-    name: &'static str,
+    pub name: &'static str,
 }
 
 impl Case {
+    /// The cases of an oracle.
+    pub fn all(folder: &Path) -> Vec<Self> {
+        let tensors = candle_core::safetensors::load(folder.join("io.safetensors"), &Device::Cpu).unwrap();
+        let names = ["single", "left", "right"].into_iter();
+        names
+            .filter(|name| tensors.contains_key(&format!("{name}_input_ids")))
+            .map(|name| Self::load(folder, name))
+            .collect()
+    }
+
     pub fn load(folder: &Path, name: &'static str) -> Self {
         let tensors = candle_core::safetensors::load(folder.join("io.safetensors"), &Device::Cpu).unwrap();
         let integers = |field: &str| tensors[&format!("{name}_{field}")].flatten_all().unwrap().to_vec1().unwrap();
@@ -45,31 +66,23 @@ impl Case {
     }
 }
 
-fn check_logits(family: &str) {
-    let Some(folder) = shared(&format!("oracles/{family}")) else { return };
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let adapter = Adapter::open(&folder.join("adapter.safetensors")).unwrap();
-    let hook = adapter.hook(checkpoint.spec(), &Device::Cpu).unwrap();
-    for dtype in [DType::F32, DType::F64] {
-        let decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu).unwrap();
-        for name in ["single", "left", "right"] {
-            let case = Case::load(&folder, name);
-            for (hook, stored) in [(&NoHook as &dyn SiteHook, "base_logits"), (hook.as_ref(), "adapted_logits")] {
-                let logits = decoder.forward(&case.input(), None, hook).unwrap();
-                let distance = case.distance(&logits, stored);
-                eprintln!("{family} {name} {stored} {dtype:?}: {distance:.2e}");
-                assert!(distance < 1e-4);
+#[test]
+fn logits_are_pytorch_s() {
+    for folder in folders() {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let adapter = Adapter::open(&folder.join("adapter.safetensors")).unwrap();
+        let hook = adapter.hook(checkpoint.spec(), &Device::Cpu).unwrap();
+        for dtype in [DType::F32, DType::F64] {
+            let decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu).unwrap();
+            for case in Case::all(&folder) {
+                for (hook, stored) in [(&NoHook as &dyn SiteHook, "base_logits"), (hook.as_ref(), "adapted_logits")] {
+                    let logits = decoder.forward(&case.input(), None, hook).unwrap();
+                    let distance = case.distance(&logits, stored);
+                    eprintln!("{name} {} {stored} {dtype:?}: {distance:.2e}", case.name);
+                    assert!(distance < 1e-4);
+                }
             }
         }
     }
-}
-
-#[test]
-fn llama_mha_logits() {
-    check_logits("llama_mha");
-}
-
-#[test]
-fn llama_gqa_logits() {
-    check_logits("llama_gqa");
 }

@@ -13,8 +13,7 @@ fn schemas_are_not_stale() {
 
 #[test]
 fn adapter_configs_are_what_their_schema_says() {
-    let (_, schema) =
-        prefold::cli::schemas().into_iter().find(|(name, _)| name.starts_with("adapter_config")).unwrap();
+    let (_, schema) = prefold::cli::schemas().into_iter().find(|(name, _)| name.starts_with("adapter_config")).unwrap();
     let validator = jsonschema::validator_for(schema.as_value()).unwrap();
     let minimal = serde_json::json!({"method": "prefix_plus", "num_layers": 2, "num_heads": 4, "head_dim": 16});
     assert!(validator.is_valid(&minimal));

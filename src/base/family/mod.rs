@@ -200,7 +200,19 @@ mod tests {
             with("rope_scaling", json!({"rope_type": "linear"})),
             with("rope_scaling", json!({"rope_type": "linear", "factor": 0})),
             message(&json!({})),
-        ].join("\n"), @"");
+        ].join("\n"), @r#"
+        config.json: model_type `mamba` is not a family that prefold knows
+        config.json: `hidden_size` is missing
+        config.json: `hidden_size` should be a positive integer, but is "wide"
+        config.json: `num_attention_heads` is 3, which does not divide hidden_size (64)
+        config.json: `num_key_value_heads` is 3, which does not divide num_attention_heads (4)
+        config.json: `head_dim` is 7, an odd number
+        config.json: `hidden_act` is `xielu`, an activation that prefold does not compute
+        config.json: `rope_scaling.rope_type` is `yarn`, a scaling rule that prefold does not compute
+        config.json: `rope_scaling.factor` is missing
+        config.json: `rope_scaling.factor` is 0
+        config.json: `model_type` is missing
+        "#);
     }
 
     #[test]
