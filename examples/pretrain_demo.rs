@@ -144,7 +144,7 @@ struct Grammar {
 struct Topic {
     /// The desk that looks after it; several topics share one.
     label: String,
-    /// The topic in a few words, none of them the label.
+    /// The topic in a few words.
     subject: String,
     replies: Vec<String>,
     phrasings: Vec<String>,
