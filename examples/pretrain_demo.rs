@@ -3,7 +3,10 @@
 //!
 //! ```text
 //! RAYON_NUM_THREADS=1 cargo run --release --example pretrain_demo -- --out fixtures/demo
+//! cargo run --release --example pretrain_demo -- --out fixtures/demo --check
 //! ```
+//!
+//! The second command only trains adapters on what is there, and fails where one does not learn the task.
 //!
 //! The grammar (`fixtures/demo/grammar.json`) writes messages to a shop. The model reads such messages, each with one line
 //! after it: a reply (`reply:`, `answer:`), the subject (`subject:`, `about:`, `summary:`), or a word of the message
@@ -19,14 +22,17 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use clap::Parser;
+use prefold::adapter::{Adapter, AdapterConfig};
 use prefold::base::{
     Checkpoint, Decoder, DecoderSpec, Input, Linear, NoHook, Tokenizer, WeightRole, WeightShape, family,
 };
-use prefold::data::{Batch, Cursor, Example, Format, FormatOptions, Record, Sampler};
+use prefold::data::{Batch, Cursor, Dataset, Example, Format, FormatOptions, Record, Sampler, read_jsonl};
 use prefold::files::{self, StagedFolder};
-use prefold::train::{AdamW, AdamWConfig, Schedule, batch_input, clip_gradients, completion_loss};
+use prefold::train::{
+    AdamW, AdamWConfig, RunFolder, Schedule, Silent, TrainConfig, Trainer, batch_input, clip_gradients, completion_loss,
+};
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
 use serde::Deserialize;
@@ -59,6 +65,11 @@ const MAX_GRAD_NORM: f64 = 1.0;
 const TRAIN_PER_LABEL: usize = 60;
 const TEST_PER_LABEL: usize = 30;
 
+const CHECKED_SEEDS: u64 = 3;
+/// Bounds on the part of the test messages that are routed right before and after training an adapter.
+const MAX_BEFORE: f64 = 0.02;
+const MIN_AFTER: f64 = 0.85;
+
 /// Pretrains the demo's model and writes its task.
 #[derive(Parser)]
 struct Options {
@@ -68,10 +79,20 @@ struct Options {
     /// Decides the documents, the initial weights and their order.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Only check that an adapter learns the task that is in the folder.
+    #[arg(long)]
+    check: bool,
 }
 
 fn main() -> Result<()> {
-    let Options { out, seed } = Options::parse();
+    let Options { out, seed, check } = Options::parse();
+    if !check {
+        make(&out, seed)?;
+    }
+    check_task(&out)
+}
+
+fn make(out: &Path, seed: u64) -> Result<()> {
     let started = Instant::now();
     let grammar: Grammar = serde_json::from_str(GRAMMAR)?;
     let mut dice = Dice::new(seed, 2);
@@ -102,7 +123,7 @@ fn main() -> Result<()> {
 
     show(&model, &test, &mut dice)?;
     println!("---\nmodel.safetensors has sha256 {}", files::sha256_bytes(&bytes));
-    println!("done in {:.0} s", started.elapsed().as_secs_f64());
+    println!("made in {:.0} s", started.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -123,7 +144,7 @@ struct Grammar {
 struct Topic {
     /// The desk that looks after it; several topics share one.
     label: String,
-    /// The topic in a few words, none of them the label.
+    /// The topic in a few words.
     subject: String,
     replies: Vec<String>,
     phrasings: Vec<String>,
@@ -378,10 +399,44 @@ fn write_records(path: &Path, records: &[(String, &str)]) -> Result<()> {
     Ok(std::fs::write(path, lines.collect::<String>())?)
 }
 
+/// Trains an adapter for each of a few seeds and says how many test messages are routed right before and after.
+fn check_task(folder: &Path) -> Result<()> {
+    let checkpoint = Checkpoint::open(&folder.join("model"))?;
+    let decoder = Decoder::load(&checkpoint, DType::F32, &Device::Cpu)?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let format = Format::new(&tokenizer, decoder.spec().vocab_size, FormatOptions::default())?;
+    let dataset = |name: &str| Dataset::build(&read_jsonl(&folder.join(name))?, &format, decoder.spec().max_positions);
+    let (train, test) = (dataset("train.jsonl")?, dataset("test.jsonl")?);
+    let start = Adapter::zeros(AdapterConfig::prefix_plus(decoder.spec(), Some(checkpoint.display_name())))?;
+    for seed in 0..CHECKED_SEEDS {
+        let started = Instant::now();
+        let config = TrainConfig { learning_rate: 1e-2, epochs: 10, seed, save_every: 0, ..TrainConfig::default() };
+        let scratch = tempfile::tempdir()?;
+        let run = RunFolder::create(scratch.path(), false)?;
+        let outcome = Trainer::new(&decoder, &start, config, &train, Some(&test), &run)?.run(&mut Silent)?;
+        let (Some(before), Some(after)) = (outcome.before, outcome.after) else {
+            return Err("nothing measured".into());
+        };
+        println!(
+            "seed {seed}: {:.1} % of {} test messages routed right, {:.1} % after {} steps on {} messages ({:.0} s)",
+            100.0 * before.accuracy,
+            after.examples,
+            100.0 * after.accuracy,
+            outcome.steps,
+            train.len(),
+            started.elapsed().as_secs_f64()
+        );
+        if before.accuracy > MAX_BEFORE || after.accuracy < MIN_AFTER {
+            return Err(format!("expected at most {MAX_BEFORE} before and at least {MIN_AFTER} after").into());
+        }
+    }
+    Ok(())
+}
+
 /// Shows what the written model says to a few messages.
 fn show(model: &Path, records: &[(String, &str)], dice: &mut Dice) -> Result<()> {
     let checkpoint = Checkpoint::open(model)?;
-    let decoder = Decoder::load(&checkpoint, candle_core::DType::F32, &Device::Cpu)?;
+    let decoder = Decoder::load(&checkpoint, DType::F32, &Device::Cpu)?;
     let tokenizer = checkpoint.tokenizer()?;
     for field in ["reply", "about", "label"] {
         let prompt = format!("{}\n{field}:", dice.pick(records).0);
