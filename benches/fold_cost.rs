@@ -21,7 +21,8 @@ type Decoder = GraphDecoder<Box<dyn Session>>;
 
 fn main() {
     let argument = std::env::args().skip(1).find(|a| !a.starts_with("--"));
-    let model = argument.map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/demo/model"), PathBuf::from);
+    let model =
+        argument.map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/demo/model"), PathBuf::from);
     let scratch = tempfile::tempdir().unwrap();
     let at = |name: &str| {
         let folder = scratch.path().join(name);
@@ -51,7 +52,12 @@ fn main() {
         }
         let [base, folded] = times.map(median);
         let rate = |seconds: f64| STEPS as f64 / seconds;
-        println!("{engine}: base {:.1} tokens/s, folded {:.1} tokens/s, time ×{:.3}", rate(base), rate(folded), folded / base);
+        println!(
+            "{engine}: base {:.1} tokens/s, folded {:.1} tokens/s, time ×{:.3}",
+            rate(base),
+            rate(folded),
+            folded / base
+        );
     }
 }
 

@@ -9,7 +9,7 @@
 //!                 [batch, kv_heads, past, head_dim]
 //! ```
 //!
-//! [`decoder`] writes what all dialects share; [`portable`] and [`fused`] each write norms and attention in their
+//! `decoder.rs` writes what all dialects share; `portable.rs` and `fused.rs` each write norms and attention in their
 //! operators. Weights are streamed from the mapped checkpoint, one at a time. Knows no training and no adapter.
 
 mod decoder;

@@ -1,6 +1,7 @@
 //! A small model, and a session that runs it with candle in the place of a graph and can be told to be wrong.
 
-use std::path::{Path, PathBuf};
+pub(super) use crate::base::testing::shared;
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor as CandleTensor};
 use ndarray::{Array2, ArrayD};
@@ -70,16 +71,6 @@ pub(super) fn ort_library() -> Option<PathBuf> {
 pub(super) fn cases(spec: &DecoderSpec) -> Vec<Case> {
     let options = CaseOptions { seed: 7, lengths: vec![12, 5, 8], steps: 4 };
     standard_cases(&generated_prompts(spec, &options), options.steps).unwrap()
-}
-
-/// A file of the shared folder beside the repository, or none with a message.
-pub(super) fn shared(path: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(path);
-    if !path.exists() {
-        eprintln!("skipped: {} is absent", path.display());
-        return None;
-    }
-    Some(path)
 }
 
 /// A small adapter, and large enough to see.

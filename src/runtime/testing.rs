@@ -1,5 +1,6 @@
 //! Tiny ONNX models written byte by byte, so that the tests of a runtime need no file from elsewhere.
 
+pub(super) use crate::base::testing::shared;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
@@ -25,16 +26,6 @@ pub(super) fn ort_library() -> Option<PathBuf> {
         eprintln!("skipped: {error}; `prefold runtime install` gets it");
     }
     found.ok()
-}
-
-/// A file of the shared folder beside the repository, or none with a message.
-pub(super) fn shared(path: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(path);
-    if !path.exists() {
-        eprintln!("skipped: {} is absent", path.display());
-        return None;
-    }
-    Some(path)
 }
 
 pub(super) fn tiny_feeds(batch: usize, length: usize) -> NamedValues {
