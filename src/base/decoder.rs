@@ -1,6 +1,6 @@
 //! The candle interpreter of a [`DecoderSpec`].
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 
 use super::ops::{linear, masked_softmax, rms_norm, rope};
 use super::{Activation, Checkpoint, DecoderSpec, Error, KvCache, Linear, Result, WeightRole, WeightShape};
@@ -368,13 +368,13 @@ impl Decoder {
 
     fn mlp(&self, layer: &Layer, x: &Tensor) -> candle_core::Result<Tensor> {
         let x = rms_norm(x, &layer.mlp_norm, self.spec.norm.epsilon)?;
-        let gate = layer.gate.forward(&x)?;
-        let gate = match self.spec.mlp.activation {
-            Activation::Silu => gate.silu()?,
-            Activation::Gelu => gate.gelu_erf()?,
-            Activation::GeluTanh => gate.gelu()?,
-            Activation::Relu => gate.relu()?,
+        let activation = match self.spec.mlp.activation {
+            Activation::Silu => candle_nn::Activation::Silu,
+            Activation::Gelu => candle_nn::Activation::Gelu,
+            Activation::GeluTanh => candle_nn::Activation::GeluPytorchTanh,
+            Activation::Relu => candle_nn::Activation::Relu,
         };
+        let gate = activation.forward(&layer.gate.forward(&x)?)?;
         layer.down.forward(&(gate * layer.up.forward(&x)?)?)
     }
 }

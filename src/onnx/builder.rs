@@ -1,8 +1,8 @@
 //! New models.
 
-use super::def::{FunctionDef, NodeDef, TensorDef, ValueDef, encode_entry};
+use super::def::{FunctionDef, NodeDef, TensorDef, ValueDef, encode_entry, encode_opset};
 use super::node::standard_domain;
-use super::proto::{graph, model, opset};
+use super::proto::{graph, model};
 use super::wire::Encoder;
 use super::{Model, Result, check};
 
@@ -133,14 +133,6 @@ impl ModelBuilder {
         self.value_info.iter().for_each(|value| encoder.message(graph::VALUE_INFO, &value.encode()));
         Ok(encoder)
     }
-}
-
-/// An `OperatorSetIdProto`.
-pub(crate) fn encode_opset(domain: &str, version: i64) -> Encoder {
-    let mut encoder = Encoder::default();
-    encoder.string(opset::DOMAIN, domain);
-    encoder.int(opset::VERSION, version);
-    encoder
 }
 
 #[cfg(test)]

@@ -1,10 +1,9 @@
 //! New nodes, tensors and values, as they are written down before they are part of a model.
 
-use super::builder::encode_opset;
 use super::data_type::DataType;
 use super::external::ExternalRef;
 use super::node::standard_domain;
-use super::proto::{attribute, entry, function, node, tensor, types, value};
+use super::proto::{attribute, entry, function, node, opset, tensor, types, value};
 use super::value::Dim;
 use super::wire::Encoder;
 use super::{Error, Result};
@@ -358,5 +357,13 @@ pub(crate) fn encode_entry(key: &str, value: &str) -> Encoder {
     let mut encoder = Encoder::default();
     encoder.string(entry::KEY, key);
     encoder.string(entry::VALUE, value);
+    encoder
+}
+
+/// An `OperatorSetIdProto`.
+pub(crate) fn encode_opset(domain: &str, version: i64) -> Encoder {
+    let mut encoder = Encoder::default();
+    encoder.string(opset::DOMAIN, domain);
+    encoder.int(opset::VERSION, version);
     encoder
 }

@@ -2,8 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::builder::encode_opset;
-use super::def::{NodeDef, TensorDef, ValueDef, encode_entry};
+use super::def::{NodeDef, TensorDef, ValueDef, encode_entry, encode_opset};
 use super::node::standard_domain;
 use super::proto::{entry, graph, model, node};
 use super::tensor::parse_entry;
