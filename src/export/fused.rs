@@ -170,19 +170,22 @@ fn rotary_caches(graph: &mut GraphWriter) -> Result<(String, String)> {
     ))
 }
 
-/// `x / sqrt(mean(x²) + epsilon) · scale`, in the pattern that ONNX Runtime fuses.
+/// `x / sqrt(mean(x²) + epsilon) · scale`, computed in float32, in the pattern that ONNX Runtime fuses.
 fn norm_function(epsilon: f32) -> FunctionDef {
     let node =
         |op: &str, inputs: &[&str], output: &str| NodeDef::new(op, "").inputs(inputs.iter().copied()).outputs([output]);
+    let float = i64::from(DataType::Float.code());
     FunctionDef::new(DOMAIN, NORM, &[("", OPSET)])
         .inputs(["X", "scale"])
         .outputs(["Y"])
+        .node(node("Cast", &["X"], "x").attr_int("to", float))
         .node(node("Constant", &[], "two").attr_float("value_float", 2.0))
-        .node(node("Pow", &["X", "two"], "square"))
+        .node(node("Pow", &["x", "two"], "square"))
         .node(node("ReduceMean", &["square"], "mean").attr_ints("axes", &[-1]).attr_int("keepdims", 1))
         .node(node("Constant", &[], "epsilon").attr_float("value_float", epsilon))
         .node(node("Add", &["mean", "epsilon"], "shifted"))
         .node(node("Sqrt", &["shifted"], "root"))
-        .node(node("Div", &["X", "root"], "normed"))
+        .node(node("Div", &["x", "root"], "quotient"))
+        .node(node("CastLike", &["quotient", "X"], "normed"))
         .node(node("Mul", &["normed", "scale"], "Y"))
 }

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use prefold::runtime::library;
+
 use crate::support::{arg, fixture, prefold, prefold_ok};
 
 const FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
@@ -87,16 +89,24 @@ fn the_adapter_learns_and_the_graph_computes_it() {
         text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["loss"].as_f64()).collect();
     assert!(losses[29] < 0.7 * losses[0], "{} → {}", losses[0], losses[29]);
 
-    let compile = ["compile", "--model", arg(&model), "--adapter", "run", "--out", "graph"];
-    let printed = prefold_ok(folder.path(), &compile);
-    assert!(printed.contains("parity:"), "{printed}");
-    let report: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(folder.path().join("graph/parity.json")).unwrap()).unwrap();
-    assert_eq!(report["verdict"], "pass");
-    assert!(!report["no_op"].as_array().unwrap().is_empty());
+    for (dialect, precision) in [("portable", "f32"), ("portable", "f16"), ("ort", "f32"), ("ort", "f16")] {
+        if dialect == "ort" && library::find(None, &prefold::files::cache_folder().unwrap()).is_err() {
+            eprintln!("skipped: no ONNX Runtime here (prefold runtime install)");
+            continue;
+        }
+        let out = format!("{dialect}-{precision}");
+        let compile = ["compile", "--model", arg(&model), "--adapter", "run", "--out", &out];
+        let compile = [compile.as_slice(), &["--dialect", dialect, "--precision", precision]].concat();
+        let printed = prefold_ok(folder.path(), &compile);
+        assert!(printed.contains("parity:"), "{printed}");
+        let report = std::fs::read(folder.path().join(&out).join("parity.json")).unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
+        assert_eq!(report["verdict"], "pass");
+        assert!(!report["no_op"].as_array().unwrap().is_empty());
+    }
 
-    // the graph without the adapter's model is another function, and verify says so
-    let verify = ["verify", "--model", arg(&model), "--graph", "graph", "--out", "base.json"];
+    // without the adapter the model is another function, and verify says so
+    let verify = ["verify", "--model", arg(&model), "--graph", "portable-f32", "--out", "base.json"];
     let output = prefold(folder.path(), &verify);
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stdout).contains("NO PARITY"));
