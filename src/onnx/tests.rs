@@ -52,7 +52,7 @@ pub(super) fn raw_model(nodes: &[Encoder], inputs: &[&str], outputs: &[&str]) ->
     let mut model = Encoder::default();
     model.int(model::IR_VERSION, 8);
     model.message(model::GRAPH, &graph);
-    model.message(model::OPSET_IMPORT, &super::builder::encode_opset("", 17));
+    model.message(model::OPSET_IMPORT, &super::def::encode_opset("", 17));
     model.into_bytes()
 }
 
@@ -144,7 +144,7 @@ fn model_with_unknown_fields() -> Vec<u8> {
     bytes.push(0);
     bytes.extend(graph);
     let mut tail = Encoder::default();
-    tail.message(model::OPSET_IMPORT, &with(super::builder::encode_opset("ai.onnx", 17)));
+    tail.message(model::OPSET_IMPORT, &with(super::def::encode_opset("ai.onnx", 17)));
     tail.message(model::METADATA_PROPS, &with(encode_entry("key", "value")));
     unknown(&mut tail);
     bytes.extend(tail.into_bytes());
