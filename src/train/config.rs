@@ -41,7 +41,7 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
-            learning_rate: 1e-3,
+            learning_rate: 3e-4,
             epochs: 3,
             max_steps: None,
             batch_size: 8,
