@@ -22,16 +22,16 @@ use crate::runtime::{GraphDecoder, library};
 
 /// Train, fold and prove, on a small model that comes with prefold
 ///
-/// With --model smollm2 and --data the same on a real model and real data.
+/// With --model smollm2 the same on a real model, and with --data on real data.
 #[derive(Args, Debug)]
 pub(super) struct Demo {
     /// Folder to write
     #[arg(long, default_value = "prefold-demo")]
     out: PathBuf,
     /// Another model than the built-in one: smollm2, or whatever --model takes elsewhere
-    #[arg(long, requires = "data")]
+    #[arg(long)]
     model: Option<String>,
-    /// Records for --model: JSONL of {"text","label"}
+    /// Records for --model, JSONL of {"text","label"} [default: the built-in task's]
     #[arg(long, requires = "model", value_name = "FILE")]
     data: Option<PathBuf>,
 }
@@ -56,9 +56,9 @@ impl Demo {
         let root = staged.path();
         let note = "Written by `prefold demo`, which replaces this folder when it runs again.\n";
         std::fs::write(root.join(MARK), note).map_err(files::Error::io("write", root))?;
-        let mut config = match (&self.model, &self.data) {
-            (Some(model), Some(data)) => real_task(context, model, data)?,
-            _ => built_in_task(root)?,
+        let mut config = match &self.model {
+            Some(model) => real_task(context, model, self.data.as_deref(), root)?,
+            None => built_in_task(root)?,
         };
         config.out = Some(root.join("adapter"));
 
@@ -107,15 +107,20 @@ fn built_in_task(root: &Path) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// Four records of each label, as in the paper's few-shot experiments; 154 others to measure on.
-fn real_task(context: &Context, model: &str, data: &Path) -> Result<RunConfig> {
+/// A few records of each label, and as many others to measure on as a minute allows.
+fn real_task(context: &Context, model: &str, data: Option<&Path>, root: &Path) -> Result<RunConfig> {
     if fetch::KNOWN_MODELS.iter().any(|known| known.name == model) {
         fetch::fetch(model, &context.cache)?;
     }
-    let mut config = RunConfig { model: Some(model.to_owned()), ..RunConfig::default() };
-    config.data.train = Some(data.to_path_buf());
-    config.data.holdout = Some("0.2".into());
-    config.data.per_class = Some(4);
+    let built_in = built_in_task(root)?;
+    let mut config = RunConfig { model: Some(model.to_owned()), data: built_in.data, ..RunConfig::default() };
+    config.data.per_class = Some(16);
+    if let Some(data) = data {
+        config.data.train = Some(data.to_path_buf());
+        config.data.eval = None;
+        config.data.holdout = Some("0.2".into());
+        config.data.per_class = Some(4);
+    }
     config.data.eval_limit = Some(154);
     config.train.epochs = 4;
     config.train.save_every = 50;
