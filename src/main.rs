@@ -7,8 +7,19 @@ use mimalloc::MiMalloc;
 static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> std::process::ExitCode {
+    end_quietly_when_nobody_reads();
     keep_candle_from_spinning();
     prefold::cli::main()
+}
+
+/// `prefold … | head` ends like any other command once its reader is gone, and not with a panic.
+fn end_quietly_when_nobody_reads() {
+    // SAFETY: this is the first thing that the process does; it sets a default disposition and installs no handler.
+    #[cfg(unix)]
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
 }
 
 /// candle's pool for elementwise operations waits by spinning, which makes training several times slower wherever another
@@ -17,7 +28,7 @@ fn main() -> std::process::ExitCode {
 fn keep_candle_from_spinning() {
     const VARIABLE: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(VARIABLE).is_none() {
-        // SAFETY: this is the first thing that the process does, while it has one thread.
+        // SAFETY: the process still has one thread.
         #[allow(unsafe_code)]
         unsafe {
             std::env::set_var(VARIABLE, "1");

@@ -69,20 +69,6 @@ impl Adapter {
         self.tensors.values().map(Tensor::elem_count).sum()
     }
 
-    /// Whether every tensor is zero, so that the adapter changes nothing.
-    ///
-    /// # Errors
-    /// When a tensor cannot be read.
-    pub fn is_zero(&self) -> Result<bool> {
-        for tensor in self.tensors.values() {
-            let max = tensor.abs().and_then(|t| t.to_dtype(DType::F64)).and_then(|t| t.flatten_all()?.max(0));
-            if max.and_then(|m| m.to_scalar::<f64>()).map_err(Error::candle("reading an adapter"))? != 0.0 {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
     /// The same adapter with trainable tensors on `device`: float32, whatever the model computes in, unless `dtype` says
     /// otherwise.
     ///

@@ -304,7 +304,11 @@ impl Decoder {
         if seq == 1 && input.mask.iter().all(|m| *m) {
             return Ok(None);
         }
-        let lowest = if self.dtype == DType::F16 { -65504.0 } else { f32::MIN };
+        let lowest = match self.dtype {
+            DType::F16 => half::f16::MIN.to_f32(),
+            DType::BF16 => half::bf16::MIN.to_f32(), // the lowest float32 would round to minus infinity
+            _ => f32::MIN,
+        };
         let mut bias = Vec::with_capacity(batch * seq * total);
         for row in input.mask.chunks(total) {
             for query in total - seq..total {

@@ -1,6 +1,6 @@
 //! `prefold compile`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -8,7 +8,7 @@ use miette::Result;
 
 use super::export::ExportArgs;
 use super::verify::{VerifyArgs, compile, summary, table};
-use super::{Context, usage};
+use super::{Context, keep_apart, usage};
 use crate::files::StagedFolder;
 use crate::onnx::MODEL_NAME;
 
@@ -40,6 +40,7 @@ pub(super) struct Compile {
 
 impl Compile {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
+        keep_apart(&self.out, &[Path::new(&self.model), &self.adapter])?;
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
         let checkpoint = context.checkpoint(&self.model)?;
         let report = compile(context, &checkpoint, &self.adapter, staged.path(), &self.export, &self.verify)?;

@@ -8,11 +8,11 @@ use candle_core::Device;
 use clap::Args;
 use miette::Result;
 
+use super::Context;
 use super::export::ExportArgs;
 use super::generate::greedy;
 use super::train::{RunConfig, Trained, train};
 use super::verify::{Engine, VerifyArgs, compile, open_session, summary, table};
-use super::{Context, usage};
 use crate::adapter::WEIGHTS_NAME;
 use crate::base::{Checkpoint, Decoder, NoHook, Tokenizer, fetch};
 use crate::data::{self, Format, Record};
@@ -45,6 +45,9 @@ const FIXTURE: [(&str, &[u8]); 6] = [
     ("data/train.jsonl", include_bytes!("../../fixtures/demo/train.jsonl")),
     ("data/test.jsonl", include_bytes!("../../fixtures/demo/test.jsonl")),
 ];
+
+/// The part of --data that is not trained on.
+const HELD_OUT: &str = "0.2";
 
 /// A file that only this command writes: a folder with it may be replaced.
 const MARK: &str = "demo.txt";
@@ -118,7 +121,7 @@ fn real_task(context: &Context, model: &str, data: Option<&Path>, root: &Path) -
     if let Some(data) = data {
         config.data.train = Some(data.to_path_buf());
         config.data.eval = None;
-        config.data.holdout = Some("0.2".into());
+        config.data.holdout = Some(HELD_OUT.into());
         config.data.per_class = Some(4);
     }
     config.data.eval_limit = Some(154);
@@ -142,8 +145,11 @@ fn ensure_onnx_runtime(context: &Context) {
 fn show_answers(context: &Context, config: &RunConfig, checkpoint: &Checkpoint, graph: &Path) -> Result<()> {
     let tokenizer = checkpoint.tokenizer()?;
     let format = Format::new(&tokenizer, checkpoint.spec().vocab_size, config.data.format.clone())?;
-    let path = config.data.eval.as_ref().or(config.data.train.as_ref());
-    let records = data::read_jsonl(path.ok_or_else(|| usage("there is no data", "give --data"))?)?;
+    let records = match (&config.data.eval, &config.data.train, HELD_OUT.parse()) {
+        (Some(eval), _, _) => data::read_jsonl(eval)?,
+        (None, Some(all), Ok(holdout)) => data::read_jsonl(all)?.hold_out(holdout, config.train.seed)?.1,
+        _ => return Ok(()),
+    };
     let Some(Record::Classification { text, label }) = records.entries().first().map(|e| &e.record) else {
         return Ok(());
     };

@@ -1,12 +1,12 @@
 //! `prefold export`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use miette::Result;
 
-use super::{Context, style};
+use super::{Context, keep_apart, style};
 use crate::export::{Dialect, ExportOptions, Precision, export};
 use crate::files::StagedFolder;
 use crate::onnx::MODEL_NAME;
@@ -60,6 +60,7 @@ impl ExportArgs {
 
 impl Export {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
+        keep_apart(&self.out, &[Path::new(&self.model)])?;
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
         let checkpoint = context.checkpoint(&self.model)?;
         export(&checkpoint, &self.options.options(), staged.path())?;

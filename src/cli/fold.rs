@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use miette::Result;
 
-use super::existing_graph;
+use super::{existing_graph, keep_apart};
 use crate::files::StagedFolder;
 use crate::fold::fold_folder;
 use crate::onnx::MODEL_NAME;
@@ -30,6 +30,7 @@ pub(super) struct Fold {
 
 impl Fold {
     pub(super) fn run(self) -> Result<ExitCode> {
+        keep_apart(&self.out, &[&self.graph, &self.adapter])?;
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
         let folded = fold_folder(&existing_graph(&self.graph)?, &self.adapter, staged.path())?;
         let out = staged.commit()?;

@@ -10,7 +10,7 @@ use miette::{IntoDiagnostic, Result};
 use ndarray::Array2;
 
 use super::verify::{Engine, open_session};
-use super::{Context, existing_graph, usage};
+use super::{Context, existing_graph, keep_apart, usage};
 use crate::adapter::Adapter;
 use crate::base::{Decoder, Input, NoHook, SiteHook};
 use crate::runtime::{GraphDecoder, positions};
@@ -20,8 +20,8 @@ use crate::train::{ComputeType, completion_loss};
 ///
 /// Reads `input_ids`, `attention_mask` and optionally `position_ids` and `labels` from a safetensors file, all of
 /// [batch, seq]. Labels stand in the positions of `input_ids`, −100 where there is none, and are shifted inside; the loss is
-/// the mean over labelled positions. Writes `logits` (float32), with labels `loss`, and with --grad `grad.{tensor}` for
-/// every tensor of the adapter.
+/// the mean over labelled positions. Writes `logits` (float32); for --model also `loss` where there are labels, and with
+/// --grad `grad.{tensor}` for every tensor of the adapter.
 #[derive(Args, Debug)]
 pub(super) struct Forward {
     /// Run this checkpoint in candle
@@ -62,6 +62,7 @@ struct Given {
 
 impl Forward {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
+        keep_apart(&self.out, &[&self.inputs])?;
         let given = read(&self.inputs)?;
         let outputs = match (&self.model, &self.graph) {
             (Some(model), _) => self.candle(context, model, &given)?,

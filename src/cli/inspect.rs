@@ -25,13 +25,14 @@ pub(super) struct Inspect {
 
 impl Inspect {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
-        let facts = if self.path.join(CONFIG_NAME).is_file() {
-            adapter(&self.path)?
-        } else if self.path.join(MODEL_NAME).is_file() || self.path.extension().is_some_and(|e| e == "onnx") {
-            graph(&existing_graph(&self.path)?)?
-        } else {
-            checkpoint(&context.checkpoint(&self.path.to_string_lossy())?)?
-        };
+        let facts =
+            if self.path.join(CONFIG_NAME).is_file() || self.path.extension().is_some_and(|e| e == "safetensors") {
+                adapter(&self.path)?
+            } else if self.path.join(MODEL_NAME).is_file() || self.path.extension().is_some_and(|e| e == "onnx") {
+                graph(&existing_graph(&self.path)?)?
+            } else {
+                checkpoint(&context.checkpoint(&self.path.to_string_lossy())?)?
+            };
         if self.json {
             println!("{}", serde_json::to_string_pretty(&facts).into_diagnostic()?);
         } else {

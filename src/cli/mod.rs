@@ -159,6 +159,19 @@ fn existing_graph(path: &Path) -> Result<PathBuf> {
     Err(usage(format!("there is no graph {}", path.display()), "name a folder that holds model.onnx, or an .onnx file"))
 }
 
+/// Refuses an output that is, or holds, one of a command's inputs: replacing it would destroy them.
+fn keep_apart(out: &Path, inputs: &[&Path]) -> Result<()> {
+    let Ok(out_path) = out.canonicalize() else { return Ok(()) };
+    let inside = |input: &&&Path| input.canonicalize().is_ok_and(|input| input.starts_with(&out_path));
+    match inputs.iter().find(inside) {
+        Some(input) => {
+            let message = format!("the output {} would replace the input {}", out.display(), input.display());
+            Err(usage(message, "choose another --out"))
+        }
+        None => Ok(()),
+    }
+}
+
 /// The command line as it was given, for reports.
 fn command_line() -> String {
     let quoted = |arg: String| if arg.contains([' ', '"', '\'']) { format!("{arg:?}") } else { arg };

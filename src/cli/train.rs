@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::progress::TrainingBar;
-use super::{Context, style, usage};
+use super::{Context, keep_apart, style, usage};
 use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, Tokenizer};
 use crate::data::{self, ChatUse, Dataset, Format, FormatOptions, Holdout, LabelText, Records};
@@ -88,7 +88,7 @@ struct DataArgs {
 #[command(next_help_heading = "Training")]
 struct TrainingArgs {
     /// Highest learning rate
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     learning_rate: Option<f64>,
     /// Passes over the data
     #[arg(long)]
@@ -103,13 +103,13 @@ struct TrainingArgs {
     #[arg(long)]
     gradient_accumulation: Option<usize>,
     /// L2 norm above which gradients are scaled down; 0 for never
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     max_grad_norm: Option<f64>,
     /// Part of the steps in which the rate rises
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     warmup_fraction: Option<f64>,
     /// Decoupled weight decay
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     weight_decay: Option<f64>,
     /// Orders the data
     #[arg(long)]
@@ -210,10 +210,22 @@ impl Train {
             figment = figment.merge(Toml::file_exact(path));
         }
         let figment = figment.merge(Serialized::globals(self.given()));
-        figment.extract().map_err(|error| {
+        let config: figment::Result<RunConfig> = figment.extract();
+        let mut config = config.map_err(|error| {
             let file = self.config.as_deref().map_or("the command line".into(), |path| path.display().to_string());
             usage(format!("{file}: `{}`: {}", error.path.join("."), error.kind), "see schemas/train.schema.json")
-        })
+        })?;
+        // of two options for one thing, the command line's wins over the file's
+        if self.holdout.is_some() {
+            config.data.eval = None;
+        }
+        if self.eval.is_some() {
+            config.data.holdout = None;
+        }
+        if self.training.epochs.is_some() && self.training.max_steps.is_none() {
+            config.train.max_steps = None;
+        }
+        Ok(config)
     }
 
     /// What the command line says, and nothing else.
@@ -260,6 +272,11 @@ impl Train {
     }
 }
 
+fn finite(text: &str) -> std::result::Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if number.is_finite() { Ok(number) } else { Err("must be finite".into()) }
+}
+
 /// An object of the entries that are not null.
 fn given<const N: usize>(entries: [(&str, Value); N]) -> Value {
     let entries = entries.into_iter().filter(|(_, value)| !value.is_null());
@@ -291,6 +308,8 @@ pub(super) fn train(context: &Context, config: &RunConfig, resume: bool, overwri
         return Err(usage("--model, --data and --out are needed", "give them on the command line or in --config"));
     };
     config.train.check()?;
+    let inputs = [Some(Path::new(model)), Some(data.as_path()), config.data.eval.as_deref()];
+    keep_apart(out, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
     let checkpoint = context.checkpoint(model)?;
     let tokenizer = checkpoint.tokenizer()?;
     let (training, held_out) = datasets(&checkpoint, &tokenizer, config, data)?;
@@ -299,14 +318,15 @@ pub(super) fn train(context: &Context, config: &RunConfig, resume: bool, overwri
     let adapter = Adapter::zeros(adapter_config)?;
     let decoder = Decoder::load(&checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
-    let outcome = run(context, config, &decoder, &adapter, &training, held_out.as_ref(), &folder);
+    let outcome = run(context, config, &decoder, &adapter, &training, held_out.as_ref(), &folder).and_then(|outcome| {
+        folder.finish(&outcome.adapter)?;
+        write_manifest(&checkpoint, config, data, out, &outcome)?;
+        Ok(outcome)
+    });
     if outcome.is_err() {
-        folder.discard_if_empty();
+        folder.discard_without_checkpoint();
     }
-    let outcome = outcome?;
-    outcome.adapter.save(out)?;
-    write_manifest(&checkpoint, config, data, out, &outcome)?;
-    Ok(Trained { out: out.clone(), outcome })
+    Ok(Trained { out: out.clone(), outcome: outcome? })
 }
 
 fn run(

@@ -12,9 +12,9 @@ use super::{Context, command_line, existing_graph, style, usage};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, NoHook, SiteHook};
 use crate::export::{Dialect, ExportOptions, Precision, export};
-use crate::files::FileFact;
+use crate::files::{FileFact, Manifest};
 use crate::fold::fold_folder;
-use crate::onnx::{DataType, MODEL_NAME, Model as Graph};
+use crate::onnx::{DataType, MODEL_NAME, Model as Graph, external_files};
 use crate::parity::{
     Budget, Candidate, CaseOptions, Check, Facts, Model, NoOpPair, Reference, Report, Verdict, generated_prompts,
     standard_cases,
@@ -108,9 +108,9 @@ impl Verify {
             base_graph: self.base_graph.as_deref().map(existing_graph).transpose()?,
         };
         let report = verify(context, &subject, &self.options)?;
-        write_report(&report, &self.out)?;
         println!("{}", table(&report));
         println!("{}, {}", summary(&report), self.out.display());
+        write_report(&report, &self.out)?;
         Ok(if report.verdict == Verdict::Pass { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -125,6 +125,12 @@ pub(super) struct Subject<'a> {
 
 /// Compares a graph with its model in every runtime.
 pub(super) fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<Report> {
+    if matches!(options.reference, ComputeType::Bf16 | ComputeType::F16) {
+        return Err(usage(
+            "--reference is less precise than the graph",
+            "give f64, or f32 for a model that does not fit",
+        ));
+    }
     let graph = Graph::open(&subject.graph)?;
     let precision = precision_of(&graph);
     let adapter = subject.adapter.map(Adapter::open).transpose()?;
@@ -242,6 +248,10 @@ fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine]
 
 fn facts(subject: &Subject) -> Result<Vec<FileFact>> {
     let mut facts = vec![FileFact::of("graph", &subject.graph)?];
+    let folder = subject.graph.parent().unwrap_or(Path::new("."));
+    for name in external_files(&Graph::open(&subject.graph)?)? {
+        facts.push(FileFact::of("external_data", &folder.join(name))?);
+    }
     for file in subject.checkpoint.weight_files() {
         facts.push(FileFact::of("weights", &file)?);
     }
@@ -293,7 +303,8 @@ impl Default for VerifyArgs {
     }
 }
 
-/// Exports, folds and verifies into `folder`, which exists: `base/` and `folded/` inside it.
+/// Exports into a temporary folder, folds into `folder`, which exists, and verifies; writes the report and a manifest that
+/// names checkpoint and adapter.
 pub(super) fn compile(
     context: &Context,
     checkpoint: &Checkpoint,
@@ -305,7 +316,7 @@ pub(super) fn compile(
     let base = tempfile::tempdir_in(folder.parent().unwrap_or(folder))
         .map_err(crate::files::Error::io("create a folder beside", folder))?;
     export(checkpoint, &export_args.options(), base.path())?;
-    fold_folder(base.path(), adapter, folder)?;
+    let folded = fold_folder(base.path(), adapter, folder)?;
     let subject = Subject {
         checkpoint,
         graph: folder.join(MODEL_NAME),
@@ -314,5 +325,12 @@ pub(super) fn compile(
     };
     let report = verify(context, &subject, verify_args)?;
     write_report(&report, &folder.join("parity.json"))?;
+    let options = serde_json::json!({ "export": export_args.options(), "emission": folded.emission });
+    let mut manifest = Manifest::new("compile", options).output("graph", &folder.join(MODEL_NAME))?;
+    manifest.inputs =
+        report.inputs.iter().filter(|f| f.role != "graph" && f.role != "external_data").cloned().collect();
+    manifest.outputs.extend(report.inputs.iter().filter(|f| f.role == "external_data").cloned());
+    manifest.facts = serde_json::json!({ "base_model": checkpoint.display_name(), "sites": folded.sites });
+    manifest.write(folder)?;
     Ok(report)
 }

@@ -160,7 +160,8 @@ fn half_of_one_plus(graph: &mut GraphWriter, name: &str, x: &str, y: &str) -> Re
 pub(super) fn attention_bias(graph: &mut GraphWriter, causal: bool) -> Result<String> {
     let at = |name: &str| format!("/model/mask/{name}");
     let float = graph.data_type();
-    let lowest = if float == DataType::Float16 { -65504.0 } else { f64::from(f32::MIN) };
+    // half of float16's range, so that a sum with a score stays finite; its exponential is zero all the same
+    let lowest = if float == DataType::Float16 { -32752.0 } else { f64::from(f32::MIN) };
     let (zero, lowest) = (graph.number(&at("zero"), 0.0)?, graph.number(&at("lowest"), lowest)?);
     let padding_axes = graph.integers(&at("padding_axes"), &[1, 2]);
     let real = NodeDef::new("Cast", at("Cast_real")).attr_int("to", DataType::Bool.code().into());

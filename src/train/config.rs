@@ -58,6 +58,9 @@ impl Default for TrainConfig {
     }
 }
 
+/// Largest batch and largest number of batches in a step.
+const MOST: usize = 1 << 20;
+
 /// A float type to compute in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -107,12 +110,25 @@ impl TrainConfig {
     pub fn check(&self) -> Result<()> {
         let fail = |field: &'static str, why: String| Err(Error::Config { field, why });
         for (field, value) in [("batch_size", self.batch_size), ("gradient_accumulation", self.gradient_accumulation)] {
-            if value == 0 {
-                return fail(field, "must be at least 1".into());
+            if value == 0 || value > MOST {
+                return fail(field, format!("is {value}, but must be between 1 and {MOST}"));
             }
         }
-        if self.max_steps == Some(0) || (self.max_steps.is_none() && self.epochs == 0) {
-            return fail("epochs", "must be at least 1".into());
+        for (field, value) in [("epochs", self.epochs), ("max_steps", self.max_steps.unwrap_or(1))] {
+            if value == 0 || value > 1 << 31 {
+                return fail(field, format!("is {value}, but must be at least 1 and below 2³¹"));
+            }
+        }
+        let adamw = &self.adamw;
+        for (field, value) in [("adamw.beta1", adamw.beta1), ("adamw.beta2", adamw.beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return fail(field, format!("is {value}, but must be at least 0 and below 1"));
+            }
+        }
+        for (field, value) in [("adamw.epsilon", adamw.epsilon), ("adamw.weight_decay", adamw.weight_decay)] {
+            if !(value.is_finite() && value >= 0.0) {
+                return fail(field, format!("is {value}, but must be 0 or more"));
+            }
         }
         if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
             return fail("learning_rate", format!("is {}, but must be positive", self.learning_rate));

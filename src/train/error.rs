@@ -61,7 +61,7 @@ pub enum Error {
         learning_rate: f64,
     },
     /// There is nothing to resume.
-    #[error("{} holds no checkpoint to resume from", path.display())]
+    #[error("{} holds no run to resume", path.display())]
     #[diagnostic(code(prefold::train::nothing_to_resume), help("start without --resume"))]
     NothingToResume {
         /// The run folder.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// The optimizer's constants.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct AdamWConfig {
     /// Decay of the first moment.
     pub beta1: f64,

@@ -15,7 +15,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use super::{AdamW, Error, Result, TrainConfig};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::data::Cursor;
 use crate::files::{self, StagedFolder};
 
@@ -49,30 +49,29 @@ impl RunFolder {
     /// Starts a run in a new or empty folder. With `overwrite`, what an earlier run left there is removed.
     ///
     /// # Errors
-    /// When the folder holds something and `overwrite` is false, or it cannot be created.
+    /// When the folder holds something, unless it is an earlier run and `overwrite` is true; or it cannot be created.
     pub fn create(path: &Path, overwrite: bool) -> Result<Self> {
         let occupied = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
-        if occupied && !overwrite {
+        if occupied && !(overwrite && is_run(path)) {
             return Err(files::Error::Exists { path: path.into() }.into());
         }
         if occupied {
             std::fs::remove_dir_all(path).map_err(files::Error::io("replace", path))?;
         }
-        let created = !path.exists();
         std::fs::create_dir_all(path).map_err(files::Error::io("create folder", path))?;
-        Ok(Self { path: path.into(), created })
+        Ok(Self { path: path.into(), created: true })
     }
 
-    /// Opens the folder of a run to go on with it.
+    /// Opens the folder of a run to go on with it: from its newest checkpoint, or from the start where it was stopped
+    /// before the first.
     ///
     /// # Errors
-    /// When it holds no checkpoint.
+    /// When it holds no run.
     pub fn resume(path: &Path) -> Result<Self> {
-        let folder = Self { path: path.into(), created: false };
-        match folder.newest_checkpoint() {
-            Some(_) => Ok(folder),
-            None => Err(Error::NothingToResume { path: path.into() }),
+        if !is_run(path) {
+            return Err(Error::NothingToResume { path: path.into() });
         }
+        Ok(Self { path: path.into(), created: false })
     }
 
     /// Its path.
@@ -80,8 +79,8 @@ impl RunFolder {
         &self.path
     }
 
-    /// Removes the folder where this run made it and nothing worth keeping is in it.
-    pub fn discard_if_empty(&self) {
+    /// Removes the folder where this run made it and has not come to a checkpoint.
+    pub fn discard_without_checkpoint(&self) {
         if self.created && self.newest_checkpoint().is_none() && std::fs::remove_dir_all(&self.path).is_err() {
             tracing::warn!("could not remove {}", self.path.display());
         }
@@ -103,13 +102,30 @@ impl RunFolder {
         Ok(writeln!(file, "{json}").map_err(files::Error::io("write", &path))?)
     }
 
-    /// Drops the metrics of steps after `step`: a killed run may have logged more than it saved.
-    pub(super) fn rewind_metrics(&self, step: usize) -> Result<()> {
+    /// Writes the trained adapter. Its configuration, which makes the folder an adapter, comes last.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn finish(&self, adapter: &Adapter) -> Result<()> {
+        let staged = tempfile::tempdir_in(&self.path).map_err(files::Error::io("create a folder in", &self.path))?;
+        adapter.save(staged.path())?;
+        for name in [WEIGHTS_NAME, CONFIG_NAME] {
+            let target = self.path.join(name);
+            std::fs::rename(staged.path().join(name), &target).map_err(files::Error::io("write", &target))?;
+        }
+        Ok(())
+    }
+
+    /// Drops the metrics of steps after `step`, all of them for none: a killed run may have logged more than it saved.
+    pub(super) fn rewind_metrics(&self, step: Option<usize>) -> Result<()> {
         let path = self.path.join(METRICS_NAME);
         let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
         let kept = text.lines().filter(|line| {
             let step_of = |v: serde_json::Value| v.get("step").and_then(serde_json::Value::as_u64);
-            serde_json::from_str(line).ok().and_then(step_of).is_some_and(|s| s as usize <= step)
+            serde_json::from_str(line)
+                .ok()
+                .and_then(step_of)
+                .is_some_and(|s| step.is_some_and(|step| s as usize <= step))
         });
         let kept: String = kept.flat_map(|line| [line, "\n"]).collect();
         Ok(std::fs::write(&path, kept).map_err(files::Error::io("write", &path))?)
@@ -117,8 +133,8 @@ impl RunFolder {
 
     fn newest_checkpoint(&self) -> Option<PathBuf> {
         let entries = std::fs::read_dir(self.path.join(CHECKPOINTS)).ok()?;
-        let is_checkpoint = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("step-"));
-        entries.flatten().map(|e| e.path()).filter(is_checkpoint).max()
+        let step = |path: &Path| path.file_name()?.to_string_lossy().strip_prefix("step-")?.parse::<usize>().ok();
+        entries.flatten().filter_map(|e| Some((step(&e.path())?, e.path()))).max().map(|(_, path)| path)
     }
 
     /// Writes a checkpoint, whole or not at all.
@@ -142,6 +158,11 @@ impl RunFolder {
         let state = files::read_json(&path.join(STATE_NAME), "a training state")?;
         Ok(Some(Saved { adapter: Adapter::open(&path)?, moments, state, path }))
     }
+}
+
+/// Whether a folder is that of a training run.
+fn is_run(path: &Path) -> bool {
+    [METRICS_NAME, CHECKPOINTS, CONFIG_NAME].iter().any(|name| path.join(name).exists())
 }
 
 /// A checkpoint that was read back.

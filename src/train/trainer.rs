@@ -131,7 +131,9 @@ impl<'a> Trainer<'a> {
                 let why = "its optimizer state does not fit the adapter".into();
                 return Err(Error::Resume { path: saved.path, why });
             }
-            folder.rewind_metrics(start)?;
+            folder.rewind_metrics(Some(start))?;
+        } else {
+            folder.rewind_metrics(None)?;
         }
         let schedule = config.schedule(config.total_steps(train.len()));
         let sampler = Sampler::new(train.len(), config.batch_size, config.seed);

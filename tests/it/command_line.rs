@@ -63,19 +63,19 @@ fn checkpoints_that_do_not_open() {
     write(at, "model/config.json", "{");
     errors.push(export("./model"));
     insta::assert_snapshot!(errors.join("\n\n"), @"
-    prefold::fetch::unknown × there is no model `nowhere` help: known names: smollm2 (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB); or a path to a Hugging Face folder or a .gguf file, or hf:OWNER/ NAME[@REVISION]
+    prefold::fetch::unknown × there is no model `nowhere` help: known names: smollm2 (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB); or a path to a Hugging Face folder or a .gguf file, or hf:OWNER/NAME[@REVISION]
 
     prefold::base::not_a_checkpoint × ./empty is not a checkpoint: it holds no config.json help: a checkpoint is a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a .gguf file
 
-    prefold::base::family × ./unknown/config.json: model_type `mamba` is not a family that prefold │ knows help: known families: llama
+    prefold::base::family × ./unknown/config.json: model_type `mamba` is not a family that prefold knows help: known families: llama
 
-    prefold::base::gguf × ./broken.gguf is not a readable GGUF file: it ends inside the version: 4 │ bytes are announced at offset 4, 0 are left help: the file is damaged, truncated or no GGUF file: fetch it again
+    prefold::base::gguf × ./broken.gguf is not a readable GGUF file: it ends inside the version: 4 bytes are announced │ at offset 4, 0 are left help: the file is damaged, truncated or no GGUF file: fetch it again
 
-    prefold::base::safetensors × ./model/model.safetensors is not a whole safetensors file: incomplete │ metadata, file not fully covered help: it is truncated or damaged; fetch or write it again
+    prefold::base::safetensors × ./model/model.safetensors is not a whole safetensors file: incomplete metadata, file not fully │ covered help: it is truncated or damaged; fetch or write it again
 
-    prefold::base::shape × ./model: tensor `model.embed_tokens.weight` has shape [512, 96], the │ configuration asks for [512, 192] help: config.json and the weights do not belong together
+    prefold::base::shape × ./model: tensor `model.embed_tokens.weight` has shape [512, 96], the configuration asks for │ [512, 192] help: config.json and the weights do not belong together
 
-    prefold::files::json × cannot parse ./model/config.json as a model configuration: EOF while │ parsing an object at line 1 column 1 ╰─▶ EOF while parsing an object at line 1 column 1 help: the file is damaged, or was written by another tool or version
+    prefold::files::json × cannot parse ./model/config.json as a model configuration: EOF while parsing an object at line │ 1 column 1 help: the file is damaged, or was written by another tool or version
     ");
     assert_eq!(names(at), ["broken.gguf", "empty", "model", "unknown"], "nothing was left behind");
 }
@@ -115,17 +115,17 @@ fn records_that_cannot_be_learnt() {
 
     prefold::data::field × data.jsonl:2: the field `label` is missing help: a classification record is {"text": "…", "label": "…"}
 
-    prefold::data::mixed × data.jsonl:2: this is a completion record, but the file began with │ classification records help: keep one kind in a file: {"text": …, "label": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}
+    prefold::data::mixed × data.jsonl:2: this is a completion record, but the file began with classification records help: keep one kind in a file: {"text": …, "label": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}
 
-    prefold::files::io × cannot read nowhere.jsonl: No such file or directory (os error 2) ╰─▶ No such file or directory (os error 2) help: check the path
+    prefold::files::io × cannot read nowhere.jsonl: No such file or directory (os error 2) help: check the path
 
     × --model, --data and --out are needed help: give them on the command line or in --config
 
-    × the configuration does not hold: unknown field: found `learning_rat`, │ expected `one of `learning_rate`, `epochs`, `max_steps`, `batch_size`, │ `gradient_accumulation`, `max_grad_norm`, `warmup_fraction`, │ `final_rate_fraction`, `adamw`, `seed`, `eval_every`, `save_every`, │ `dtype`` for key "default.train.learning_rat" in run.toml TOML file (at │ `train.learning_rat`) help: see schemas/train.schema.json
+    × run.toml: `train.learning_rat`: unknown field: found `learning_rat`, expected `one of │ `learning_rate`, `epochs`, `max_steps`, `batch_size`, `gradient_accumulation`, │ `max_grad_norm`, `warmup_fraction`, `final_rate_fraction`, `adamw`, `seed`, `eval_every`, │ `save_every`, `dtype`` help: see schemas/train.schema.json
 
-    prefold::train::config × training option `epochs` must be at least 1 help: see `prefold train --help`
+    prefold::train::config × training option `epochs` is 0, but must be at least 1 and below 2³¹ help: see `prefold train --help`
 
-    prefold::train::nothing_to_resume × out holds no checkpoint to resume from help: start without --resume
+    prefold::train::nothing_to_resume × out holds no run to resume help: start without --resume
     "#);
     assert_eq!(names(at), ["data.jsonl", "run.toml"], "nothing was left behind");
 }
@@ -151,10 +151,13 @@ fn adapters_and_graphs_that_do_not_fit() {
     adapter("short", &config(4, 6, 16), 3, (6, 16, 16));
     adapter("newer", &config(4, 6, 16).replace('{', r#"{"format_version": 2, "#), 4, (6, 16, 16));
     adapter("other", &config(4, 6, 16).replace("prefix_plus", "magic"), 4, (6, 16, 16));
+    adapter("narrow", &config(4, 6, 8), 4, (6, 8, 8));
+    adapter("few", &config(4, 3, 16), 4, (3, 16, 16));
     adapter("fits", &config(4, 6, 16), 4, (6, 16, 16));
     let fold =
         |graph: &str, adapter: &str| failure(at, &["fold", "--graph", graph, "--adapter", adapter, "--out", "out"]);
-    let mut errors = ["nowhere", "deep", "lies", "short", "newer", "other"].map(|name| fold("base", name)).to_vec();
+    let mut errors =
+        ["nowhere", "deep", "narrow", "few", "lies", "short", "newer", "other"].map(|name| fold("base", name)).to_vec();
     errors.push(fold("nowhere", "fits"));
     write(at, "text.onnx", "this is no graph");
     errors.push(fold("text.onnx", "fits"));
@@ -165,30 +168,38 @@ fn adapters_and_graphs_that_do_not_fit() {
     errors.push(fold("folded", "fits"));
     errors.push(failure(at, &["fold", "--graph", "base", "--adapter", "fits", "--out", "folded"]));
     errors.push(failure(at, &["generate", "--model", arg(&model), "--adapter", "deep", "--prompt", "x"]));
+    let onto = ["fold", "--graph", "base", "--adapter", "fits", "--out", "base", "--overwrite"];
+    errors.push(failure(at, &onto));
     insta::assert_snapshot!(errors.join("\n\n"), @"
     prefold::adapter::not_an_adapter × nowhere is not an adapter: it holds no adapter_config.json help: an adapter is a folder with adapter_config.json and adapter_model.safetensors
 
     prefold::fold::site_count × the graph has 4 attention sites, but the adapter was made for 9 layers help: fold an adapter of the same base model
 
-    prefold::adapter::shape × the adapter's tensor `layers.0.M` has shape [6, 8, 8], its configuration │ asks for [6, 16, 16] help: adapter_config.json and adapter_model.safetensors do not belong together
+    prefold::fold::shape × layer 0 of the graph has head_dim 16, the adapter was made for 8 help: fold an adapter of the same base model
+
+    prefold::fold::shape × layer 0 of the graph has num_heads · head_dim 96, the adapter was made for 48 help: fold an adapter of the same base model
+
+    prefold::adapter::shape × the adapter's tensor `layers.0.M` has shape [6, 8, 8], its configuration asks for [6, 16, 16] help: adapter_config.json and adapter_model.safetensors do not belong together
 
     prefold::adapter::missing_tensor × the adapter has no tensor `layers.3.M` of shape [6, 16, 16] help: adapter_config.json and adapter_model.safetensors do not belong together
 
     prefold::adapter::config × adapter_config.json: `format_version` is 2, this prefold knows up to 1 help: use the prefold that wrote the adapter, or a newer one
 
-    prefold::files::json × cannot parse other/adapter_config.json as an adapter's configuration: │ unknown variant `magic`, expected `prefix_plus` at line 1 column 18 ╰─▶ unknown variant `magic`, expected `prefix_plus` at line 1 column 18 help: the file is damaged, or was written by another tool or version
+    prefold::files::json × cannot parse other/adapter_config.json as an adapter's configuration: unknown variant `magic`, │ expected `prefix_plus` at line 1 column 18 help: the file is damaged, or was written by another tool or version
 
-    prefold::files::io × cannot open nowhere: No such file or directory (os error 2) ╰─▶ No such file or directory (os error 2) help: check the path
+    × there is no graph nowhere help: name a folder that holds model.onnx, or an .onnx file
 
-    prefold::onnx::not_protobuf × text.onnx: not an ONNX model: at byte 1, in ModelProto, a field has a wire │ type that does not exist ╰─▶ not an ONNX model: at byte 1, in ModelProto, a field has a wire type that does not exist help: the file is damaged or not an ONNX model (a Git LFS pointer or a web page saved in its place looks like this); fetch or export it again
+    prefold::onnx::not_protobuf × text.onnx: not an ONNX model: at byte 1, in ModelProto, a field has a wire type that does not │ exist help: the file is damaged or not an ONNX model (a Git LFS pointer or a web page saved in its place looks like this); fetch or export it again
 
-    prefold::onnx::truncated × cut/model.onnx: truncated: ModelProto at byte 22 lacks at least 913266 │ bytes ╰─▶ truncated: ModelProto at byte 22 lacks at least 913266 bytes help: the file is cut off or damaged; fetch or export it again
+    prefold::onnx::truncated × cut/model.onnx: truncated: ModelProto at byte 22 lacks at least 913266 bytes help: the file is cut off or damaged; fetch or export it again
 
     prefold::fold::already_folded × the graph carries an adapter already (baked) help: fold into the base graph instead
 
     prefold::files::exists × the output folded already exists help: choose another --out, or pass --overwrite to replace it
 
-    prefold::adapter::other_model × the adapter was made for another model: num_layers is 9 in the adapter and │ 4 in the model help: use the base model that the adapter was trained for
+    prefold::adapter::other_model × the adapter was made for another model: num_layers is 9 in the adapter and 4 in the model help: use the base model that the adapter was trained for
+
+    × the output base would replace the input base help: choose another --out
     ");
     assert_eq!(before, std::fs::read(at.join("base/model.onnx")).unwrap(), "the input is untouched");
     assert!(!at.join("out").exists());
@@ -218,17 +229,17 @@ fn inputs_that_cannot_be_run() {
         failure(at, &["fetch", "gpt5"]),
     ];
     insta::assert_snapshot!(errors.join("\n\n"), @"
-    prefold::base::input × the model's inputs do not fit: token id 999999 is not below the vocabulary │ size 512 help: use the tokenizer that belongs to the model
+    prefold::base::input × the model's inputs do not fit: token id 999999 is not below the vocabulary size 512 help: use the tokenizer that belongs to the model
 
     prefold::base::input × the model's inputs do not fit: input_ids holds -2 help: input_ids is [batch, seq], attention_mask is [batch, past + seq], position_ids is [batch, seq]
 
     × no.safetensors: header too small help: it should hold integer tensors input_ids, attention_mask and optionally position_ids and labels
 
-    prefold::files::io × cannot read tokenizer.json: No such file or directory (os error 2) ╰─▶ No such file or directory (os error 2) help: check the path
+    × there is no graph nowhere help: name a folder that holds model.onnx, or an .onnx file
 
-    prefold::fetch::unknown × there is no model `nowhere` help: known names: smollm2 (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB); or a path to a Hugging Face folder or a .gguf file, or hf:OWNER/ NAME[@REVISION]
+    prefold::fetch::unknown × there is no model `nowhere` help: known names: smollm2 (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB); or a path to a Hugging Face folder or a .gguf file, or hf:OWNER/NAME[@REVISION]
 
-    prefold::fetch::unknown × there is no model `gpt5` help: known names: smollm2 (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB); or a path to a Hugging Face folder or a .gguf file, or hf:OWNER/ NAME[@REVISION]
+    prefold::fetch::unknown × there is no model `gpt5` help: known names: smollm2 (SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB); or a path to a Hugging Face folder or a .gguf file, or hf:OWNER/NAME[@REVISION]
     ");
     assert!(!at.join("out.safetensors").exists());
 }

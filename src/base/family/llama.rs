@@ -22,7 +22,7 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
             "give head_dim where heads × head_dim is not the hidden size",
         );
     }
-    let head_dim = config.size_or("head_dim", Some(hidden_size / num_heads))?;
+    let head_dim = config.size_up_to("head_dim", Some(hidden_size / num_heads), 1 << 16)?;
     if !head_dim.is_multiple_of(2) {
         return config.fail("head_dim", format!("is {head_dim}, an odd number"), "rotary positions turn pairs");
     }
@@ -40,9 +40,9 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
         family: config.string("model_type")?.into(),
         vocab_size: config.size("vocab_size")?,
         hidden_size,
-        num_layers: config.size("num_hidden_layers")?,
-        max_positions: config.size_or("max_position_embeddings", Some(2048))?,
-        norm: Norm { epsilon: config.number_or("rms_norm_eps", 1e-6)? },
+        num_layers: config.size_up_to("num_hidden_layers", None, 10_000)?,
+        max_positions: config.size_up_to("max_position_embeddings", Some(2048), 1 << 24)?,
+        norm: Norm { epsilon: config.positive_or("rms_norm_eps", 1e-6)? },
         attention: Attention {
             num_heads,
             num_kv_heads,

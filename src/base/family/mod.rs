@@ -83,6 +83,21 @@ impl Config<'_> {
         self.size_or(field, None)
     }
 
+    /// A size with a limit of its own, because something is laid out for each.
+    fn size_up_to(&self, field: &str, default: Option<usize>, limit: usize) -> Result<usize> {
+        match self.size_or(field, default)? {
+            size if size <= limit => Ok(size),
+            size => self.fail(field, format!("is {size}"), format!("prefold reads models with at most {limit}")),
+        }
+    }
+
+    fn positive_or(&self, field: &str, default: f64) -> Result<f64> {
+        match self.number_or(field, default)? {
+            x if x > 0.0 => Ok(x),
+            x => self.fail(field, format!("is {x}"), "it must be positive"),
+        }
+    }
+
     fn number_or(&self, field: &str, default: f64) -> Result<f64> {
         match self.get(field) {
             None => Ok(default),
@@ -119,13 +134,13 @@ impl Config<'_> {
     fn rope(&self, default_theta: f64) -> Result<(f64, Scaling)> {
         let field = if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
         let Some(table) = self.get(field) else {
-            return Ok((self.number_or("rope_theta", default_theta)?, Scaling::Default));
+            return Ok((self.positive_or("rope_theta", default_theta)?, Scaling::Default));
         };
         if !table.is_object() {
             return self.mistyped(field, "an object");
         }
         let rope = Config { path: self.path.clone(), value: table };
-        let theta = rope.number_or("rope_theta", self.number_or("rope_theta", default_theta)?)?;
+        let theta = rope.positive_or("rope_theta", self.positive_or("rope_theta", default_theta)?)?;
         let kind = match rope.get("rope_type").or_else(|| rope.get("type")) {
             Some(kind) => kind.as_str().unwrap_or_default().to_owned(),
             None => "default".into(),

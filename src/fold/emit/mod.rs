@@ -29,7 +29,12 @@ pub fn baked(model: &Model, adapter: &Adapter, sites: &[Site], folder: &Path) ->
 
 fn check_heads(site: &Site, adapter: &Adapter) -> Result<()> {
     let config = adapter.config();
-    let pairs = [("num_heads", site.num_heads, config.num_heads), ("head_dim", site.head_dim, config.head_dim)];
+    let pairs = [
+        ("num_heads", site.num_heads, config.num_heads),
+        ("head_dim", site.head_dim, config.head_dim),
+        ("num_heads · head_dim", site.width, config.num_heads * config.head_dim),
+        ("num_kv_heads", site.num_kv_heads.filter(|_| config.num_kv_heads.is_some()), config.num_kv_heads.unwrap_or(0)),
+    ];
     for (what, graph, adapter) in pairs {
         if let Some(graph) = graph.filter(|g| *g != adapter as i64) {
             return Err(Error::Shape { layer: site.layer, what, graph, adapter });

@@ -36,7 +36,7 @@ pub(super) fn baked(adapter: &Adapter, sites: &[Site], data_type: DataType, fold
         let name = format!("prefold.layers.{}.M", site.layer);
         let Some(memory) = adapter.tensors().get(&format!("layers.{}.M", site.layer)) else { continue };
         patch.add_initializer(constants.tensor(&name, memory)?);
-        add_term(&mut patch, adapter.config().feature_map, site, &name, &shapes);
+        add_term(&mut patch, adapter.config().feature_map, site, &name, &shapes)?;
     }
     constants.finish()?;
     Ok(patch)
@@ -48,8 +48,12 @@ struct Shapes {
     merge: &'static str,
 }
 
-fn add_term(patch: &mut Patch, feature_map: FeatureMap, site: &Site, memory: &str, shapes: &Shapes) {
-    let Some(first) = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index()) else { return };
+fn add_term(patch: &mut Patch, feature_map: FeatureMap, site: &Site, memory: &str, shapes: &Shapes) -> Result<()> {
+    let Some(first) = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index()) else {
+        let reason = format!("nothing reads its output `{}`", site.output);
+        let help = "the graph computes attention that it does not use: look at how it was exported";
+        return Err(Error::Site { anchor: site.anchor.clone(), reason, help });
+    };
     let at = |name: &str| format!("/prefold/layers.{}/{name}", site.layer);
     let mut add = |node: NodeDef, name: &str| {
         let output = format!("{}/output_0", at(name));
@@ -76,6 +80,7 @@ fn add_term(patch: &mut Patch, feature_map: FeatureMap, site: &Site, memory: &st
     for reader in &site.readers {
         patch.replace_input(reader.node, reader.slot, sum.as_str());
     }
+    Ok(())
 }
 
 /// The adapter's tensors in the graph's type, inline or in a data file.

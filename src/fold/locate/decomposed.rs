@@ -18,7 +18,9 @@ use crate::fold::Result;
 use crate::onnx::{Index, Node};
 
 const SHAPE: &str = "decomposed";
-const HELP: &str = "`prefold inspect` lists the graph; export the base model with `prefold export` instead";
+const HELP: &str = "this shape of attention is not known yet; export the base model with `prefold export` instead";
+/// Nodes on one way through a block: far more than any exporter writes, and an end to every walk.
+const MAX_STEPS: usize = 16;
 
 pub(super) fn locate(index: &Index, softmax: &Node) -> Option<Result<Site>> {
     if !softmax.is("", "Softmax") {
@@ -52,14 +54,22 @@ fn site(index: &Index, softmax: &Node, scores: &Node) -> Result<Site> {
         readers: index.consumers(output).to_vec(),
         num_heads: None,
         head_dim: None,
+        num_kv_heads: None,
+        width: merged.and_then(|node| merged_width(index, node)),
     })
+}
+
+/// The last dimension that a constant shape gives to the merged heads.
+fn merged_width(index: &Index, reshape: &Node) -> Option<i64> {
+    let shape = index.initializer(reshape.input(1)?)?.to_i64s().ok()?;
+    shape.last().copied().filter(|width| *width > 0)
 }
 
 /// The MatMul that made the scores, behind scaling, masking and reshaping. `None` where this softmax is not attention.
 fn score_product<'g>(index: &Index<'g>, scores: &str) -> Option<&'g Node> {
     let mut node = index.producer(scores)?;
     // masks are added on either side, so one operand of each Add leads to the product
-    for _ in 0..16 {
+    for _ in 0..MAX_STEPS {
         match node.op_type() {
             "MatMul" => return Some(node),
             "Reshape" | "Cast" | "Div" => node = index.producer(node.input(0)?)?,
@@ -80,7 +90,8 @@ fn score_product<'g>(index: &Index<'g>, scores: &str) -> Option<&'g Node> {
 /// The query before reshaping and scaling.
 fn unscaled_query<'g>(index: &Index<'g>, left: &'g str) -> &'g str {
     let mut tensor = left;
-    while let Some(node) = index.producer(tensor) {
+    for _ in 0..MAX_STEPS {
+        let Some(node) = index.producer(tensor) else { break };
         let behind = match node.op_type() {
             "Reshape" => node.input(0),
             "Mul" | "Div" if node.input(1).is_some_and(|t| is_scalar(index, t)) => node.input(0),
@@ -99,7 +110,7 @@ fn unscaled_query<'g>(index: &Index<'g>, left: &'g str) -> &'g str {
 fn attention_output<'g>(index: &Index<'g>, softmax: &Node, weights: &'g str) -> Result<(&'g str, &'g Node)> {
     let mut tensor = weights;
     let mut mixed = false;
-    loop {
+    for _ in 0..MAX_STEPS {
         let Some(reader) = only_reader(index, tensor) else {
             let count = index.consumers(tensor).len();
             return Err(stopped(softmax, format!("`{tensor}` has {count} readers, where one leads on"), HELP));
@@ -124,6 +135,7 @@ fn attention_output<'g>(index: &Index<'g>, softmax: &Node, weights: &'g str) -> 
         };
         tensor = next;
     }
+    Err(stopped(softmax, "its output goes through too many nodes", HELP))
 }
 
 fn only_reader<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g Node> {

@@ -43,5 +43,7 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         readers: index.consumers(output).to_vec(),
         num_heads: integer("num_heads"),
         head_dim: None,
+        num_kv_heads: None,
+        width: None,
     })
 }

@@ -6,7 +6,7 @@ mod group_query_attention;
 use serde::Serialize;
 
 use super::{Error, Result};
-use crate::onnx::{Index, Model, Node, Use};
+use crate::onnx::{Dim, Index, Model, Node, Use};
 
 /// An attention site: the query that meets the keys, and the attention output it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -30,8 +30,12 @@ pub struct Site {
     pub readers: Vec<Use>,
     /// Query heads, where the graph says.
     pub num_heads: Option<i64>,
-    /// Width of a head, where the graph says.
+    /// Width of a head, where the graph's cache says.
     pub head_dim: Option<i64>,
+    /// Key-value heads, where the graph's cache says.
+    pub num_kv_heads: Option<i64>,
+    /// Query heads times the width of a head, where the graph says.
+    pub width: Option<i64>,
 }
 
 /// How heads lie in a tensor.
@@ -60,6 +64,9 @@ pub fn sites(model: &Model) -> Result<Vec<Site>> {
         if let Some(found) = LOCATORS.iter().find_map(|locate| locate(&index, node)) {
             let mut site = found?;
             site.layer = sites.len();
+            if let Some([_, Dim::Value(heads), _, Dim::Value(width)]) = cache_dims(&index, site.layer) {
+                (site.num_kv_heads, site.head_dim) = (Some(*heads), Some(*width));
+            }
             sites.push(site);
         }
     }
@@ -67,6 +74,11 @@ pub fn sites(model: &Model) -> Result<Vec<Site>> {
         return Err(Error::NoSite);
     }
     Ok(sites)
+}
+
+/// Declared dimensions of a layer's past keys, `[batch, kv_heads, past, head_dim]`.
+fn cache_dims<'g>(index: &Index<'g>, layer: usize) -> Option<&'g [Dim]> {
+    index.input(&format!("past_key_values.{layer}.key"))?.shape()
 }
 
 /// An error that names the block and how far its match got.
