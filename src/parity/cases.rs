@@ -135,8 +135,9 @@ pub fn generated_prompts(spec: &DecoderSpec, options: &CaseOptions) -> Vec<Vec<u
 }
 
 /// The cases that every graph must pass: a single row; all prompts as a batch with padding on the left and on the right; the
-/// longest prompt, one token, and the batch, each continued by `steps` cached steps. One token alone is no case of its own:
-/// candle's distance at a single position is as often small by luck as not, and says too little of what a run may be away.
+/// longest prompt, one token, and the batch, each continued by `steps` cached steps. One token alone is not a case of its own
+/// for now: on SmolLM2 tract was once 1.5e-4 away there, 1.17e-4 being allowed, and the cause is not found. Its logits are
+/// judged in the continuation from one token, whose allowance is wider.
 ///
 /// # Errors
 /// When there is no prompt or one of them is empty.
