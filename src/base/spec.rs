@@ -154,6 +154,12 @@ pub struct WeightShape {
 }
 
 impl DecoderSpec {
+    /// The most products that are summed to one number in a layer or the output projection.
+    pub fn longest_dot_product(&self) -> usize {
+        let queries = self.attention.num_heads.saturating_mul(self.attention.head_dim);
+        self.hidden_size.max(self.mlp.intermediate_size).max(queries)
+    }
+
     /// `[out, in]` of a linear map.
     pub fn linear_shape(&self, linear: Linear) -> [usize; 2] {
         let queries = self.attention.num_heads * self.attention.head_dim;

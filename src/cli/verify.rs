@@ -170,7 +170,7 @@ fn prepare(
         let decoder = Decoder::load(checkpoint, options.reference.dtype(), &Device::Cpu)?;
         Reference::compute(Model { decoder: &decoder, hook }, standard_cases(&prompts, options.steps)?)?
     };
-    let mut budget = Budget::of(precision)?;
+    let mut budget = Budget::of(precision, checkpoint.spec())?;
     if let Some(factor) = options.factor {
         budget.factor = factor;
     }

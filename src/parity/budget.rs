@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
+use crate::base::DecoderSpec;
 
 /// The error budget. With `e(x)` the largest absolute distance of a run's logits from the reference's, a run passes when
 /// `e(run) ≤ max(factor · e(candle), floor)`.
@@ -32,35 +33,37 @@ impl Budget {
     /// operators, not another function.
     pub const FACTOR: f64 = 4.0;
 
-    /// The default budget at a graph's precision: factor 4 and a floor of `roundings · ε`, with ε the gap between 1 and
-    /// the next number.
+    /// The default budget for a decoder whose graph computes in `precision`: factor 4 and a floor of `√(2L·K)·u`, with
+    /// `u` the unit roundoff, `L` the decoder's layers and `K` the terms of its longest dot product.
     ///
-    /// | precision | ε | roundings | floor, part of the largest logit |
+    /// | precision | u | K | floor at 30 layers and 1,536 terms, part of the largest logit |
     /// |---|---|---|---|
-    /// | f64 | 2⁻⁵² | 64 | 1.4e-14 |
-    /// | f32 | 2⁻²³ | 64 | 7.6e-6 |
-    /// | f16 | 2⁻¹⁰ | 8 | 7.8e-3 |
-    /// | bf16 | 2⁻⁷ | 8 | 6.3e-2 |
+    /// | f64 | 2⁻⁵³ | `DecoderSpec::longest_dot_product` | 3.4e-14 |
+    /// | f32 | 2⁻²⁴ | `DecoderSpec::longest_dot_product` | 1.8e-5 |
+    /// | f16 | 2⁻¹¹ | 4 | 7.6e-3 |
+    /// | bf16 | 2⁻⁸ | 4 | 6.1e-2 |
     ///
-    /// Rounding errors of either sign grow like the square root of their number: the residual stream of a 30-layer model
-    /// is rounded about 64 times, which makes 8; dot products that accumulate in the precision itself, in blocks of about
-    /// as many terms, make another factor of 8. Half-precision products accumulate in float32, and leave the first alone.
-    /// The floor only matters where candle's own distance is small by luck.
+    /// Rounding errors of either sign grow like the square root of their number. The residual stream is rounded `2L` times;
+    /// what is added to it is a dot product, which a runtime may accumulate in order and so round `K` times (tract does, to
+    /// the bit; candle and ONNX Runtime sum blocks, which candle's own distance therefore does not show). Half-precision
+    /// products accumulate in float32; an input, the product and an elementwise operation or two are rounded. The floor
+    /// matters where candle's own distance is small by its order of summation or by luck.
     ///
     /// # Errors
     /// When the precision is not a floating-point type that a decoder computes in.
-    pub fn of(precision: DType) -> Result<Self> {
-        let (bits, roundings) = match precision {
-            DType::F64 => (52, 64.0),
-            DType::F32 => (23, 64.0),
-            DType::F16 => (10, 8.0),
-            DType::BF16 => (7, 8.0),
+    pub fn of(precision: DType, spec: &DecoderSpec) -> Result<Self> {
+        let (bits, terms) = match precision {
+            DType::F64 => (53, spec.longest_dot_product()),
+            DType::F32 => (24, spec.longest_dot_product()),
+            DType::F16 => (11, 4),
+            DType::BF16 => (8, 4),
             other => {
                 let why = format!("is {}, for which there is no error budget", other.as_str());
                 return Err(Error::Option { option: "precision", why });
             }
         };
-        Ok(Self { factor: Self::FACTOR, relative_floor: roundings * 0.5f64.powi(bits) })
+        let roundings = 2.0 * spec.num_layers as f64 * terms as f64;
+        Ok(Self { factor: Self::FACTOR, relative_floor: roundings.sqrt() * 0.5f64.powi(bits) })
     }
 
     /// The budget, if its numbers make sense.
@@ -87,6 +90,7 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parity::testing;
 
     #[test]
     fn the_larger_of_factor_and_floor_counts() {
@@ -100,13 +104,15 @@ mod tests {
     }
 
     #[test]
-    fn floors_follow_the_precision() {
-        let floor = |dtype| Budget::of(dtype).unwrap().relative_floor;
-        assert_eq!(floor(DType::F32), 64.0 * f64::from(f32::EPSILON));
-        assert_eq!(floor(DType::F64), 64.0 * f64::EPSILON);
-        assert_eq!(floor(DType::F16), 8.0 * half::f16::EPSILON.to_f64());
-        assert_eq!(floor(DType::BF16), 8.0 * half::bf16::EPSILON.to_f64());
-        assert!(matches!(Budget::of(DType::U8), Err(Error::Option { option: "precision", .. })));
+    fn floors_follow_the_precision_and_the_depth() {
+        let mut spec = testing::tiny_spec();
+        (spec.num_layers, spec.mlp.intermediate_size) = (18, 10_000);
+        let floor = |dtype| Budget::of(dtype, &spec).unwrap().relative_floor;
+        assert_eq!(floor(DType::F32), 300.0 * f64::from(f32::EPSILON));
+        assert_eq!(floor(DType::F64), 300.0 * f64::EPSILON);
+        assert_eq!(floor(DType::F16), 6.0 * half::f16::EPSILON.to_f64());
+        assert_eq!(floor(DType::BF16), 6.0 * half::bf16::EPSILON.to_f64());
+        assert!(matches!(Budget::of(DType::U8, &spec), Err(Error::Option { option: "precision", .. })));
     }
 
     #[test]

@@ -134,10 +134,8 @@ pub fn generated_prompts(spec: &DecoderSpec, options: &CaseOptions) -> Vec<Vec<u
     options.lengths.iter().map(prompt).collect()
 }
 
-/// The cases that every graph must pass: a single row; all prompts as a batch with padding on the left and on the right; the
-/// longest prompt, one token, and the batch, each continued by `steps` cached steps. One token alone is not a case of its own
-/// for now: on SmolLM2 tract was once 1.5e-4 away there, 1.17e-4 being allowed, and the cause is not found. Its logits are
-/// judged in the continuation from one token, whose allowance is wider.
+/// The cases that every graph must pass: one token; a single row; all prompts as a batch with padding on the left and on the
+/// right; the longest prompt, one token, and the batch, each continued by `steps` cached steps.
 ///
 /// # Errors
 /// When there is no prompt or one of them is empty.
@@ -146,6 +144,7 @@ pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
     let one = longest.get(..1).unwrap_or_default();
     Ok(vec![
         Case::row("single_row", longest, 0)?,
+        Case::row("one_token", one, 0)?,
         Case::batch("left_padding", prompts, Padding::Left, 0)?,
         Case::batch("right_padding", prompts, Padding::Right, 0)?,
         Case::row("cached_decode", longest, steps)?,

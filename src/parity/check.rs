@@ -320,7 +320,7 @@ mod tests {
         for adapter in [None, Some(&tiny_adapter(0.3))] {
             let report = in_tiny(adapter, tiny_session(adapter, FAITHFUL));
             assert_eq!((report.verdict, failures(&report)), (Verdict::Pass, vec![]));
-            assert_eq!(report.runs[0].cases.len(), 6);
+            assert_eq!(report.runs[0].cases.len(), 7);
             for case in &report.runs[0].cases {
                 let greedy = case.greedy.as_ref().unwrap();
                 assert_eq!(greedy.run, greedy.reference, "{}", case.case);
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn a_missing_adapter_is_told() {
         let report = in_tiny(Some(&tiny_adapter(0.3)), tiny_session(None, FAITHFUL));
-        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 6));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
         let message = failures(&report)[0];
         assert!(message.contains("away from the reference") && message.contains("is allowed"), "{message}");
     }
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(in_tiny(None, tiny_session(None, SHIFTED)).verdict, Verdict::Pass);
         let adapter = tiny_adapter(0.3);
         let report = in_tiny(Some(&adapter), tiny_session(Some(&adapter), SHIFTED));
-        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 6));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
     }
 
     /// Padding after a row is hidden by causality, whatever the mask says.
@@ -436,7 +436,7 @@ mod tests {
         assert_eq!((rows[0].run, rows[0].case), ("absent", "load"));
         assert!(rows[0].failure.unwrap().contains("no usable ONNX Runtime library"));
         assert!(rows[1].failure.unwrap().contains("the logits are [1, 12, 41]"), "{:?}", rows[1]);
-        assert_eq!(rows.len(), 1 + 6 + 6);
+        assert_eq!(rows.len(), 1 + 7 + 7);
     }
 
     #[test]
@@ -462,7 +462,7 @@ mod tests {
         spec.norm.epsilon = 1e-6;
         let other = Decoder::from_weights(&spec, |weight| testing::tiny_weight(weight, DType::F32)).unwrap();
         let other = Candle::new(other, None);
-        let budget = Budget::of(DType::F32).unwrap();
+        let budget = Budget::of(DType::F32, &spec).unwrap();
         assert!(matches!(Check::new(reference, other.model(), budget), Err(Error::Option { option: "model", .. })));
     }
 
@@ -505,8 +505,8 @@ mod tests {
         assert_eq!(check.no_op(no_op_pair(last_bit)), Verdict::Fail);
         let report = report(check);
         assert_eq!(report.verdict, Verdict::Fail);
-        // Three prefills without steps, three with four steps.
-        assert_eq!(report.no_op[0].tensors, 3 + 3 * 5);
+        // Three prefills without steps, one of one token, three with four steps.
+        assert_eq!(report.no_op[0].tensors, 4 + 3 * 5);
         let found = report.no_op[1].first_difference.as_ref().unwrap();
         assert_eq!((found.case.as_str(), found.call, found.output.as_str()), ("left_padding", 0, "logits"));
         assert_eq!(found.index, [1, 2, 3]);
@@ -608,8 +608,8 @@ mod tests {
         let mut calls = 0;
         let change = move |name: &str, array: &mut ndarray::ArrayD<f32>| {
             calls += usize::from(name == "logits");
-            // Four calls without steps or before them: the fifth is a cached step.
-            if name == "present.1.value" && calls == 5 {
+            // Five calls without steps or before them: the sixth is a cached step.
+            if name == "present.1.value" && calls == 6 {
                 array[[0, 1, 12, 15]] = array[[0, 1, 12, 15]].next_down();
             }
         };

@@ -113,7 +113,7 @@ pub(super) fn check(weights: impl Fn(DType) -> Decoder, adapter: Option<&Adapter
     let reference = Candle::new(weights(DType::F64), adapter);
     let reference = Reference::compute(reference.model(), cases(reference.decoder.spec())).unwrap();
     let model = Candle::new(weights(DType::F32), adapter);
-    Check::new(reference, model.model(), Budget::of(DType::F32).unwrap()).unwrap()
+    Check::new(reference, model.model(), Budget::of(DType::F32, model.decoder.spec()).unwrap()).unwrap()
 }
 
 /// A candidate that gives `session`.
