@@ -4,6 +4,7 @@
 //! 1 failed (for `verify`: no parity), 2 wrong usage of the command line.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bench;
 mod compile;
 mod demo;
 mod export;
@@ -70,6 +71,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Runtime(runtime::Runtime),
     Schema(schema::Schema),
+    Bench(bench::Bench),
 }
 
 /// What every command may use.
@@ -121,6 +123,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Inspect(command) => command.run(&context),
         Command::Runtime(command) => command.run(&context),
         Command::Schema(command) => command.run(),
+        Command::Bench(command) => command.run(&context),
     }
 }
 

@@ -5,6 +5,7 @@
 mod config;
 mod error;
 mod evaluate;
+mod gradients;
 mod objective;
 mod optimizer;
 mod run_folder;
@@ -14,7 +15,8 @@ mod trainer;
 pub use config::{ComputeType, TrainConfig};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
-pub use objective::{CompletionLoss, batch_input, completion_loss};
+pub use gradients::completion_gradients;
+pub use objective::{CompletionLoss, batch_input, completion_loss, hidden_loss};
 pub use optimizer::{AdamW, AdamWConfig, clip_gradients};
 pub use run_folder::{METRICS_NAME, RunFolder};
 pub use schedule::Schedule;

@@ -1,8 +1,6 @@
 //! The loss: cross-entropy of the completion's tokens, and of nothing else.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
+use candle_core::Tensor;
 
 use crate::base::{Decoder, Error, Input, SiteHook};
 use crate::data::Batch;
@@ -52,24 +50,23 @@ pub fn completion_loss(
     input: &Input,
     labels: &[i64],
 ) -> crate::base::Result<CompletionLoss> {
-    let (positions, targets) = labelled(input.shape(), labels, decoder.spec().vocab_size)?;
-    let hidden = decoder.hidden_states(input, None, hook)?;
-    let (batch, seq) = input.shape();
+    hidden_loss(decoder, &decoder.hidden_states(input, None, hook)?, labels)
+}
+
+/// The same from hidden states of `[batch, seq, hidden_size]`.
+///
+/// # Errors
+/// Those of [`completion_loss`].
+pub fn hidden_loss(decoder: &Decoder, hidden: &Tensor, labels: &[i64]) -> crate::base::Result<CompletionLoss> {
     let action = Error::candle("computing the loss");
+    let (batch, seq, width) = hidden.dims3().map_err(&action)?;
+    let (positions, targets) = labelled((batch, seq), labels, decoder.spec().vocab_size)?;
     let index = Tensor::new(positions.as_slice(), decoder.device()).map_err(&action)?;
-    let rows = hidden
-        .reshape((batch * seq, decoder.spec().hidden_size))
-        .and_then(|h| h.index_select(&index, 0))
-        .map_err(&action)?;
-    let mut logits = decoder.logits(&rows)?;
-    if matches!(logits.dtype(), DType::F16 | DType::BF16) {
-        logits = logits.to_dtype(DType::F32).map_err(&action)?;
-    }
-    let predicted: Vec<u32> = logits.detach().argmax(1).and_then(|p| p.to_vec1()).map_err(&action)?;
+    let rows = hidden.reshape((batch * seq, width)).and_then(|h| h.index_select(&index, 0)).map_err(&action)?;
+    let loss = decoder.label_loss(&rows, &targets)?;
     let rows = positions.iter().map(|at| *at as usize / seq);
-    let hits = rows.zip(predicted.iter().zip(&targets).map(|(p, t)| p == t)).collect();
-    let sum = logits.contiguous().and_then(|l| l.apply_op1(CrossEntropy { targets })).map_err(&action)?;
-    Ok(CompletionLoss { sum, hits })
+    let hits = rows.zip(loss.predicted.iter().zip(&targets).map(|(p, t)| p == t)).collect();
+    Ok(CompletionLoss { sum: loss.nll.sum_all().map_err(&action)?, hits })
 }
 
 /// Rows of the flattened hidden states that predict a label, and the labels.
@@ -97,136 +94,9 @@ fn labelled(shape: (usize, usize), labels: &[i64], vocab: usize) -> crate::base:
     Ok((positions, targets))
 }
 
-/// `Σ_r logsumexp(logits_r) − logits_r[target_r]` over the rows of `[rows, vocab]`.
-struct CrossEntropy {
-    targets: Vec<u32>,
-}
-
-trait Logit: num_traits::Float + Send + Sync {
-    fn wide(self) -> f64;
-}
-
-impl Logit for f32 {
-    fn wide(self) -> f64 {
-        f64::from(self)
-    }
-}
-
-impl Logit for f64 {
-    fn wide(self) -> f64 {
-        self
-    }
-}
-
-/// `(max, Σ exp(x − max))`, the sum gathered in float64.
-fn log_sum_parts<T: Logit>(row: &[T]) -> (T, f64) {
-    let max = row.iter().copied().fold(T::neg_infinity(), T::max);
-    (max, row.iter().map(|x| (*x - max).exp().wide()).sum())
-}
-
-fn loss_of_rows<T: Logit>(logits: &[T], targets: &[u32]) -> f64 {
-    let width = logits.len() / targets.len().max(1);
-    let losses: Vec<f64> = logits
-        .par_chunks(width.max(1))
-        .zip(targets)
-        .map(|(row, target)| {
-            let (max, sum) = log_sum_parts(row);
-            max.wide() + sum.ln() - row[*target as usize].wide()
-        })
-        .collect();
-    // a fixed order of summation, whatever the threads did
-    losses.iter().sum()
-}
-
-fn gradient_of_rows<T: Logit>(logits: &[T], targets: &[u32], scale: T) -> Vec<T> {
-    let width = (logits.len() / targets.len().max(1)).max(1);
-    let mut gradient = vec![T::zero(); logits.len()];
-    gradient.par_chunks_mut(width).zip(logits.par_chunks(width)).zip(targets).for_each(|((gradient, row), target)| {
-        let (max, sum) = log_sum_parts(row);
-        let factor = scale / T::from(sum).unwrap_or_else(T::nan);
-        for (g, x) in gradient.iter_mut().zip(row) {
-            *g = (*x - max).exp() * factor;
-        }
-        let target = &mut gradient[*target as usize];
-        *target = *target - scale;
-    });
-    gradient
-}
-
-impl CustomOp1 for CrossEntropy {
-    fn name(&self) -> &'static str {
-        "cross-entropy"
-    }
-
-    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            candle_core::bail!("cross-entropy was given strided logits")
-        };
-        let storage = match logits {
-            CpuStorage::F32(v) => CpuStorage::F32(vec![loss_of_rows(&v[start..end], &self.targets) as f32]),
-            CpuStorage::F64(v) => CpuStorage::F64(vec![loss_of_rows(&v[start..end], &self.targets)]),
-            other => candle_core::bail!("cross-entropy was given {:?}", other.dtype()),
-        };
-        Ok((storage, Shape::from(())))
-    }
-
-    fn bwd(&self, logits: &Tensor, _loss: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        logits.apply_op2_no_bwd(grad, &CrossEntropyGrad { targets: self.targets.clone() }).map(Some)
-    }
-}
-
-/// `(softmax(logits) − onehot(target)) · grad`.
-struct CrossEntropyGrad {
-    targets: Vec<u32>,
-}
-
-impl CustomOp2 for CrossEntropyGrad {
-    fn name(&self) -> &'static str {
-        "cross-entropy-grad"
-    }
-
-    fn cpu_fwd(&self, logits: &CpuStorage, ll: &Layout, grad: &CpuStorage, lg: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some((start, end)) = ll.contiguous_offsets() else {
-            candle_core::bail!("cross-entropy was given strided logits")
-        };
-        let at = lg.start_offset();
-        let storage = match (logits, grad) {
-            (CpuStorage::F32(v), CpuStorage::F32(g)) => {
-                CpuStorage::F32(gradient_of_rows(&v[start..end], &self.targets, g[at]))
-            }
-            (CpuStorage::F64(v), CpuStorage::F64(g)) => {
-                CpuStorage::F64(gradient_of_rows(&v[start..end], &self.targets, g[at]))
-            }
-            _ => candle_core::bail!("cross-entropy's gradient was given mixed types"),
-        };
-        Ok((storage, ll.shape().clone()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
-
     use super::*;
-
-    #[test]
-    fn cross_entropy_is_candle_nn_s_with_the_same_gradient() {
-        let values: Vec<f64> = (0..24).map(|i| (i as f64 * 1.3).sin() * 4.0).collect();
-        let logits = Var::from_tensor(&Tensor::from_vec(values, (4, 6), &Device::Cpu).unwrap()).unwrap();
-        let targets = vec![0u32, 5, 2, 2];
-        let ours = logits.as_tensor().apply_op1(CrossEntropy { targets: targets.clone() }).unwrap();
-        let theirs =
-            candle_nn::loss::cross_entropy(logits.as_tensor(), &Tensor::new(targets, &Device::Cpu).unwrap()).unwrap();
-        let value = |t: &Tensor| t.to_scalar::<f64>().unwrap();
-        assert!((value(&ours) / 4.0 - value(&theirs)).abs() < 1e-12);
-        let gradient = |loss: &Tensor| {
-            let grads = loss.backward().unwrap();
-            grads.get(&logits).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap()
-        };
-        for (a, b) in gradient(&ours).iter().zip(gradient(&theirs)) {
-            assert!((a / 4.0 - b).abs() < 1e-12);
-        }
-    }
 
     #[test]
     fn labels_predict_from_the_position_before() {
