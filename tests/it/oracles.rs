@@ -13,11 +13,20 @@ use crate::support::{fixture, shared};
 pub const VARIANTS: [&str; 5] =
     ["llama_tied", "llama_bias", "llama_head_dim", "llama_rope_linear", "llama_rope_llama3"];
 
-/// The folders of all oracles at hand.
+/// The folders of the Llama oracles.
 pub fn folders() -> Vec<std::path::PathBuf> {
     let ours = VARIANTS.iter().map(|name| fixture("oracles").join(name));
     let workshop = ["llama_mha", "llama_gqa"].iter().filter_map(|name| shared(&format!("oracles/{name}")));
     ours.chain(workshop).collect()
+}
+
+/// The folders of all oracles at hand, of every family.
+pub fn every_family() -> Vec<std::path::PathBuf> {
+    let mut ours: Vec<_> = std::fs::read_dir(fixture("oracles")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    ours.retain(|path| path.join("io.safetensors").is_file());
+    ours.sort();
+    let workshop = ["llama_mha", "llama_gqa", "mistral", "qwen2", "gpt2", "gpt_neox", "phi3", "gemma3"];
+    ours.into_iter().chain(workshop.iter().filter_map(|name| shared(&format!("oracles/{name}")))).collect()
 }
 
 /// One case of an oracle's `io.safetensors`.
@@ -68,7 +77,7 @@ impl Case {
 
 #[test]
 fn logits_are_pytorch_s() {
-    for folder in folders() {
+    for folder in every_family() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let adapter = Adapter::open(&folder.join("adapter.safetensors")).unwrap();
@@ -90,7 +99,7 @@ fn logits_are_pytorch_s() {
 /// A row of a batch may begin with padding whose queries see no key at all.
 #[test]
 fn half_types_stay_finite_under_padding() {
-    for folder in folders() {
+    for folder in every_family() {
         let checkpoint = Checkpoint::open(&folder).unwrap();
         for dtype in [DType::F16, DType::BF16] {
             let decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu).unwrap();
