@@ -168,7 +168,25 @@ mod tests {
                 )
             })
             .collect();
-        insta::assert_snapshot!(described.join("\n"), @"");
+        insta::assert_snapshot!(described.join("\n"), @"
+        llama: 6.74B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        mistral: 7.24B, 32 layers (32 windows, 32 turned), 32 / 8 heads of 128, 128 turned, tied false
+        qwen2: 12.05B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        qwen3: 12.05B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        gpt2: 0.12B, 12 layers (0 windows, 0 turned), 12 / 12 heads of 64, 0 turned, tied true
+        gpt_neox: 20.55B, 44 layers (0 windows, 44 turned), 64 / 64 heads of 96, 24 turned, tied false
+        phi: 1.42B, 24 layers (0 windows, 24 turned), 32 / 32 heads of 64, 32 turned, tied false
+        phi3: 3.82B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 96, 96 turned, tied false
+        gemma2: 2.61B, 26 layers (13 windows, 26 turned), 8 / 4 heads of 256, 256 turned, tied true
+        gemma3: 2.63B, 26 layers (22 windows, 26 turned), 8 / 4 heads of 256, 256 turned, tied true
+        gemma3_text: 2.63B, 26 layers (22 windows, 26 turned), 8 / 4 heads of 256, 256 turned, tied true
+        smollm3: 3.08B, 36 layers (0 windows, 27 turned), 16 / 4 heads of 128, 128 turned, tied true
+        granite: 6.74B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        olmo2: 6.89B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        stablelm: 2.80B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 80, 20 turned, tied false
+        opt: 0.13B, 12 layers (0 windows, 0 turned), 12 / 12 heads of 64, 0 turned, tied true
+        cohere: 34.98B, 40 layers (0 windows, 40 turned), 64 / 64 heads of 128, 128 turned, tied true
+        ");
     }
 
     #[test]
@@ -189,7 +207,7 @@ mod tests {
             ("gpt2", json!({"add_cross_attention": true})),
             ("gpt2", json!({"n_head": 7})),
             ("gpt_neox", json!({"rotary_pct": 0.0})),
-            ("gpt_neox", json!({"rotary_pct": 0.05})),
+            ("gpt_neox", json!({"rotary_pct": 0.04})),
             ("phi", json!({"partial_rotary_factor": 1.5})),
             ("phi3", json!({"rope_scaling": {"type": "linear", "factor": 2.0}})),
             ("phi3", json!({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}})),
