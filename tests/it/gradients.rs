@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::oracles::{Case, folders};
+use crate::oracles::{Case, every_family};
 use crate::support::{arg, prefold_ok};
 
 fn flat(tensor: &Tensor) -> Vec<f64> {
@@ -61,5 +61,5 @@ fn check(oracle: &std::path::Path) {
 
 #[test]
 fn losses_and_gradients_are_pytorch_s() {
-    folders().iter().for_each(|oracle| check(oracle));
+    every_family().iter().for_each(|oracle| check(oracle));
 }
