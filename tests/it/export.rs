@@ -22,6 +22,8 @@ use rayon::prelude::*;
 use self::options::{COMBINATIONS, Change, OPTIONS, spec};
 use crate::oracles::every_family;
 
+type Opener = fn(&Path) -> Open<'_>;
+
 type Weights<'a> = dyn Fn(&WeightShape) -> prefold::base::Result<Tensor> + 'a;
 
 /// A weight of about the size of a trained one's, the same for the same name.
@@ -78,13 +80,13 @@ fn graphs(spec: &DecoderSpec, weights: &Weights<'_>, dialect: Dialect, precision
 const AS_WRITTEN: &str = "onnxruntime, as written";
 
 /// How a graph can be opened here: tract for the portable dialect, ONNX Runtime with and without optimisation.
-fn runtimes(dialect: Dialect) -> Vec<(&'static str, fn(&Path) -> Open<'_>)> {
+fn runtimes(dialect: Dialect) -> Vec<(&'static str, Opener)> {
     fn ort(graph: &Path, optimization: Optimization) -> Open<'_> {
         let options = OrtOptions { optimization, threads: Some(1) };
         let library = library::find(None, &prefold::files::cache_folder().unwrap()).unwrap();
         Box::new(move || Ok(Box::new(OrtSession::open(&library, graph, options)?)))
     }
-    let mut runtimes: Vec<(&'static str, fn(&Path) -> Open<'_>)> = Vec::new();
+    let mut runtimes: Vec<(&'static str, Opener)> = Vec::new();
     if dialect == Dialect::Portable {
         runtimes.push(("tract", |graph| {
             Box::new(move || Ok(Box::new(TractSession::open(graph, TractOptions::default())?)))
