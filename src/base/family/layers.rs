@@ -24,8 +24,8 @@ impl Config<'_> {
     /// The windows of the layers that have one.
     pub(super) fn windows(&self, sliding: &[bool], window: Option<usize>) -> Result<Vec<Option<usize>>> {
         if window.is_none() && sliding.contains(&true) {
-            let help = "give sliding_window (and use_sliding_window, where the family has it), or full_attention";
-            return self.fail("layer_types", "holds sliding_attention, but there is no sliding_window", help);
+            let why = "is missing, and there are layers of sliding_attention";
+            return self.fail("sliding_window", why, "give it (and use_sliding_window, where the family has that)");
         }
         Ok(sliding.iter().map(|sliding| window.filter(|_| *sliding)).collect())
     }
