@@ -153,3 +153,22 @@ fn half_types_stay_finite_under_padding() {
         }
     }
 }
+
+/// The files that llama.cpp's converter makes of tiny models of each architecture.
+#[test]
+fn gguf_files_are_the_models_that_they_were_made_of() {
+    let folder = fixture("oracles/gguf");
+    let mut names: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.sort();
+    assert_eq!(names.len(), 18);
+    for folder in names {
+        let checkpoint = Checkpoint::open(&folder.join("model.gguf")).unwrap();
+        let case = Case::load(&folder, "single");
+        for dtype in [DType::F32, DType::F64] {
+            let decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu).unwrap();
+            let distance = case.distance(&decoder.forward(&case.input(), None, &NoHook).unwrap(), "base_logits");
+            eprintln!("{} {dtype:?}: {distance:.2e}", folder.file_name().unwrap().to_string_lossy());
+            assert!(distance < 1e-4);
+        }
+    }
+}
