@@ -296,3 +296,102 @@ fn cohere(header: &Header, heads: &Heads, config: &mut Value) -> Result<()> {
     config["use_qk_norm"] = json!(header.gguf.contains("model.layers.0.self_attn.q_norm.weight"));
     biases(header, heads, config)
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::GgmlDType;
+    use candle_core::quantized::gguf_file::Value as Entry;
+    use candle_core::{DType, Device, Tensor};
+
+    use super::super::{Gguf, testing};
+    use super::*;
+
+    /// The configuration of a file of an architecture that holds only an embedding.
+    fn config(architecture: &str, extra: &[(&str, Entry)]) -> Result<Value> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        let sizes = [
+            ("block_count", 2),
+            ("context_length", 128),
+            ("embedding_length", 96),
+            ("feed_forward_length", 64),
+            ("attention.head_count", 4),
+        ];
+        let mut entries: Vec<(String, Entry)> =
+            vec![("general.architecture".into(), Entry::String(architecture.into()))];
+        entries.extend(sizes.map(|(key, size)| (format!("{architecture}.{key}"), Entry::U32(size))));
+        entries.extend([RMS, LAYER_NORM].map(|key| (format!("{architecture}.{key}"), Entry::F32(1e-5))));
+        for (key, value) in extra {
+            entries.retain(|(known, _)| !known.ends_with(&format!(".{key}")));
+            entries.push((format!("{architecture}.{key}"), value.clone()));
+        }
+        let entries: Vec<(&str, Entry)> = entries.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        let embedding = Tensor::zeros((48, 96), DType::F32, &Device::Cpu).unwrap();
+        testing::write(&path, &entries, &[("token_embd.weight", embedding, GgmlDType::F32)]);
+        Gguf::open(&path).unwrap().config_json()
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_refused_by_entry() {
+        let refused = [
+            ("llama", ("expert_count", Entry::U32(8))),
+            ("llama", ("rope.dimension_count", Entry::U32(12))),
+            ("llama", ("attention.head_count", Entry::U32(0))),
+            ("gemma3", ("attention.sliding_window_pattern", Entry::String("6".into()))),
+            ("granite", ("rope.scaling.finetuned", Entry::Bool(false))),
+            ("olmo2", ("attention.sliding_window", Entry::U32(4096))),
+            ("stablelm", ("use_parallel_residual", Entry::U32(1))),
+        ];
+        let messages = refused.map(|(architecture, entry)| {
+            let message = config(architecture, &[entry]).unwrap_err().to_string();
+            message.split_once("m.gguf: ").unwrap().1.to_owned()
+        });
+        insta::assert_snapshot!(messages.join("\n"), @"
+        the metadata entry `llama.expert_count` is 8: mixtures of experts are not supported
+        the metadata entry `llama.rope.dimension_count` is 12, but a head has 24 dimensions: partial rotary is not supported
+        the metadata entry `llama.attention.head_count` is 0
+        the metadata entry `gemma3.attention.sliding_window_pattern` must be a non-negative integer; it is a string
+        the metadata entry `granite.rope.scaling.finetuned` is false: Granite without rotary positions is not supported
+        the metadata entry `olmo2.attention.sliding_window` is 4096: OLMo 3 is not supported
+        the metadata entry `stablelm.use_parallel_residual` must be a boolean; it is U32(1)
+        ");
+    }
+
+    #[test]
+    fn every_architecture_is_of_a_family_and_reads_back_its_part_of_a_head() {
+        for architecture in ALL {
+            for dim in [2, 4, 6, 8, 14, 24] {
+                let dim = if architecture.fields.partial.is_some() { dim } else { 24 };
+                let config = config(architecture.name, &[("rope.dimension_count", Entry::U32(dim))]).unwrap();
+                let spec = crate::base::family::spec_from_config(std::path::Path::new("c"), &config).unwrap();
+                assert_eq!(spec.family, architecture.model_type);
+                assert!(spec.attention.rotary.iter().all(|rotary| rotary.dim == dim as usize), "{}", architecture.name);
+            }
+        }
+    }
+
+    #[test]
+    fn gemma_s_scale_and_windows_follow_the_file() {
+        let scale = |architecture, layers| {
+            let key_length = ("attention.key_length", Entry::U32(16));
+            config(architecture, &[key_length, ("block_count", Entry::U32(layers))]).unwrap()["query_pre_attn_scalar"]
+                .clone()
+        };
+        let scales = [scale("gemma2", 26), scale("gemma2", 46), scale("gemma3", 26), scale("gemma3", 62)];
+        assert_eq!(scales, [json!(16), json!(24), json!(16), json!(24)]);
+        let window = ("attention.sliding_window", Entry::U32(8));
+        let kinds = |pattern: Option<Entry>| {
+            let pattern = pattern.map(|pattern| ("attention.sliding_window_pattern", pattern));
+            let entries: Vec<(&str, Entry)> = std::iter::once(window.clone()).chain(pattern).collect();
+            let config = config("gemma3", &entries).unwrap();
+            (config["layer_types"].clone(), config["sliding_window_pattern"].clone())
+        };
+        let listed = Entry::Array(vec![Entry::Bool(false), Entry::Bool(true)]);
+        assert_eq!(kinds(Some(listed)), (json!(["full_attention", "sliding_attention"]), Value::Null));
+        assert_eq!(kinds(Some(Entry::U32(3))), (Value::Null, json!(3)));
+        assert_eq!(kinds(None), (Value::Null, Value::Null));
+        let without = config("gemma3", &[]).unwrap();
+        assert_eq!(without["layer_types"], json!(["full_attention", "full_attention"]));
+        assert_eq!(config("llama", &[window]).unwrap()["model_type"], "mistral");
+    }
+}
