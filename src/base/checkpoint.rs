@@ -58,7 +58,10 @@ impl Checkpoint {
     }
 
     fn checked(path: &Path, config: Value, weights: Weights, config_path: &Path) -> Result<Self> {
-        let spec = family::spec_from_config(config_path, &config)?;
+        let mut spec = family::spec_from_config(config_path, &config)?;
+        if let Weights::Gguf(gguf) = &weights {
+            spec.names = gguf.weight_names(&spec);
+        }
         let checkpoint = Self { path: path.into(), spec, config, weights };
         for weight in checkpoint.spec.weights() {
             for (name, expected) in checkpoint.spec.names.source(weight.role).tensors(&weight.shape) {
@@ -94,7 +97,7 @@ impl Checkpoint {
         }
     }
 
-    /// Names of all tensors in the files, Hugging Face's names also in a GGUF file.
+    /// Names of all tensors in the files, prefold's names in a GGUF file.
     pub fn names(&self) -> Vec<String> {
         match &self.weights {
             Weights::Folder(shards) => shards.names().map(str::to_owned).collect(),

@@ -180,4 +180,81 @@ mod tests {
         let (cos, _) = rotary.cos_sin(&[8191]);
         assert_eq!(cos[0], f64::from(8191f32 * 0.1f32).cos());
     }
+
+    fn assert_near(found: &[f32], indices: &[usize], expected: &[f32]) {
+        for (index, expected) in indices.iter().zip(expected) {
+            assert!((found[*index] / expected - 1.0).abs() < 1e-6, "{index}: {} and {expected}", found[*index]);
+        }
+    }
+
+    /// Frequencies and factors of transformers' `ROPE_INIT_FUNCTIONS["yarn"]` for heads of 128 and theta 10⁶.
+    #[test]
+    fn yarn_keeps_high_and_divides_low_frequencies() {
+        let qwen = Yarn {
+            factor: 4.0,
+            original: 32768.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            attention_factor: None,
+            mscale: 0.0,
+            mscale_all_dim: 0.0,
+        };
+        let indices = [0, 17, 23, 30, 36, 40, 46, 63];
+        let rotary = Rotary::new(128, 1e6, &Scaling::Yarn(qwen.clone()));
+        let expected = [
+            1.0,
+            0.025_482_967,
+            0.006_978_306,
+            0.001_064_361,
+            0.000_179_841_15,
+            4.445_698_5e-5,
+            1.217_418_9e-5,
+            3.102_344_4e-7,
+        ];
+        assert_near(&rotary.inv_freq, &indices, &expected);
+        assert!((rotary.attention_factor - 1.138_629_436_111_989).abs() < 1e-12);
+        let untruncated = Yarn {
+            factor: 40.0,
+            original: 4096.0,
+            beta_fast: 48.0,
+            beta_slow: 2.0,
+            truncate: false,
+            mscale: 0.707,
+            mscale_all_dim: 1.0,
+            ..qwen
+        };
+        let rotary = Rotary::new(128, 1e6, &Scaling::Yarn(untruncated));
+        let expected = [
+            1.0,
+            0.017_187_666,
+            0.001_933_821_4,
+            3.849_816e-5,
+            1.054_241_2e-5,
+            4.445_698_3e-6,
+            1.217_418_8e-6,
+            3.102_344_3e-8,
+        ];
+        assert_near(&rotary.inv_freq, &indices, &expected);
+        assert!((rotary.attention_factor - 0.921_042_355_316_339_9).abs() < 1e-12);
+    }
+
+    /// The same of `longrope` and `dynamic` for theta 10⁴.
+    #[test]
+    fn long_contexts_have_frequencies_of_their_own() {
+        let longrope = Scaling::Longrope {
+            short: (0..64u8).map(|i| 1.0 + f32::from(i) / 64.0).collect(),
+            long: (0..64u8).map(|i| 1.0 + f32::from(i)).collect(),
+            factor: 32.0,
+            original: 4096,
+            attention_factor: None,
+        };
+        let rotary = Rotary::new(128, 1e4, &longrope);
+        assert!((rotary.attention_factor - 1.190_238_071_423_808_3).abs() < 1e-12);
+        assert_near(&rotary.frequencies(4096), &[0, 20, 63], &[1.0, 0.042_845_052, 5.819_373_5e-5]);
+        assert_near(&rotary.frequencies(4097), &[0, 20, 63], &[1.0, 0.002_677_815_7, 1.804_346_8e-6]);
+        let rotary = Rotary::new(128, 1e4, &Scaling::Dynamic { factor: 2.0, original: 4096 });
+        assert_eq!(*rotary.frequencies(4096), *Rotary::new(128, 1e4, &Scaling::Default).inv_freq);
+        assert_near(&rotary.frequencies(10_000), &[0, 20, 63], &[1.0, 0.036_556_903, 2.974_086_6e-5]);
+    }
 }

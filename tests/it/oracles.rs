@@ -136,9 +136,61 @@ fn half_types_stay_finite_under_padding() {
                 let logits = decoder.forward(&case.input(), None, &NoHook).unwrap();
                 let distance = case.distance(&logits, "base_logits");
                 eprintln!("{} {} {dtype:?}: {distance:.2e}", folder.display(), case.name);
-                let largest = case.largest("base_logits");
-                eprintln!("  of {largest}: {}", distance / largest);
+                let roundoff = 0.5f32.powi(if dtype == DType::F16 { 11 } else { 8 });
+                assert!(distance < 18.0 * roundoff * case.largest("base_logits"));
             }
+        }
+    }
+}
+
+/// The files that llama.cpp's converter makes of tiny models of each architecture.
+#[test]
+fn gguf_files_are_the_models_that_they_were_made_of() {
+    let folder = fixture("oracles/gguf");
+    let mut names: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.sort();
+    assert_eq!(names.len(), 18);
+    for folder in names {
+        let checkpoint = Checkpoint::open(&folder.join("model.gguf")).unwrap();
+        let case = Case::load(&folder, "single");
+        for dtype in [DType::F32, DType::F64] {
+            let decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu).unwrap();
+            let distance = case.distance(&decoder.forward(&case.input(), None, &NoHook).unwrap(), "base_logits");
+            eprintln!("{} {dtype:?}: {distance:.2e}", folder.file_name().unwrap().to_string_lossy());
+            assert!(distance < 1e-4);
+        }
+    }
+}
+
+/// Checkpoints of one model are found under several beginnings of names.
+#[test]
+fn weights_are_found_under_the_names_that_checkpoints_use() {
+    let renamed: [(&str, &[(&str, &str)]); 4] = [
+        ("gpt2", &[("transformer.", "")]),
+        ("gpt_neox", &[("lm_head.", "embed_out.")]),
+        ("opt", &[("model.", "")]),
+        ("gemma3", &[("model.language_model.", "language_model.model.")]),
+    ];
+    for (name, beginnings) in renamed {
+        let oracle = fixture("oracles").join(name);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(oracle.join("config.json"), folder.path().join("config.json")).unwrap();
+        let model = candle_core::safetensors::load(oracle.join("model.safetensors"), &Device::Cpu).unwrap();
+        for swapped in [false, true] {
+            let rename = |name: &str| {
+                let both = beginnings.iter().map(|(one, other)| if swapped { (one, other) } else { (other, one) });
+                let found = both
+                    .filter(|(from, _)| !from.is_empty())
+                    .find_map(|(from, to)| name.strip_prefix(from).map(|rest| format!("{to}{rest}")));
+                found.unwrap_or_else(|| name.to_owned())
+            };
+            let tensors: HashMap<String, Tensor> = model.iter().map(|(n, t)| (rename(n), t.clone())).collect();
+            candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+            let checkpoint = Checkpoint::open(folder.path()).unwrap();
+            let decoder = Decoder::load(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+            let case = Case::load(&oracle, "right");
+            let logits = decoder.forward(&case.input(), None, &NoHook).unwrap();
+            assert!(case.distance(&logits, "base_logits") < 1e-4);
         }
     }
 }

@@ -30,8 +30,7 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
         config.rotary_of_kind("sliding_attention", &SLIDING, head_dim, positions)?,
     ];
     spec.attention.qk_norm = Some(QkNorm { norm: spec.norm, over: QkNormOver::Head });
-    let pattern = config.size("sliding_window_pattern")?;
-    let sliding = config.sliding_layers(spec.num_layers, |layer| !(layer + 1).is_multiple_of(pattern))?;
+    let sliding = config.sliding_but_each(spec.num_layers, "sliding_window_pattern")?;
     spec.set_windows(&config.windows(&sliding, config.optional_size("sliding_window")?)?);
     for (layer, sliding) in spec.layers.iter_mut().zip(sliding) {
         layer.rotary = Some(usize::from(sliding));

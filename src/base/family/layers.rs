@@ -21,11 +21,17 @@ impl Config<'_> {
         kinds.iter().map(kind).collect()
     }
 
+    /// The same where every so many layers one does not slide; the field that says how many counts only without `layer_types`.
+    pub(super) fn sliding_but_each(&self, layers: usize, interval: &str) -> Result<Vec<bool>> {
+        let interval = if self.get("layer_types").is_some() { 1 } else { self.size(interval)? };
+        self.sliding_layers(layers, |layer| !(layer + 1).is_multiple_of(interval))
+    }
+
     /// The windows of the layers that have one.
     pub(super) fn windows(&self, sliding: &[bool], window: Option<usize>) -> Result<Vec<Option<usize>>> {
         if window.is_none() && sliding.contains(&true) {
-            let help = "give sliding_window (and use_sliding_window, where the family has it), or full_attention";
-            return self.fail("layer_types", "holds sliding_attention, but there is no sliding_window", help);
+            let why = "is missing, and there are layers of sliding_attention";
+            return self.fail("sliding_window", why, "give it (and use_sliding_window, where the family has that)");
         }
         Ok(sliding.iter().map(|sliding| window.filter(|_| *sliding)).collect())
     }

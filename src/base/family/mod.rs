@@ -141,6 +141,48 @@ mod tests {
         assert_eq!(old.attention.rotary[0].inv_freq[0], 0.5);
     }
 
+    /// Each pair says the same as transformers 4 and 5 write it.
+    #[test]
+    fn both_forms_of_rope_give_one_spec() {
+        let long = |kind: &str| json!({"type": kind, "short_factor": vec![1.0; 48], "long_factor": vec![2.0; 48]});
+        let new_long = json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": vec![1.0; 48], "long_factor": vec![2.0; 48]});
+        let pairs = [
+            (
+                "qwen2",
+                json!({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}}),
+                json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192}}),
+            ),
+            (
+                "gpt_neox",
+                json!({"rotary_pct": 0.5, "rotary_emb_base": 5e3, "rope_theta": 1.0}),
+                json!({"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5}}),
+            ),
+            (
+                "gemma3_text",
+                json!({"rope_theta": 5e5, "rope_local_base_freq": 5e3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+                json!({"rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+                }}),
+            ),
+            (
+                "phi3",
+                json!({"max_position_embeddings": 131_072, "rope_scaling": long("su")}),
+                json!({"max_position_embeddings": 131_072, "rope_parameters": new_long}),
+            ),
+            (
+                "stablelm",
+                json!({"partial_rotary_factor": 0.5, "rope_theta": 5e3}),
+                json!({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 5e3}}),
+            ),
+        ];
+        for (family, old, new) in pairs {
+            let (old, new) = (with(family, old).unwrap(), with(family, new).unwrap());
+            assert_eq!(old, new);
+            assert_ne!(old.attention.rotary, with(family, json!({})).unwrap().attention.rotary);
+        }
+    }
+
     /// A configuration that says only what family it is of has the class's sizes.
     fn with(family: &str, fields: Value) -> Result<DecoderSpec> {
         let mut config = json!({"model_type": family});
@@ -215,10 +257,10 @@ mod tests {
             ("gemma2", json!({"attn_logit_softcapping": 0})),
             ("gemma2", json!({"sliding_window": null})),
             ("gemma3_text", json!({"attn_logit_softcapping": 50.0})),
-            ("gemma3_text", json!({"rope_parameters": {"rope_type": "linear", "factor": 8.0}})),
+            ("gemma3_text", json!({"rope_parameters": {"rope_type": "linear"}})),
             ("gemma3", json!({"text_config": {"hidden_size": "wide"}})),
             ("smollm3", json!({"no_rope_layers": [1, 1]})),
-            ("smollm3", json!({"no_rope_layers": vec!["yes"; 36]})),
+            ("smollm3", json!({"num_hidden_layers": 2, "no_rope_layers": ["yes", "no"]})),
             ("granite", json!({"logits_scaling": 0})),
             ("olmo2", json!({"attention_bias": 1})),
             ("stablelm", json!({"num_key_value_heads": 5})),
@@ -226,6 +268,39 @@ mod tests {
             ("cohere", json!({"logit_scale": null})),
         ];
         let messages = refused.map(|(family, fields)| format!("{family} {}", with(family, fields).unwrap_err()));
-        insta::assert_snapshot!(messages.join("\n"), @"");
+        insta::assert_snapshot!(messages.join("\n"), @r#"
+        llama c: `rope_scaling` should be an object, but is "linear"
+        llama c: `rope_scaling.factor` is missing
+        llama c: `rope_scaling.short_factor` is missing
+        llama c: `rope_scaling.short_factor` has 1 entries for 64 frequencies
+        llama c: `rope_parameters.full_attention` is given
+        llama c: `partial_rotary_factor` is 0.5
+        mistral c: `layer_types` differs from sliding_window, which is 4096
+        mistral c: `sliding_window` should be a positive integer, but is -1
+        qwen2 c: `sliding_window` is missing, and there are layers of sliding_attention
+        qwen2 c: `layer_types` has 1 entries for 32 layers
+        qwen3 c: `layer_types` holds "linear_attention", a kind of attention that prefold does not compute
+        gpt2 c: `scale_attn_by_inverse_layer_idx` is true: scores are scaled by layer
+        gpt2 c: `add_cross_attention` is true: layers attend to an encoder
+        gpt2 c: `n_head` is 7, which does not divide n_embd (768)
+        gpt_neox c: `rotary_pct` is 0
+        gpt_neox c: `rotary_pct` turns 3 of 96 elements
+        phi c: `partial_rotary_factor` is 1.5
+        phi3 c: `rope_scaling.type` is `linear`, a scaling rule that prefold does not compute for this family
+        phi3 c: `rope_scaling.short_factor` has 1 entries for 48 frequencies
+        gemma2 c: `use_bidirectional_attention` is true: tokens see those that follow them
+        gemma2 c: `attn_logit_softcapping` is 0
+        gemma2 c: `sliding_window` is missing, and there are layers of sliding_attention
+        gemma3_text c: `attn_logit_softcapping` is given
+        gemma3_text c: `rope_parameters.rope_type` is given for all layers
+        gemma3 c: `text_config.hidden_size` should be a positive integer, but is "wide"
+        smollm3 c: `no_rope_layers` has 2 entries for 36 layers
+        smollm3 c: `no_rope_layers` should be a list of zeros and ones, but is ["yes","no"]
+        granite c: `logits_scaling` is 0
+        olmo2 c: `attention_bias` should be true or false, but is 1
+        stablelm c: `num_key_value_heads` is 5, which does not divide num_attention_heads (32)
+        opt c: `layer_norm_elementwise_affine` is false: norms have no weights
+        cohere c: `logit_scale` is missing
+        "#);
     }
 }

@@ -24,7 +24,7 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
 pub(super) fn windowed(config: &Config) -> Result<DecoderSpec> {
     let mut spec = llama::like(config, &Fields::LLAMA)?;
     let window = config.optional_window()?;
-    let first = config.count("max_window_layers")?;
+    let first = if window.is_some() { config.count("max_window_layers")? } else { 0 };
     let sliding = config.sliding_layers(spec.num_layers, |layer| window.is_some() && layer >= first)?;
     spec.set_windows(&config.windows(&sliding, window)?);
     Ok(spec)

@@ -27,8 +27,8 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
 
 /// `no_rope_layers`, which holds 1 where a layer does turn; otherwise all but each `no_rope_layer_interval`th.
 fn turned_layers(config: &Config, layers: usize) -> Result<Vec<bool>> {
-    let interval = config.size("no_rope_layer_interval")?;
     let Some(values) = config.per_layer("no_rope_layers", layers)? else {
+        let interval = config.size("no_rope_layer_interval")?;
         return Ok((0..layers).map(|layer| !(layer + 1).is_multiple_of(interval)).collect());
     };
     let flag = |value: &Value| value.as_u64().map(|n| n != 0).or_else(|| value.as_bool());
