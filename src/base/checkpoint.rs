@@ -58,11 +58,14 @@ impl Checkpoint {
     }
 
     fn checked(path: &Path, config: Value, weights: Weights, config_path: &Path) -> Result<Self> {
-        let spec = family::spec_from_config(config_path, &config)?;
+        let mut spec = family::spec_from_config(config_path, &config)?;
+        if let Weights::Gguf(gguf) = &weights {
+            spec.names = gguf.weight_names(&spec);
+        }
         let checkpoint = Self { path: path.into(), spec, config, weights };
         for weight in checkpoint.spec.weights() {
             for (name, expected) in checkpoint.spec.names.source(weight.role).tensors(&weight.shape) {
-                let found = checkpoint.shape(&name)?;
+                let found = checkpoint.shape(&checkpoint.stored(name.clone()))?;
                 if found != expected {
                     return Err(Error::Shape { path: checkpoint.path.clone(), name, found, expected });
                 }
@@ -94,7 +97,7 @@ impl Checkpoint {
         }
     }
 
-    /// Names of all tensors in the files, Hugging Face's names also in a GGUF file.
+    /// Names of all tensors in the files, prefold's names in a GGUF file.
     pub fn names(&self) -> Vec<String> {
         match &self.weights {
             Weights::Folder(shards) => shards.names().map(str::to_owned).collect(),
@@ -120,7 +123,7 @@ impl Checkpoint {
     pub fn dtype(&self) -> Result<DType> {
         match &self.weights {
             Weights::Folder(shards) => {
-                let name = self.spec.names.source(WeightRole::Embedding).name;
+                let name = self.stored(self.spec.names.source(WeightRole::Embedding).name);
                 shards.dtype(&name).ok_or_else(|| self.missing(&name))?
             }
             Weights::Gguf(_) => Ok(DType::F32),
@@ -144,7 +147,7 @@ impl Checkpoint {
     /// When a tensor that holds it is missing or cannot be read.
     pub fn weight(&self, role: WeightRole) -> Result<Tensor> {
         let (source, shape) = (self.spec.names.source(role), self.spec.weight_shape(role));
-        let tensors = source.tensors(&shape).into_iter().map(|(name, _)| self.tensor(&name));
+        let tensors = source.tensors(&shape).into_iter().map(|(name, _)| self.tensor(&self.stored(name)));
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         source.part_of(&tensors, &shape).map_err(Error::candle("reading a weight"))
     }
@@ -163,6 +166,19 @@ impl Checkpoint {
     /// A name for manifests: the folder's or file's own name.
     pub fn display_name(&self) -> String {
         self.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
+    /// The name under which the checkpoint has a tensor.
+    fn stored(&self, name: String) -> String {
+        let is_there = |name: &str| match &self.weights {
+            Weights::Folder(shards) => shards.shape(name).is_some(),
+            Weights::Gguf(gguf) => gguf.contains(name),
+        };
+        if is_there(&name) {
+            return name;
+        }
+        let other = self.spec.names.alternatives(&name).find(|name| is_there(name));
+        other.unwrap_or(name)
     }
 
     fn missing(&self, name: &str) -> Error {

@@ -139,7 +139,7 @@ pub enum Error {
         /// The architecture's name in the file.
         found: String,
         /// The names that are supported.
-        supported: &'static [&'static str],
+        supported: Vec<&'static str>,
     },
     /// A tensor is not in the checkpoint.
     #[error("{} has no tensor `{name}`", path.display())]

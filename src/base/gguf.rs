@@ -1,7 +1,9 @@
-//! GGUF files: metadata, a configuration in the Hugging Face form, and weights by their Hugging Face names.
+//! GGUF files: metadata, a configuration in the Hugging Face form, and weights by prefold's names.
 //!
-//! Knows llama.cpp's conventions, so that nobody else has to: names, the order of q and k rows, worked-out rope scaling.
+//! Knows llama.cpp's conventions, so that nobody else has to: names, the order of q and k rows, what is added to norms,
+//! worked-out rope scaling.
 
+mod architecture;
 mod config;
 mod header;
 mod names;
@@ -13,18 +15,15 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 
-use crate::base::{Error, Result};
+use crate::base::{DecoderSpec, Error, Result, WeightNames};
 use crate::files::MappedFile;
-
-/// The architectures (`general.architecture`) that [`Gguf::config_json`] can describe.
-const SUPPORTED: &[&str] = &["llama"];
 
 /// An opened GGUF file: its header parsed, its weights mapped.
 #[derive(Debug)]
 pub struct Gguf {
     file: MappedFile,
     content: Content,
-    /// Hugging Face name → name in the file.
+    /// Prefold's name → name in the file.
     names: BTreeMap<String, String>,
 }
 
@@ -159,7 +158,7 @@ impl Gguf {
     /// `head_dim / 2` divisors: the inverse frequency `i` is `theta^(-2i/head_dim) / f_i`.
     ///
     /// # Errors
-    /// When the architecture is another than `llama`, or an entry that it needs is missing or wrong.
+    /// When the architecture is not one that prefold knows, or an entry that it needs is missing or wrong.
     pub fn config_json(&self) -> Result<serde_json::Value> {
         config::config_json(self)
     }
@@ -172,12 +171,13 @@ impl Gguf {
         self.string("tokenizer.chat_template")
     }
 
-    /// The tensors' names in the Hugging Face convention, sorted. A tensor that has no such name keeps its own.
+    /// The tensors' names as prefold, and transformers for a Llama, calls them, sorted. A tensor that has no such name keeps
+    /// its own.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.names.keys().map(String::as_str)
     }
 
-    /// Whether a tensor is there, by its Hugging Face name.
+    /// Whether a tensor is there, by prefold's name.
     pub fn contains(&self, name: &str) -> bool {
         self.names.contains_key(name)
     }
@@ -185,20 +185,40 @@ impl Gguf {
     /// A tensor's shape, rows first.
     ///
     /// # Errors
-    /// When there is no tensor of this Hugging Face name.
+    /// When there is no tensor of this name.
     pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
         let info = self.content.tensor_infos.get(self.stored_name(name)?);
         info.map(|info| info.shape.dims().to_vec()).ok_or_else(|| self.missing(name))
     }
 
-    /// A tensor as float32 on the CPU, rows in the order of transformers.
+    /// Where the weights of a decoder are.
+    pub(super) fn weight_names(&self, spec: &DecoderSpec) -> WeightNames {
+        names::weight_names(spec, |name| self.contains(name))
+    }
+
+    /// A tensor as float32 on the CPU, rows in the order and norms with the weights of transformers.
     ///
     /// # Errors
-    /// When there is no tensor of this Hugging Face name, or its rows do not divide into the heads.
+    /// When there is no tensor of this name, or its rows do not divide into the heads.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let tensor = self.dequantise(self.stored_name(name)?).map_err(|error| self.tensor_error(name, error))?;
-        let Some(heads) = self.rotated_heads(name)? else { return Ok(tensor) };
-        undo_permutation(&tensor, heads).map_err(|error| self.tensor_error(name, error))
+        let header = config::Header::read(self)?;
+        let architecture = header.architecture;
+        if architecture.norm_offset != 0.0 && name.ends_with("norm.weight") {
+            return (tensor - architecture.norm_offset).map_err(|error| self.tensor_error(name, error));
+        }
+        if !architecture.permuted {
+            return Ok(tensor);
+        }
+        let heads = header.heads()?;
+        let (query, key) = (heads.query as usize, heads.key_value as usize);
+        let undone = match name.rsplit('.').nth(1) {
+            Some("q_proj") => undo_permutation(&tensor, query),
+            Some("k_proj") => undo_permutation(&tensor, key),
+            Some("qkv_proj") => undo_fused(&tensor, query, key),
+            _ => return Ok(tensor),
+        };
+        undone.map_err(|error| self.tensor_error(name, error))
     }
 
     fn stored_name(&self, name: &str) -> Result<&str> {
@@ -220,18 +240,6 @@ impl Gguf {
     fn tensor_error(&self, name: &str, error: candle_core::Error) -> Error {
         Error::Tensor { path: self.path().into(), name: name.into(), reason: error.to_string() }
     }
-
-    /// How many heads a tensor has whose rows llama.cpp reordered; `None` for the others.
-    fn rotated_heads(&self, name: &str) -> Result<Option<usize>> {
-        let pick = |read: fn(&config::Heads) -> u64| -> Result<Option<usize>> {
-            Ok(usize::try_from(read(&config::Heads::read(self)?)).ok())
-        };
-        match name.rsplit('.').nth(1) {
-            Some("q_proj") => pick(|heads| heads.query),
-            Some("k_proj") => pick(|heads| heads.key_value),
-            _ => Ok(None),
-        }
-    }
 }
 
 /// llama.cpp rotates neighbouring rows, transformers rows half a head apart: its converter turned `[heads, 2, d/2, …]`
@@ -245,6 +253,16 @@ fn undo_permutation(tensor: &Tensor, heads: usize) -> candle_core::Result<Tensor
     };
     let columns = tensor.elem_count() / rows.max(1);
     tensor.reshape((heads, rows / pair_rows, 2, columns))?.transpose(1, 2)?.contiguous()?.reshape(shape)
+}
+
+/// The same for queries, keys and values in one.
+fn undo_fused(tensor: &Tensor, query: usize, key: usize) -> candle_core::Result<Tensor> {
+    let rows = tensor.dim(0)?;
+    let heads = key.checked_mul(2).and_then(|both| both.checked_add(query)).filter(|&n| rows.is_multiple_of(n));
+    let Some(heads) = heads else { candle_core::bail!("its {rows} rows do not divide into queries, keys and values") };
+    let (queries, keys) = (rows / heads * query, rows / heads * key);
+    let part = |start, count, heads| undo_permutation(&tensor.narrow(0, start, count)?.contiguous()?, heads);
+    Tensor::cat(&[part(0, queries, query)?, part(queries, keys, key)?, tensor.narrow(0, queries + keys, keys)?], 0)
 }
 
 /// A metadata integer of any width, if it is one and not negative.

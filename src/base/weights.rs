@@ -180,6 +180,8 @@ pub enum Part {
 pub struct WeightNames {
     /// By the role in layer 0.
     entries: Vec<(WeightRole, Source)>,
+    /// Beginnings of names, and others that checkpoints have in their place.
+    beginnings: Vec<(&'static str, &'static str)>,
 }
 
 impl WeightNames {
@@ -216,6 +218,18 @@ impl WeightNames {
     pub fn with_norm(self, site: NormSite, module: &str) -> Self {
         self.with(WeightRole::Norm(0, site), &format!("{module}.weight"))
             .with(WeightRole::NormBias(0, site), &format!("{module}.bias"))
+    }
+
+    /// The same where tensors whose names begin with `ours` may be found under names that begin with `theirs`.
+    #[must_use]
+    pub fn or_under(mut self, ours: &'static str, theirs: &'static str) -> Self {
+        self.beginnings.push((ours, theirs));
+        self
+    }
+
+    /// The other names under which a checkpoint may keep a tensor.
+    pub fn alternatives(&self, name: &str) -> impl Iterator<Item = String> {
+        self.beginnings.iter().filter_map(|(ours, theirs)| Some(format!("{theirs}{}", name.strip_prefix(ours)?)))
     }
 
     fn set(&mut self, role: WeightRole, source: Source) {

@@ -1,22 +1,67 @@
 //! Decoder families: each file maps its `config.json` to a [`DecoderSpec`] and does nothing else.
+//!
+//! `llama::like` is the mapping of what most families share; a family's file shows what it does otherwise.
 
+mod cohere;
+mod config;
+mod gemma2;
+mod gemma3;
+mod gemma3_text;
+mod gpt2;
+mod gpt_neox;
+mod granite;
+mod layers;
 mod llama;
+mod mistral;
+mod olmo2;
+mod opt;
+mod phi;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod rope;
+mod smollm3;
+mod stablelm;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::rotary::Scaling;
-use super::{Activation, DecoderSpec, Error, Result};
+use super::{DecoderSpec, Error, Result};
+use config::Config;
+use rope::RopeFields;
 
-type Mapping = fn(&Config) -> Result<DecoderSpec>;
+/// A decoder family.
+struct Family {
+    model_type: &'static str,
+    /// What its configuration class in transformers takes where `config.json` is silent.
+    defaults: fn() -> Value,
+    spec: fn(&Config) -> Result<DecoderSpec>,
+}
 
-/// `model_type` → mapping.
-const FAMILIES: &[(&str, Mapping)] = &[("llama", llama::spec)];
+const FAMILIES: &[Family] = &[
+    Family { model_type: "llama", defaults: llama::defaults, spec: llama::spec },
+    Family { model_type: "mistral", defaults: mistral::defaults, spec: mistral::spec },
+    Family { model_type: "qwen2", defaults: qwen2::defaults, spec: qwen2::spec },
+    Family { model_type: "qwen3", defaults: qwen3::defaults, spec: qwen3::spec },
+    Family { model_type: "gpt2", defaults: gpt2::defaults, spec: gpt2::spec },
+    Family { model_type: "gpt_neox", defaults: gpt_neox::defaults, spec: gpt_neox::spec },
+    Family { model_type: "phi", defaults: phi::defaults, spec: phi::spec },
+    Family { model_type: "phi3", defaults: phi3::defaults, spec: phi3::spec },
+    Family { model_type: "gemma2", defaults: gemma2::defaults, spec: gemma2::spec },
+    Family { model_type: "gemma3", defaults: gemma3::defaults, spec: gemma3::spec },
+    Family { model_type: "gemma3_text", defaults: gemma3_text::defaults, spec: gemma3_text::spec },
+    Family { model_type: "smollm3", defaults: smollm3::defaults, spec: smollm3::spec },
+    Family { model_type: "granite", defaults: granite::defaults, spec: granite::spec },
+    Family { model_type: "olmo2", defaults: olmo2::defaults, spec: olmo2::spec },
+    Family { model_type: "stablelm", defaults: stablelm::defaults, spec: stablelm::spec },
+    Family { model_type: "opt", defaults: opt::defaults, spec: opt::spec },
+    Family { model_type: "cohere", defaults: cohere::defaults, spec: cohere::spec },
+];
 
 /// The `model_type`s that prefold knows.
 pub fn known() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|(name, _)| *name)
+    FAMILIES.iter().map(|family| family.model_type)
 }
 
 /// Maps a `config.json` to a [`DecoderSpec`]; `path` names the file in errors.
@@ -24,167 +69,20 @@ pub fn known() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// When the family is unknown, or a field is missing, of another type, or asks for what prefold does not compute.
 pub fn spec_from_config(path: &Path, config: &Value) -> Result<DecoderSpec> {
-    let config = Config { path: path.into(), value: config };
-    let family = config.string("model_type")?;
-    match FAMILIES.iter().find(|(name, _)| *name == family) {
-        Some((_, mapping)) => mapping(&config),
+    let bare = Config::new(path, config, json!({}));
+    let model_type = bare.string("model_type")?;
+    match FAMILIES.iter().find(|family| family.model_type == model_type) {
+        Some(family) => (family.spec)(&Config::new(path, config, (family.defaults)())),
         None => Err(Error::Family {
             path: path.into(),
-            family: family.into(),
+            family: model_type.into(),
             known: known().collect::<Vec<_>>().join(", "),
         }),
     }
 }
 
-/// Typed access to a `config.json`. A field that is `null` counts as absent, as in transformers.
-struct Config<'a> {
-    path: PathBuf,
-    value: &'a Value,
-}
-
-impl Config<'_> {
-    fn get(&self, field: &str) -> Option<&Value> {
-        self.value.get(field).filter(|v| !v.is_null())
-    }
-
-    fn fail<T>(&self, field: &str, why: impl Into<String>, help: impl Into<String>) -> Result<T> {
-        Err(Error::Config { path: self.path.clone(), field: field.into(), why: why.into(), help: help.into() })
-    }
-
-    fn missing<T>(&self, field: &str) -> Result<T> {
-        self.fail(field, "is missing", "take config.json from the same place as the weights")
-    }
-
-    fn mistyped<T>(&self, field: &str, expected: &str) -> Result<T> {
-        let found = self.get(field).map(ToString::to_string).unwrap_or_default();
-        self.fail(field, format!("should be {expected}, but is {found}"), "correct the configuration")
-    }
-
-    fn string(&self, field: &str) -> Result<&str> {
-        match self.get(field) {
-            None => self.missing(field),
-            Some(value) => value.as_str().map_or_else(|| self.mistyped(field, "a string"), Ok),
-        }
-    }
-
-    /// A positive integer below 2³¹, so that products of two of them cannot overflow.
-    fn size_or(&self, field: &str, default: Option<usize>) -> Result<usize> {
-        match (self.get(field), default) {
-            (None, Some(default)) => Ok(default),
-            (None, None) => self.missing(field),
-            (Some(value), _) => match value.as_u64() {
-                Some(n) if n > 0 && n < 1 << 31 => Ok(n as usize),
-                _ => self.mistyped(field, "a positive integer"),
-            },
-        }
-    }
-
-    fn size(&self, field: &str) -> Result<usize> {
-        self.size_or(field, None)
-    }
-
-    /// A size with a limit of its own, because something is laid out for each.
-    fn size_up_to(&self, field: &str, default: Option<usize>, limit: usize) -> Result<usize> {
-        match self.size_or(field, default)? {
-            size if size <= limit => Ok(size),
-            size => self.fail(field, format!("is {size}"), format!("prefold reads models with at most {limit}")),
-        }
-    }
-
-    fn positive_or(&self, field: &str, default: f64) -> Result<f64> {
-        match self.number_or(field, default)? {
-            x if x > 0.0 => Ok(x),
-            x => self.fail(field, format!("is {x}"), "it must be positive"),
-        }
-    }
-
-    fn number_or(&self, field: &str, default: f64) -> Result<f64> {
-        match self.get(field) {
-            None => Ok(default),
-            Some(value) => match value.as_f64() {
-                Some(x) if x.is_finite() => Ok(x),
-                _ => self.mistyped(field, "a number"),
-            },
-        }
-    }
-
-    fn bool_or(&self, field: &str, default: bool) -> Result<bool> {
-        match self.get(field) {
-            None => Ok(default),
-            Some(value) => value.as_bool().map_or_else(|| self.mistyped(field, "true or false"), Ok),
-        }
-    }
-
-    fn activation(&self, field: &str) -> Result<Activation> {
-        match self.string(field)? {
-            "silu" | "swish" => Ok(Activation::Silu),
-            "gelu" => Ok(Activation::Gelu),
-            "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
-            "relu" => Ok(Activation::Relu),
-            other => self.fail(
-                field,
-                format!("is `{other}`, an activation that prefold does not compute"),
-                "known: silu, gelu, gelu_new, gelu_pytorch_tanh, relu",
-            ),
-        }
-    }
-
-    /// Rotary base and scaling rule, from `rope_theta` and `rope_scaling`, or from `rope_parameters` where transformers
-    /// 5 keeps both.
-    fn rope(&self, default_theta: f64) -> Result<(f64, Scaling)> {
-        let field = if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
-        let Some(table) = self.get(field) else {
-            return Ok((self.positive_or("rope_theta", default_theta)?, Scaling::Default));
-        };
-        if !table.is_object() {
-            return self.mistyped(field, "an object");
-        }
-        let rope = Config { path: self.path.clone(), value: table };
-        let theta = rope.positive_or("rope_theta", self.positive_or("rope_theta", default_theta)?)?;
-        let kind = match rope.get("rope_type").or_else(|| rope.get("type")) {
-            Some(kind) => kind.as_str().unwrap_or_default().to_owned(),
-            None => "default".into(),
-        };
-        let factor = |name: &str| -> Result<f64> {
-            match rope.number_or(name, f64::NAN)? {
-                x if x.is_nan() => rope.fail(&format!("{field}.{name}"), "is missing", "the scaling rule needs it"),
-                x if x > 0.0 => Ok(x),
-                x => rope.fail(&format!("{field}.{name}"), format!("is {x}"), "it must be positive"),
-            }
-        };
-        let scaling = match kind.as_str() {
-            "default" => Scaling::Default,
-            "linear" => Scaling::Linear { factor: factor("factor")? },
-            "llama3" => Scaling::Llama3 {
-                factor: factor("factor")?,
-                low_freq_factor: factor("low_freq_factor")?,
-                high_freq_factor: factor("high_freq_factor")?,
-                original_max_positions: factor("original_max_position_embeddings")?,
-            },
-            "factors" => Scaling::Factors(rope.factors()?),
-            other => {
-                return self.fail(
-                    &format!("{field}.rope_type"),
-                    format!("is `{other}`, a scaling rule that prefold does not compute"),
-                    "known: default, linear, llama3",
-                );
-            }
-        };
-        Ok((theta, scaling))
-    }
-
-    fn factors(&self) -> Result<Vec<f32>> {
-        let values: Option<Vec<f32>> = self.get("factors").and_then(Value::as_array).and_then(|values| {
-            values.iter().map(|v| v.as_f64().filter(|x| x.is_finite() && *x > 0.0).map(|x| x as f32)).collect()
-        });
-        values.map_or_else(|| self.mistyped("factors", "a list of positive numbers"), Ok)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn llama() -> Value {
@@ -211,7 +109,7 @@ mod tests {
             with("num_key_value_heads", json!(3)),
             with("head_dim", json!(7)),
             with("hidden_act", json!("xielu")),
-            with("rope_scaling", json!({"rope_type": "yarn"})),
+            with("rope_scaling", json!({"rope_type": "mrope"})),
             with("rope_scaling", json!({"rope_type": "linear"})),
             with("rope_scaling", json!({"rope_type": "linear", "factor": 0})),
             message(&json!({})),
@@ -223,7 +121,7 @@ mod tests {
         config.json: `num_key_value_heads` is 3, which does not divide num_attention_heads (4)
         config.json: `head_dim` is 7, an odd number
         config.json: `hidden_act` is `xielu`, an activation that prefold does not compute
-        config.json: `rope_scaling.rope_type` is `yarn`, a scaling rule that prefold does not compute
+        config.json: `rope_scaling.rope_type` is `mrope`, a scaling rule that prefold does not compute for this family
         config.json: `rope_scaling.factor` is missing
         config.json: `rope_scaling.factor` is 0
         config.json: `model_type` is missing
@@ -241,5 +139,168 @@ mod tests {
         let (old, new) = (spec_from_config(path, &old).unwrap(), spec_from_config(path, &new).unwrap());
         assert_eq!(old, new);
         assert_eq!(old.attention.rotary[0].inv_freq[0], 0.5);
+    }
+
+    /// Each pair says the same as transformers 4 and 5 write it.
+    #[test]
+    fn both_forms_of_rope_give_one_spec() {
+        let long = |kind: &str| json!({"type": kind, "short_factor": vec![1.0; 48], "long_factor": vec![2.0; 48]});
+        let new_long = json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": vec![1.0; 48], "long_factor": vec![2.0; 48]});
+        let pairs = [
+            (
+                "qwen2",
+                json!({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}}),
+                json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192}}),
+            ),
+            (
+                "gpt_neox",
+                json!({"rotary_pct": 0.5, "rotary_emb_base": 5e3, "rope_theta": 1.0}),
+                json!({"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5}}),
+            ),
+            (
+                "gemma3_text",
+                json!({"rope_theta": 5e5, "rope_local_base_freq": 5e3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+                json!({"rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+                }}),
+            ),
+            (
+                "phi3",
+                json!({"max_position_embeddings": 131_072, "rope_scaling": long("su")}),
+                json!({"max_position_embeddings": 131_072, "rope_parameters": new_long}),
+            ),
+            (
+                "stablelm",
+                json!({"partial_rotary_factor": 0.5, "rope_theta": 5e3}),
+                json!({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 5e3}}),
+            ),
+        ];
+        for (family, old, new) in pairs {
+            let (old, new) = (with(family, old).unwrap(), with(family, new).unwrap());
+            assert_eq!(old, new);
+            assert_ne!(old.attention.rotary, with(family, json!({})).unwrap().attention.rotary);
+        }
+    }
+
+    /// A configuration that says only what family it is of has the class's sizes.
+    fn with(family: &str, fields: Value) -> Result<DecoderSpec> {
+        let mut config = json!({"model_type": family});
+        config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        spec_from_config(Path::new("c"), &config)
+    }
+
+    #[test]
+    fn every_family_stands_on_its_class_s_defaults() {
+        let described: Vec<String> = known()
+            .map(|family| {
+                let spec = with(family, json!({})).unwrap();
+                let a = &spec.attention;
+                let windows = spec.layers.iter().filter(|layer| layer.window.is_some()).count();
+                let turned = spec.layers.iter().filter(|layer| layer.rotary.is_some()).count();
+                format!(
+                    "{family}: {:.2}B, {} layers ({windows} windows, {turned} turned), {} / {} heads of {}, {} turned, tied {}",
+                    spec.num_parameters() as f64 / 1e9,
+                    spec.num_layers,
+                    a.num_heads,
+                    a.num_kv_heads,
+                    a.head_dim,
+                    a.rotary.first().map_or(0, |rotary| rotary.dim),
+                    spec.head.tied,
+                )
+            })
+            .collect();
+        insta::assert_snapshot!(described.join("\n"), @"
+        llama: 6.74B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        mistral: 7.24B, 32 layers (32 windows, 32 turned), 32 / 8 heads of 128, 128 turned, tied false
+        qwen2: 12.05B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        qwen3: 12.05B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        gpt2: 0.12B, 12 layers (0 windows, 0 turned), 12 / 12 heads of 64, 0 turned, tied true
+        gpt_neox: 20.55B, 44 layers (0 windows, 44 turned), 64 / 64 heads of 96, 24 turned, tied false
+        phi: 1.42B, 24 layers (0 windows, 24 turned), 32 / 32 heads of 64, 32 turned, tied false
+        phi3: 3.82B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 96, 96 turned, tied false
+        gemma2: 2.61B, 26 layers (13 windows, 26 turned), 8 / 4 heads of 256, 256 turned, tied true
+        gemma3: 2.63B, 26 layers (22 windows, 26 turned), 8 / 4 heads of 256, 256 turned, tied true
+        gemma3_text: 2.63B, 26 layers (22 windows, 26 turned), 8 / 4 heads of 256, 256 turned, tied true
+        smollm3: 3.08B, 36 layers (0 windows, 27 turned), 16 / 4 heads of 128, 128 turned, tied true
+        granite: 6.74B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        olmo2: 6.89B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 128, 128 turned, tied false
+        stablelm: 2.80B, 32 layers (0 windows, 32 turned), 32 / 32 heads of 80, 20 turned, tied false
+        opt: 0.13B, 12 layers (0 windows, 0 turned), 12 / 12 heads of 64, 0 turned, tied true
+        cohere: 34.98B, 40 layers (0 windows, 40 turned), 64 / 64 heads of 128, 128 turned, tied true
+        ");
+    }
+
+    #[test]
+    fn what_a_spec_cannot_say_is_refused_by_field() {
+        let refused = [
+            ("llama", json!({"rope_scaling": "linear"})),
+            ("llama", json!({"rope_scaling": {"rope_type": "dynamic"}})),
+            ("llama", json!({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}})),
+            ("llama", json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}})),
+            ("llama", json!({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})),
+            ("llama", json!({"partial_rotary_factor": 0.5})),
+            ("mistral", json!({"layer_types": vec!["full_attention"; 32]})),
+            ("mistral", json!({"sliding_window": -1})),
+            ("qwen2", json!({"layer_types": vec!["sliding_attention"; 32]})),
+            ("qwen2", json!({"layer_types": ["full_attention"]})),
+            ("qwen3", json!({"layer_types": vec!["linear_attention"; 32]})),
+            ("gpt2", json!({"scale_attn_by_inverse_layer_idx": true})),
+            ("gpt2", json!({"add_cross_attention": true})),
+            ("gpt2", json!({"n_head": 7})),
+            ("gpt_neox", json!({"rotary_pct": 0.0})),
+            ("gpt_neox", json!({"rotary_pct": 0.04})),
+            ("phi", json!({"partial_rotary_factor": 1.5})),
+            ("phi3", json!({"rope_scaling": {"type": "linear", "factor": 2.0}})),
+            ("phi3", json!({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}})),
+            ("gemma2", json!({"use_bidirectional_attention": true})),
+            ("gemma2", json!({"attn_logit_softcapping": 0})),
+            ("gemma2", json!({"sliding_window": null})),
+            ("gemma3_text", json!({"attn_logit_softcapping": 50.0})),
+            ("gemma3_text", json!({"rope_parameters": {"rope_type": "linear"}})),
+            ("gemma3", json!({"text_config": {"hidden_size": "wide"}})),
+            ("smollm3", json!({"no_rope_layers": [1, 1]})),
+            ("smollm3", json!({"num_hidden_layers": 2, "no_rope_layers": ["yes", "no"]})),
+            ("granite", json!({"logits_scaling": 0})),
+            ("olmo2", json!({"attention_bias": 1})),
+            ("stablelm", json!({"num_key_value_heads": 5})),
+            ("opt", json!({"layer_norm_elementwise_affine": false})),
+            ("cohere", json!({"logit_scale": null})),
+        ];
+        let messages = refused.map(|(family, fields)| format!("{family} {}", with(family, fields).unwrap_err()));
+        insta::assert_snapshot!(messages.join("\n"), @r#"
+        llama c: `rope_scaling` should be an object, but is "linear"
+        llama c: `rope_scaling.factor` is missing
+        llama c: `rope_scaling.short_factor` is missing
+        llama c: `rope_scaling.short_factor` has 1 entries for 64 frequencies
+        llama c: `rope_parameters.full_attention` is given
+        llama c: `partial_rotary_factor` is 0.5
+        mistral c: `layer_types` differs from sliding_window, which is 4096
+        mistral c: `sliding_window` should be a positive integer, but is -1
+        qwen2 c: `sliding_window` is missing, and there are layers of sliding_attention
+        qwen2 c: `layer_types` has 1 entries for 32 layers
+        qwen3 c: `layer_types` holds "linear_attention", a kind of attention that prefold does not compute
+        gpt2 c: `scale_attn_by_inverse_layer_idx` is true: scores are scaled by layer
+        gpt2 c: `add_cross_attention` is true: layers attend to an encoder
+        gpt2 c: `n_head` is 7, which does not divide n_embd (768)
+        gpt_neox c: `rotary_pct` is 0
+        gpt_neox c: `rotary_pct` turns 3 of 96 elements
+        phi c: `partial_rotary_factor` is 1.5
+        phi3 c: `rope_scaling.type` is `linear`, a scaling rule that prefold does not compute for this family
+        phi3 c: `rope_scaling.short_factor` has 1 entries for 48 frequencies
+        gemma2 c: `use_bidirectional_attention` is true: tokens see those that follow them
+        gemma2 c: `attn_logit_softcapping` is 0
+        gemma2 c: `sliding_window` is missing, and there are layers of sliding_attention
+        gemma3_text c: `attn_logit_softcapping` is given
+        gemma3_text c: `rope_parameters.rope_type` is given for all layers
+        gemma3 c: `text_config.hidden_size` should be a positive integer, but is "wide"
+        smollm3 c: `no_rope_layers` has 2 entries for 36 layers
+        smollm3 c: `no_rope_layers` should be a list of zeros and ones, but is ["yes","no"]
+        granite c: `logits_scaling` is 0
+        olmo2 c: `attention_bias` should be true or false, but is 1
+        stablelm c: `num_key_value_heads` is 5, which does not divide num_attention_heads (32)
+        opt c: `layer_norm_elementwise_affine` is false: norms have no weights
+        cohere c: `logit_scale` is missing
+        "#);
     }
 }
