@@ -31,7 +31,8 @@ use prefold::base::{
 use prefold::data::{Batch, Cursor, Dataset, Example, Format, FormatOptions, Record, Sampler, read_jsonl};
 use prefold::files::{self, StagedFolder};
 use prefold::train::{
-    AdamW, AdamWConfig, RunFolder, Schedule, Silent, TrainConfig, Trainer, batch_input, clip_gradients, completion_loss,
+    AdamW, AdamWConfig, Fingerprint, Inputs, RunFolder, Schedule, Silent, TrainConfig, Trainer, batch_input,
+    clip_gradients, completion_loss,
 };
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
@@ -413,7 +414,10 @@ fn check_task(folder: &Path) -> Result<()> {
         let config = TrainConfig { learning_rate: 1e-2, epochs: 10, seed, save_every: 0, ..TrainConfig::default() };
         let scratch = tempfile::tempdir()?;
         let run = RunFolder::create(scratch.path(), false)?;
-        let outcome = Trainer::new(&decoder, &start, config, &train, Some(&test), &run)?.run(&mut Silent)?;
+        let base = Fingerprint::of(&checkpoint)?;
+        let held_out = Some(&test);
+        let inputs = Inputs { decoder: &decoder, base, adapter: &start, config, train: &train, held_out, folder: &run };
+        let outcome = Trainer::new(inputs)?.run(&mut Silent)?;
         let (Some(before), Some(after)) = (outcome.before, outcome.after) else {
             return Err("nothing measured".into());
         };

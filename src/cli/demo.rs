@@ -66,7 +66,7 @@ impl Demo {
         config.out = Some(root.join("adapter"));
 
         println!("1. Train a Prefix-Tuning+ adapter\n");
-        let trained = train(context, &config, false, false)?;
+        let trained = train(context, &config, false, false, None)?;
         println!("{}\n", trained.before_and_after().unwrap_or_default());
 
         println!(

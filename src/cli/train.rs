@@ -5,29 +5,46 @@ use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::Args;
-use figment::Figment;
-use figment::providers::{Format as _, Serialized, Toml};
 use miette::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::interrupt::Interrupt;
+use super::memory::peak_resident;
+use super::options::{Layer, resolve};
+use super::plan::Plan;
 use super::progress::TrainingBar;
-use super::{Context, keep_apart, style, usage};
+use super::{Context, command_line, keep_apart, style, usage};
 use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, Tokenizer};
 use crate::data::{self, ChatUse, Dataset, Format, FormatOptions, Holdout, LabelText, Records};
 use crate::files::Manifest;
-use crate::train::{ComputeType, Outcome, RunFolder, TrainConfig, Trainer};
+use crate::train::{
+    BestBy, ComputeType, Ended, EvalBy, Fingerprint, Inputs, ObjectiveKind, Outcome, REPORT_NAME, RunFolder,
+    TrainConfig, Trainer, check_data,
+};
 
 /// Train a Prefix-Tuning+ adapter
 ///
-/// Options come from the defaults, then from --config, then from the command line.
+/// Options come from the defaults, then from --config, then from each --set, then from the other options.
+///
+/// Ctrl-C ends the run after the step at hand with a checkpoint and the command to go on (exit code 130); a second one ends
+/// it at once.
 #[derive(Args, Debug)]
 pub(super) struct Train {
-    /// A TOML file of options: see schemas/train.schema.json
+    /// A TOML or YAML file of options: see schemas/train.schema.json
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// An option by its key in such a file, like train.adamw.beta2=0.95; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Open the model and the data, check everything, print what would be done, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print what --dry-run finds as JSON
+    #[arg(long, requires = "dry_run")]
+    json: bool,
     /// Hugging Face folder, .gguf file, or the name of a fetched model
     #[arg(long)]
     model: Option<String>,
@@ -87,6 +104,9 @@ struct DataArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Training")]
 struct TrainingArgs {
+    /// What is minimised: sft, dpo or simpo
+    #[arg(long)]
+    objective: Option<ObjectiveKind>,
     /// Highest learning rate
     #[arg(long, value_parser = finite)]
     learning_rate: Option<f64>,
@@ -117,9 +137,27 @@ struct TrainingArgs {
     /// Steps between evaluations; 0 for one at the end
     #[arg(long)]
     eval_every: Option<usize>,
+    /// How held-out classes are predicted: text or likelihood
+    #[arg(long)]
+    eval_by: Option<EvalBy>,
     /// Steps between checkpoints; 0 for none
     #[arg(long)]
     save_every: Option<usize>,
+    /// Keep so many checkpoints, the newest
+    #[arg(long)]
+    save_limit: Option<usize>,
+    /// Keep the checkpoint with the best held-out loss or accuracy in best/
+    #[arg(long)]
+    best_by: Option<BestBy>,
+    /// End with the best adapter, not the last
+    #[arg(long)]
+    load_best_at_end: bool,
+    /// Stop after so many evaluations that are no better
+    #[arg(long)]
+    patience: Option<usize>,
+    /// Write TensorBoard event files
+    #[arg(long)]
+    tensorboard: bool,
     /// Type of the frozen model: f64, f32, bf16 or f16
     #[arg(long)]
     dtype: Option<ComputeType>,
@@ -192,40 +230,43 @@ pub struct AdapterOptions {
 impl Train {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         let config = self.resolve()?;
-        let done = train(context, &config, self.resume, self.overwrite)?;
-        println!("{} ({} steps, loss {:.3})", done.out.display(), done.outcome.steps, done.outcome.loss);
-        if let Some(line) = done.before_and_after() {
+        if self.dry_run {
+            return self.print_plan(context, &config);
+        }
+        let done = train(context, &config, self.resume, self.overwrite, Some(&Interrupt::listen()?))?;
+        let (out, outcome) = (done.out.display(), &done.outcome);
+        match outcome.ended {
+            Ended::Stopped => {
+                eprintln!("stopped after step {}; go on with\n  {}", outcome.steps, resume_command());
+                return Ok(ExitCode::from(done.exit_code));
+            }
+            Ended::Exhausted => println!("{out} (stopped early at step {}, loss {:.3})", outcome.steps, outcome.loss),
+            Ended::Completed => println!("{out} ({} steps, loss {:.3})", outcome.steps, outcome.loss),
+        }
+        for line in [done.before_and_after(), done.best(&config), done.memory()].into_iter().flatten() {
             println!("{line}");
+        }
+        println!("curves in {}", done.out.join(REPORT_NAME).display());
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn print_plan(&self, context: &Context, config: &RunConfig) -> Result<ExitCode> {
+        let prepared = prepare(context, config)?;
+        let plan = Plan::of(config, &prepared);
+        if self.json {
+            println!("{:#}", json!({ "plan": plan, "options": config }));
+        } else {
+            plan.print(config)?;
         }
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Defaults, then the file, then the command line.
+    /// Defaults, then the file, then `--set`, then the command line.
     fn resolve(&self) -> Result<RunConfig> {
-        let mut figment = Figment::from(Serialized::defaults(RunConfig::default()));
-        if let Some(path) = &self.config {
-            if !path.is_file() {
-                return Err(usage(format!("there is no configuration {}", path.display()), "check --config"));
-            }
-            figment = figment.merge(Toml::file_exact(path));
-        }
-        let figment = figment.merge(Serialized::globals(self.given()));
-        let config: figment::Result<RunConfig> = figment.extract();
-        let mut config = config.map_err(|error| {
-            let file = self.config.as_deref().map_or("the command line".into(), |path| path.display().to_string());
-            usage(format!("{file}: `{}`: {}", error.path.join("."), error.kind), "see schemas/train.schema.json")
-        })?;
-        // of two options for one thing, the command line's wins over the file's
-        if self.holdout.is_some() {
-            config.data.eval = None;
-        }
-        if self.eval.is_some() {
-            config.data.holdout = None;
-        }
-        if self.training.epochs.is_some() && self.training.max_steps.is_none() {
-            config.train.max_steps = None;
-        }
-        Ok(config)
+        let file = self.config.iter().map(|path| Layer::file(path));
+        let set = self.set.iter().map(|text| Layer::set(text));
+        let given = std::iter::once(Ok(Layer::command_line(self.given())));
+        resolve(file.chain(set).chain(given).collect::<Result<_>>()?, &REPLACED)
     }
 
     /// What the command line says, and nothing else.
@@ -257,8 +298,15 @@ impl Train {
             ("warmup_fraction", json!(training.warmup_fraction)),
             ("adamw", given([("weight_decay", json!(training.weight_decay))])),
             ("seed", json!(training.seed)),
+            ("objective", json!(training.objective)),
             ("eval_every", json!(training.eval_every)),
+            ("eval_by", json!(training.eval_by)),
             ("save_every", json!(training.save_every)),
+            ("save_limit", json!(training.save_limit)),
+            ("best_by", json!(training.best_by)),
+            ("load_best_at_end", if training.load_best_at_end { json!(true) } else { Value::Null }),
+            ("patience", json!(training.patience)),
+            ("tensorboard", if training.tensorboard { json!(true) } else { Value::Null }),
             ("dtype", json!(training.dtype)),
         ]);
         let adapter = given([("layers", json!(training.layers))]);
@@ -272,6 +320,18 @@ impl Train {
     }
 }
 
+/// Of two options for one thing, the one in the higher layer counts.
+pub(super) const REPLACED: [(&str, &str); 3] =
+    [("data.holdout", "data.eval"), ("data.eval", "data.holdout"), ("train.epochs", "train.max_steps")];
+
+/// This command line with `--resume`.
+fn resume_command() -> String {
+    let given = command_line();
+    let kept: Vec<&str> = given.split(' ').filter(|word| *word != "--overwrite").collect();
+    let more = if kept.contains(&"--resume") { "" } else { " --resume" };
+    kept.join(" ") + more
+}
+
 fn finite(text: &str) -> std::result::Result<f64, String> {
     let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if number.is_finite() { Ok(number) } else { Err("must be finite".into()) }
@@ -283,27 +343,54 @@ fn given<const N: usize>(entries: [(&str, Value); N]) -> Value {
     Value::Object(entries.map(|(key, value)| (key.to_owned(), value)).collect::<Map<_, _>>())
 }
 
-/// A finished run.
+/// A run that has ended.
 pub(super) struct Trained {
     pub(super) out: PathBuf,
     pub(super) outcome: Outcome,
+    /// Of this process where the run was stopped.
+    exit_code: u8,
+    /// Estimated and measured.
+    memory: (u64, Option<u64>),
 }
 
 impl Trained {
     /// Accuracy and loss on the held-out part, before and after.
     pub(super) fn before_and_after(&self) -> Option<String> {
-        let after = self.outcome.after?;
+        let after = self.outcome.after.as_ref()?;
         let of = |value: fn(&crate::train::Evaluation) -> String| match &self.outcome.before {
-            Some(before) => format!("{} → {}", value(before), value(&after)),
-            None => value(&after),
+            Some(before) => format!("{} → {}", value(before), value(after)),
+            None => value(after),
         };
         let (accuracy, loss) = (of(|e| style::percent(e.accuracy)), of(|e| format!("{:.3}", e.loss)));
         Some(format!("held-out accuracy {accuracy}, loss {loss} ({} examples)", after.examples))
     }
+
+    fn best(&self, config: &RunConfig) -> Option<String> {
+        let best = self.outcome.best?;
+        let (by, value) = match config.train.watched()? {
+            BestBy::Loss => ("loss", format!("{:.3}", best.value)),
+            BestBy::Accuracy => ("accuracy", style::percent(best.value)),
+        };
+        let kept = if config.train.load_best_at_end { "this is the adapter" } else { "kept in best/" };
+        Some(format!("best held-out {by} {value} at step {}; {kept}", best.step))
+    }
+
+    fn memory(&self) -> Option<String> {
+        let (estimated, peak) = (style::bytes(self.memory.0), style::bytes(self.memory.1?));
+        Some(format!("peak memory {peak} of the whole process, estimated {estimated} for the training"))
+    }
 }
 
-/// Runs a training from a resolved configuration.
-pub(super) fn train(context: &Context, config: &RunConfig, resume: bool, overwrite: bool) -> Result<Trained> {
+/// What a run needs before its decoder is loaded.
+pub(super) struct Prepared {
+    pub(super) checkpoint: Checkpoint,
+    pub(super) adapter: Adapter,
+    pub(super) training: Dataset,
+    pub(super) held_out: Option<Dataset>,
+}
+
+/// Opens and checks everything that a configuration names.
+fn prepare(context: &Context, config: &RunConfig) -> Result<Prepared> {
     let (Some(model), Some(data), Some(out)) = (&config.model, &config.data.train, &config.out) else {
         return Err(usage("--model, --data and --out are needed", "give them on the command line or in --config"));
     };
@@ -316,41 +403,67 @@ pub(super) fn train(context: &Context, config: &RunConfig, resume: bool, overwri
     let mut adapter_config = AdapterConfig::prefix_plus(checkpoint.spec(), Some(checkpoint.display_name()));
     adapter_config.layers.clone_from(&config.adapter.layers);
     let adapter = Adapter::zeros(adapter_config)?;
-    let decoder = Decoder::load(&checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
+    check_data(&config.train, &training, held_out.as_ref())?;
+    Ok(Prepared { checkpoint, adapter, training, held_out })
+}
+
+/// Runs a training from a resolved configuration.
+pub(super) fn train(
+    context: &Context,
+    config: &RunConfig,
+    resume: bool,
+    overwrite: bool,
+    interrupt: Option<&Interrupt>,
+) -> Result<Trained> {
+    let prepared = prepare(context, config)?;
+    let (Some(data), Some(out)) = (&config.data.train, &config.out) else {
+        return Err(usage("--data and --out are needed", "give them on the command line or in --config"));
+    };
+    let plan = Plan::of(config, &prepared);
+    let decoder = Decoder::load(&prepared.checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
-    let outcome = run(context, config, &decoder, &adapter, &training, held_out.as_ref(), &folder).and_then(|outcome| {
+    let outcome = run(context, config, &prepared, &plan, &decoder, &folder, interrupt).and_then(|outcome| {
+        if outcome.ended == Ended::Stopped {
+            return Ok(outcome);
+        }
         folder.finish(&outcome.adapter)?;
-        write_manifest(&checkpoint, config, data, out, &outcome)?;
+        write_manifest(&prepared.checkpoint, config, data, out, &outcome)?;
         Ok(outcome)
     });
     if outcome.is_err() {
         folder.discard_without_checkpoint();
     }
-    Ok(Trained { out: out.clone(), outcome: outcome? })
+    Ok(Trained {
+        out: out.clone(),
+        outcome: outcome?,
+        exit_code: interrupt.map_or(0, Interrupt::exit_code),
+        memory: (plan.memory().total(), peak_resident()),
+    })
 }
 
 fn run(
     context: &Context,
     config: &RunConfig,
+    prepared: &Prepared,
+    plan: &Plan,
     decoder: &Decoder,
-    adapter: &Adapter,
-    training: &Dataset,
-    held_out: Option<&Dataset>,
     folder: &RunFolder,
+    interrupt: Option<&Interrupt>,
 ) -> Result<Outcome> {
-    let trainer = Trainer::new(decoder, adapter, config.train.clone(), training, held_out, folder)?;
+    let trainer = Trainer::new(Inputs {
+        decoder,
+        base: Fingerprint::of(&prepared.checkpoint)?,
+        adapter: &prepared.adapter,
+        config: config.train.clone(),
+        train: &prepared.training,
+        held_out: prepared.held_out.as_ref(),
+        folder,
+    })?;
     if !context.global.quiet {
-        let (trained, all) = (adapter.num_parameters(), decoder.spec().num_parameters());
-        eprintln!(
-            "training {} of {} parameters ({:.2} %) on {} examples, {} steps",
-            style::count(trained),
-            style::count(all),
-            100.0 * trained as f64 / all as f64,
-            training.len(),
-            trainer.total_steps(),
-        );
+        eprintln!("{}", plan.headline());
     }
-    let mut bar = TrainingBar::new(trainer.total_steps(), trainer.start_step(), context.global.quiet);
+    let (total, start) = (trainer.total_steps(), trainer.start_step());
+    let mut bar = TrainingBar::new(total, start, context.global.quiet, interrupt.cloned());
     let outcome = trainer.run(&mut bar);
     bar.finish();
     Ok(outcome?)
@@ -418,6 +531,14 @@ fn write_manifest(
         manifest = manifest.input("weights", &file)?;
     }
     manifest = manifest.output("adapter_config", &out.join(CONFIG_NAME))?.output("adapter", &out.join(WEIGHTS_NAME))?;
-    manifest.facts = json!({ "steps": outcome.steps, "loss": outcome.loss, "held_out_before": outcome.before, "held_out_after": outcome.after });
+    manifest.facts = json!({
+        "steps": outcome.steps,
+        "loss": outcome.loss,
+        "held_out_before": outcome.before,
+        "held_out_after": outcome.after,
+        "best": outcome.best,
+        "ended": outcome.ended,
+        "peak_resident_bytes": peak_resident(),
+    });
     Ok(manifest.write(out)?)
 }

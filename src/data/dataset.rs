@@ -116,6 +116,11 @@ impl Dataset {
         self.examples.len()
     }
 
+    /// Examples that belong together: 1, or 2 where they come in pairs of chosen and rejected.
+    pub fn group_size(&self) -> usize {
+        1
+    }
+
     /// The distinct labels, sorted; none for records without classes.
     pub fn labels(&self) -> &[String] {
         &self.labels
