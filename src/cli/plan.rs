@@ -34,22 +34,21 @@ impl Plan {
         let Prepared { checkpoint, adapter, training, held_out } = prepared;
         let (options, spec) = (&config.train, checkpoint.spec());
         let group = training.group_size();
-        let groups = training.len() / group;
         let examples = training.examples();
         let report = training.report();
-        let steps = options.total_steps(groups);
+        let steps = options.total_steps(training.len());
         let longest = examples.iter().map(|e| e.prompt_ids.len() + e.completion_ids.len()).max().unwrap_or(0);
-        let rows = (options.batch_size * group).min(training.len());
+        let rows = (options.batch_size * group).min(examples.len());
         let workload = Workload { rows, seq: longest, labelled: rows * report.completion.max };
         Self {
             model: checkpoint.display_name(),
             parameters: spec.num_parameters(),
             trained: adapter.num_parameters(),
             objective: options.objective.name(),
-            examples: groups,
+            examples: examples.len() / group,
             tokens: report.prompt.total + report.completion.total,
             completion_tokens: report.completion.total,
-            held_out: held_out.as_ref().map(|dataset| dataset.len() / group),
+            held_out: held_out.as_ref().map(|dataset| dataset.examples().len() / group),
             steps,
             warmup_steps: options.schedule(steps).warmup_steps,
             workload,

@@ -148,10 +148,9 @@ impl<'a> Trainer<'a> {
             false => None,
         };
         let objective = config.objective.objective(&config);
-        let groups = train.len() / objective.group_size();
         Ok(Self {
             decoder,
-            schedule: config.schedule(config.total_steps(groups)),
+            schedule: config.schedule(config.total_steps(train.len())),
             sampler: Sampler::new(train.len(), config.batch_size, config.seed),
             config,
             objective,

@@ -121,7 +121,7 @@ fn records_that_cannot_be_learnt() {
 
     × --model, --data and --out are needed help: give them on the command line or in --config
 
-    × run.toml: `train.learning_rat`: unknown field: found `learning_rat`, expected `one of │ `learning_rate`, `epochs`, `max_steps`, `batch_size`, `gradient_accumulation`, │ `max_grad_norm`, `warmup_fraction`, `final_rate_fraction`, `adamw`, `seed`, `eval_every`, │ `save_every`, `dtype`` help: see schemas/train.schema.json
+    × run.toml: there is no option `train.learning_rat` help: did you mean `train.learning_rate`?
 
     prefold::train::config × training option `epochs` is 0, but must be at least 1 and below 2³¹ help: see `prefold train --help`
 

@@ -7,6 +7,7 @@ mod gradients;
 mod graphs;
 mod oracles;
 mod real_models;
+mod run_control;
 mod schemas;
 mod support;
 mod training;

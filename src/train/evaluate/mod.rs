@@ -14,7 +14,7 @@ pub use classification::{ClassScore, Classification, Confusion, Scores};
 use super::objective::{CompletionLoss, Objective};
 use super::{Error, Result, batch_input, completion_loss};
 use crate::base::{Decoder, SiteHook};
-use crate::data::Dataset;
+use crate::data::{Batch, Dataset, Example};
 use classification::Labels;
 
 /// How the class of a held-out record is predicted.
@@ -115,7 +115,8 @@ impl<'a> Evaluator<'a> {
         Ok(evaluation)
     }
 
-    /// Groups of examples, sorted by length so that little is padding, cut into batches.
+    /// Examples in groups that stay together, sorted by length so that little is padding, cut into batches. Rows that
+    /// training packs are evaluated one by one.
     fn batches(&self, group: usize) -> Vec<Vec<usize>> {
         let examples = self.dataset.examples();
         let length = |start: &usize| {
@@ -128,11 +129,16 @@ impl<'a> Evaluator<'a> {
         starts.chunks(self.batch_size).map(rows).collect()
     }
 
+    fn batch(&self, examples: &[usize]) -> Batch {
+        let examples: Vec<&Example> = examples.iter().filter_map(|at| self.dataset.examples().get(*at)).collect();
+        Batch::training(&examples, self.dataset.pad())
+    }
+
     fn preferences(&self, hook: &dyn SiteHook) -> Result<Evaluation> {
         let (mut loss, mut pairs) = (0.0, 0);
         let mut figures = BTreeMap::<String, f64>::new();
         for rows in self.batches(self.objective.group_size()) {
-            let found = self.objective.loss(self.decoder, hook, &self.dataset.batch(&rows))?;
+            let found = self.objective.loss(self.decoder, hook, &self.batch(&rows))?;
             loss += found.value().map_err(Error::candle("reading the loss"))?;
             pairs += found.units;
             for (name, sum) in found.figures {
@@ -148,17 +154,21 @@ impl<'a> Evaluator<'a> {
     fn completions(&self, hook: &dyn SiteHook) -> Result<Completions> {
         let (mut loss, mut tokens, mut correct) = (0.0, 0, 0);
         let mut predictions = vec![Vec::new(); self.dataset.examples().len()];
-        let mut exact = 0;
         for rows in self.batches(1) {
-            let batch = self.dataset.batch(&rows);
+            let batch = self.batch(&rows);
             let found = completion_loss(self.decoder, hook, &batch_input(&batch)?, &batch.labels)?;
             let sum = found.sum.to_dtype(candle_core::DType::F64).and_then(|s| s.to_scalar::<f64>());
             loss += sum.map_err(Error::candle("reading the loss"))?;
             tokens += found.tokens();
             correct += found.correct_tokens();
-            exact += found.exact_rows();
             note_predictions(&found, &rows, &mut predictions);
         }
+        let examples = self.dataset.examples();
+        for (example, predicted) in examples.iter().zip(&mut predictions) {
+            // labels in the prompt come first
+            predicted.drain(..predicted.len().saturating_sub(example.completion_ids.len()));
+        }
+        let exact = examples.iter().zip(&predictions).filter(|(e, predicted)| e.completion_ids == **predicted).count();
         let share = |n: usize, of: usize| n as f64 / of.max(1) as f64;
         let evaluation = Evaluation {
             examples: predictions.len(),
