@@ -15,7 +15,7 @@ use super::{
 };
 use crate::adapter::Adapter;
 use crate::base::{Decoder, SiteHook};
-use crate::data::{Batch, Cursor, Dataset, Example, Sampler};
+use crate::data::{Batch, Cursor, Dataset, Sampler};
 
 /// One optimizer step, as it is logged and shown.
 #[derive(Clone, Debug, Serialize)]
@@ -109,7 +109,7 @@ impl<'a> Trainer<'a> {
         if train.examples().is_empty() {
             return Err(Error::NoExamples);
         }
-        let data_hash = hash_of(train.examples());
+        let data_hash = train.digest();
         let saved = folder.load()?;
         if let Some(saved) = &saved {
             check_resumable(
@@ -136,7 +136,7 @@ impl<'a> Trainer<'a> {
             folder.rewind_metrics(None)?;
         }
         let schedule = config.schedule(config.total_steps(train.len()));
-        let sampler = Sampler::new(train.len(), config.batch_size, config.seed);
+        let sampler = train.sampler(config.batch_size, config.seed);
         Ok(Self {
             decoder,
             config,
@@ -248,15 +248,6 @@ impl<'a> Trainer<'a> {
 
 fn is_due(step: usize, every: usize) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-fn hash_of(examples: &[Example]) -> String {
-    let bytes: Vec<u8> = examples
-        .iter()
-        .flat_map(|e| e.prompt_ids.iter().chain([&u32::MAX]).chain(&e.completion_ids).chain([&u32::MAX]))
-        .flat_map(|id| id.to_le_bytes())
-        .collect();
-    crate::files::sha256_bytes(&bytes)
 }
 
 fn check_resumable(path: &Path, state: &State, config: &TrainConfig, data: &str, same_adapter: bool) -> Result<()> {
