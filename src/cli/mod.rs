@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod compile;
+mod data;
 mod demo;
 mod export;
 mod fetch;
@@ -17,6 +18,7 @@ mod interrupt;
 mod memory;
 mod options;
 mod plan;
+mod preview;
 mod progress;
 mod runtime;
 mod schema;
@@ -65,6 +67,7 @@ struct Global {
 enum Command {
     Demo(demo::Demo),
     Fetch(fetch::Fetch),
+    Data(data::Data),
     Train(Box<train::Train>),
     Export(export::Export),
     Fold(fold::Fold),
@@ -114,6 +117,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     let context = Context { global: cli.global, cache: files::cache_folder()? };
     match cli.command {
+        Command::Data(command) => command.run(&context),
         Command::Demo(command) => command.run(&context),
         Command::Fetch(command) => command.run(&context),
         Command::Train(command) => command.run(&context),

@@ -37,17 +37,18 @@ impl Plan {
         let examples = training.examples();
         let report = training.report();
         let steps = options.total_steps(training.len());
-        let longest = examples.iter().map(|e| e.prompt_ids.len() + e.completion_ids.len()).max().unwrap_or(0);
-        let rows = (options.batch_size * group).min(examples.len());
-        let workload = Workload { rows, seq: longest, labelled: rows * report.completion.max };
+        let seq = (0..training.len()).map(|row| training.row_len(row)).max().unwrap_or(0);
+        let learnt = examples.iter().map(crate::data::Example::labelled).max().unwrap_or(0);
+        let rows = (options.batch_size * group).min(training.len() * group);
+        let workload = Workload { rows, seq, labelled: rows * if report.packing.is_some() { seq } else { learnt } };
         Self {
             model: checkpoint.display_name(),
             parameters: spec.num_parameters(),
             trained: adapter.num_parameters(),
             objective: options.objective.name(),
             examples: examples.len() / group,
-            tokens: report.prompt.total + report.completion.total,
-            completion_tokens: report.completion.total,
+            tokens: report.sequence.total,
+            completion_tokens: report.labelled,
             held_out: held_out.as_ref().map(|dataset| dataset.examples().len() / group),
             steps,
             warmup_steps: options.schedule(steps).warmup_steps,

@@ -10,15 +10,16 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::data::DataArgs;
 use super::interrupt::Interrupt;
 use super::memory::peak_resident;
-use super::options::{Layer, resolve};
+use super::options::{self, Layer};
 use super::plan::Plan;
 use super::progress::TrainingBar;
 use super::{Context, command_line, keep_apart, style, usage};
 use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, Tokenizer};
-use crate::data::{self, ChatUse, Dataset, Format, FormatOptions, Holdout, LabelText, Records};
+use crate::data::{DataConfig, Dataset, Format, Paths};
 use crate::files::Manifest;
 use crate::train::{
     BestBy, ComputeType, Ended, EvalBy, Fingerprint, Inputs, ObjectiveKind, Outcome, REPORT_NAME, RunFolder,
@@ -48,15 +49,6 @@ pub(super) struct Train {
     /// Hugging Face folder, .gguf file, or the name of a fetched model
     #[arg(long)]
     model: Option<String>,
-    /// JSONL records: {"text","label"}, {"prompt","completion"} or {"messages"}
-    #[arg(long, value_name = "FILE")]
-    data: Option<PathBuf>,
-    /// JSONL records to evaluate on
-    #[arg(long, value_name = "FILE", conflicts_with = "holdout")]
-    eval: Option<PathBuf>,
-    /// Records of --data to keep apart for evaluation: a count or a fraction
-    #[arg(long, value_name = "N|FRACTION")]
-    holdout: Option<String>,
     /// Folder of the run: the adapter, metrics.jsonl, checkpoints
     #[arg(long)]
     out: Option<PathBuf>,
@@ -70,35 +62,6 @@ pub(super) struct Train {
     data_options: DataArgs,
     #[command(flatten)]
     training: TrainingArgs,
-}
-
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Data")]
-struct DataArgs {
-    /// Longest example in tokens; a longer prompt loses its beginning
-    #[arg(long)]
-    max_seq_len: Option<usize>,
-    /// At most so many training records
-    #[arg(long)]
-    limit: Option<usize>,
-    /// At most so many training records of each label
-    #[arg(long)]
-    per_class: Option<usize>,
-    /// At most so many evaluation records
-    #[arg(long)]
-    eval_limit: Option<usize>,
-    /// Prompt of a {"text","label"} record, a Jinja template over `text`
-    #[arg(long)]
-    template: Option<String>,
-    /// System prompt
-    #[arg(long)]
-    system: Option<String>,
-    /// Do not use the model's chat template
-    #[arg(long)]
-    no_chat: bool,
-    /// Learn labels as they are written, underscores included
-    #[arg(long)]
-    verbatim_labels: bool,
 }
 
 #[derive(Args, Debug)]
@@ -182,43 +145,6 @@ pub struct RunConfig {
     pub adapter: AdapterOptions,
 }
 
-/// What to train on.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct DataConfig {
-    /// JSONL records to train on.
-    pub train: Option<PathBuf>,
-    /// JSONL records to evaluate on.
-    pub eval: Option<PathBuf>,
-    /// In place of `eval`: records of `train` to keep apart, a count or a fraction, as text.
-    pub holdout: Option<String>,
-    /// Longest example in tokens.
-    pub max_seq_len: usize,
-    /// At most so many training records.
-    pub limit: Option<usize>,
-    /// At most so many training records of each label.
-    pub per_class: Option<usize>,
-    /// At most so many evaluation records.
-    pub eval_limit: Option<usize>,
-    /// How records become prompts and completions.
-    pub format: FormatOptions,
-}
-
-impl Default for DataConfig {
-    fn default() -> Self {
-        Self {
-            train: None,
-            eval: None,
-            holdout: None,
-            max_seq_len: 512,
-            limit: None,
-            per_class: None,
-            eval_limit: None,
-            format: FormatOptions::default(),
-        }
-    }
-}
-
 /// What to train.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -263,31 +189,12 @@ impl Train {
 
     /// Defaults, then the file, then `--set`, then the command line.
     fn resolve(&self) -> Result<RunConfig> {
-        let file = self.config.iter().map(|path| Layer::file(path));
-        let set = self.set.iter().map(|text| Layer::set(text));
-        let given = std::iter::once(Ok(Layer::command_line(self.given())));
-        resolve(file.chain(set).chain(given).collect::<Result<_>>()?, &REPLACED)
+        layered(self.config.as_deref(), &self.set, self.given())
     }
 
     /// What the command line says, and nothing else.
     fn given(&self) -> Value {
-        let (data, training) = (&self.data_options, &self.training);
-        let format = given([
-            ("template", json!(data.template)),
-            ("system", json!(data.system)),
-            ("chat", if data.no_chat { json!(ChatUse::Never) } else { Value::Null }),
-            ("labels", if data.verbatim_labels { json!(LabelText::Verbatim) } else { Value::Null }),
-        ]);
-        let data = given([
-            ("train", json!(self.data)),
-            ("eval", json!(self.eval)),
-            ("holdout", json!(self.holdout)),
-            ("max_seq_len", json!(data.max_seq_len)),
-            ("limit", json!(data.limit)),
-            ("per_class", json!(data.per_class)),
-            ("eval_limit", json!(data.eval_limit)),
-            ("format", format),
-        ]);
+        let training = &self.training;
         let train = given([
             ("learning_rate", json!(training.learning_rate)),
             ("epochs", json!(training.epochs)),
@@ -313,7 +220,7 @@ impl Train {
         given([
             ("model", json!(self.model)),
             ("out", json!(self.out)),
-            ("data", data),
+            ("data", self.data_options.given()),
             ("train", train),
             ("adapter", adapter),
         ])
@@ -337,8 +244,20 @@ fn finite(text: &str) -> std::result::Result<f64, String> {
     if number.is_finite() { Ok(number) } else { Err("must be finite".into()) }
 }
 
+/// Defaults, then a file, then what is given besides.
+pub(super) fn resolve(file: Option<&Path>, given: Value) -> Result<RunConfig> {
+    layered(file, &[], given)
+}
+
+/// Defaults, then a file, then single options, then what is given besides.
+fn layered(file: Option<&Path>, set: &[String], given: Value) -> Result<RunConfig> {
+    let layers = file.map(Layer::file).into_iter().chain(set.iter().map(|text| Layer::set(text)));
+    let layers = layers.chain([Ok(Layer::command_line(given))]);
+    options::resolve(layers.collect::<Result<_>>()?, &REPLACED)
+}
+
 /// An object of the entries that are not null.
-fn given<const N: usize>(entries: [(&str, Value); N]) -> Value {
+pub(super) fn given<const N: usize>(entries: [(&str, Value); N]) -> Value {
     let entries = entries.into_iter().filter(|(_, value)| !value.is_null());
     Value::Object(entries.map(|(key, value)| (key.to_owned(), value)).collect::<Map<_, _>>())
 }
@@ -395,11 +314,11 @@ fn prepare(context: &Context, config: &RunConfig) -> Result<Prepared> {
         return Err(usage("--model, --data and --out are needed", "give them on the command line or in --config"));
     };
     config.train.check()?;
-    let inputs = [Some(Path::new(model)), Some(data.as_path()), config.data.eval.as_deref()];
-    keep_apart(out, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
+    let inputs = [Some(data), config.data.eval.as_ref()].into_iter().flatten().flat_map(Paths::as_slice);
+    keep_apart(out, &inputs.map(PathBuf::as_path).chain([Path::new(model)]).collect::<Vec<_>>())?;
     let checkpoint = context.checkpoint(model)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let (training, held_out) = datasets(&checkpoint, &tokenizer, config, data)?;
+    let (training, held_out) = datasets(&checkpoint, &tokenizer, config)?;
     let mut adapter_config = AdapterConfig::prefix_plus(checkpoint.spec(), Some(checkpoint.display_name()));
     adapter_config.layers.clone_from(&config.adapter.layers);
     let adapter = Adapter::zeros(adapter_config)?;
@@ -416,9 +335,7 @@ pub(super) fn train(
     interrupt: Option<&Interrupt>,
 ) -> Result<Trained> {
     let prepared = prepare(context, config)?;
-    let (Some(data), Some(out)) = (&config.data.train, &config.out) else {
-        return Err(usage("--data and --out are needed", "give them on the command line or in --config"));
-    };
+    let Some(out) = &config.out else { return Err(usage("--out is needed", "the folder of the run")) };
     let plan = Plan::of(config, &prepared);
     let decoder = Decoder::load(&prepared.checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
@@ -427,7 +344,7 @@ pub(super) fn train(
             return Ok(outcome);
         }
         folder.finish(&outcome.adapter)?;
-        write_manifest(&prepared.checkpoint, config, data, out, &outcome)?;
+        write_manifest(&prepared.checkpoint, config, out, &outcome)?;
         Ok(outcome)
     });
     if outcome.is_err() {
@@ -470,62 +387,25 @@ fn run(
 }
 
 /// The training and held-out examples; what was shortened or dropped is said.
-fn datasets(
-    checkpoint: &Checkpoint,
-    tokenizer: &Tokenizer,
-    config: &RunConfig,
-    path: &Path,
-) -> Result<(Dataset, Option<Dataset>)> {
-    let (options, seed) = (&config.data, config.train.seed);
-    let format = Format::new(tokenizer, checkpoint.spec().vocab_size, options.format.clone())?;
-    let records = data::read_jsonl(path)?;
-    let (mut records, mut held_out) = match (&options.eval, &options.holdout) {
-        (Some(path), _) => (records, Some(data::read_jsonl(path)?)),
-        (None, Some(text)) => {
-            let holdout: Holdout =
-                text.parse().map_err(|e| usage(format!("--holdout: {e}"), "a count or a fraction"))?;
-            let (records, held_out) = records.hold_out(holdout, seed)?;
-            (records, Some(held_out))
+fn datasets(checkpoint: &Checkpoint, tokenizer: &Tokenizer, config: &RunConfig) -> Result<(Dataset, Option<Dataset>)> {
+    let spec = checkpoint.spec();
+    let format = Format::new(tokenizer, spec.vocab_size, config.data.format.clone())?;
+    let (train, held_out) = config.data.load(&format, config.train.seed, spec.max_positions)?;
+    for (name, dataset) in [("training data", Some(&train)), ("held-out data", held_out.as_ref())] {
+        for note in dataset.into_iter().flat_map(|dataset| dataset.report().notes()) {
+            tracing::warn!("{name}: {note}");
         }
-        (None, None) => (records, None),
-    };
-    if let Some(n) = options.per_class {
-        records = records.per_class(n, seed)?;
     }
-    if let Some(n) = options.limit {
-        records = records.limit(n, seed);
-    }
-    if let Some(n) = options.eval_limit {
-        held_out = held_out.map(|records| records.limit(n, seed));
-    }
-    let limit = options.max_seq_len.min(checkpoint.spec().max_positions);
-    let build = |records: &Records| -> Result<Dataset> {
-        let dataset = Dataset::build(records, &format, limit)?;
-        let report = dataset.report();
-        if report.truncated + report.dropped > 0 {
-            tracing::warn!(
-                "{}: of {} records, {} lost the beginning of their prompt and {} were dropped at {limit} tokens",
-                records.path().display(),
-                report.records,
-                report.truncated,
-                report.dropped,
-            );
-        }
-        Ok(dataset)
-    };
-    Ok((build(&records)?, held_out.as_ref().map(build).transpose()?))
+    Ok((train, held_out))
 }
 
-fn write_manifest(
-    checkpoint: &Checkpoint,
-    config: &RunConfig,
-    data: &Path,
-    out: &Path,
-    outcome: &Outcome,
-) -> Result<()> {
-    let mut manifest = Manifest::new("train", json!(config)).input("data", data)?;
-    if let Some(eval) = &config.data.eval {
-        manifest = manifest.input("eval", eval)?;
+fn write_manifest(checkpoint: &Checkpoint, config: &RunConfig, out: &Path, outcome: &Outcome) -> Result<()> {
+    let mut manifest = Manifest::new("train", json!(config));
+    let (train, eval) = config.data.files()?;
+    for (role, files) in [("data", train), ("eval", eval)] {
+        for file in files {
+            manifest = manifest.input(role, &file)?;
+        }
     }
     for file in checkpoint.weight_files() {
         manifest = manifest.input("weights", &file)?;

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::adapter::Adapter;
 use crate::base::{Decoder, SiteHook};
-use crate::data::{Cursor, Dataset, Example, Sampler};
+use crate::data::{Cursor, Dataset, Sampler};
 
 /// Is told how a run goes, and may end it.
 pub trait Observer {
@@ -114,6 +114,14 @@ pub struct Trainer<'a> {
     events: Option<EventWriter>,
 }
 
+/// How far a run came.
+struct Course {
+    done: usize,
+    loss: f64,
+    after: Option<Evaluation>,
+    ended: Ended,
+}
+
 impl<'a> Trainer<'a> {
     /// Prepares a run from its adapter, or from the folder's newest checkpoint where it has one.
     ///
@@ -124,7 +132,7 @@ impl<'a> Trainer<'a> {
         let Inputs { decoder, base, adapter, config, train, held_out, folder } = inputs;
         config.check()?;
         check_data(&config, train, held_out)?;
-        let data_hash = hash_of(train.examples());
+        let data_hash = train.digest();
         let saved = folder.load()?;
         if let Some(saved) = &saved {
             check_resumable(saved, &config, &data_hash, &base, adapter)?;
@@ -151,7 +159,7 @@ impl<'a> Trainer<'a> {
         Ok(Self {
             decoder,
             schedule: config.schedule(config.total_steps(train.len())),
-            sampler: Sampler::new(train.len(), config.batch_size, config.seed),
+            sampler: train.sampler(config.batch_size, config.seed),
             config,
             objective,
             train,
@@ -184,31 +192,43 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When the loss or gradient is not finite or has exploded, or a file cannot be written.
     pub fn run(mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        let course = self.steps(observer);
+        // the curves of a run that diverged are wanted most
+        let written = curves::write(self.folder);
+        let Course { done, loss, after, ended } = course?;
+        written?;
+        let adapter = self.result(ended)?;
+        let Progress { before, best, .. } = self.progress;
+        Ok(Outcome { adapter, steps: done, loss, before, after, best, ended })
+    }
+
+    fn steps(&mut self, observer: &mut dyn Observer) -> Result<Course> {
         let total = self.schedule.total_steps;
         if self.start == 0 {
             self.progress.before = self.evaluate_held_out(0, observer)?;
         }
-        let (mut after, mut loss, mut ended) = (None, f64::NAN, Ended::Completed);
-        let (mut done, mut saved) = (self.start, self.start);
+        let mut course = Course { done: self.start, loss: f64::NAN, after: None, ended: Ended::Completed };
+        let mut saved = self.start;
         for step in self.start..total {
             if observer.should_stop() {
-                ended = Ended::Stopped;
+                course.ended = Ended::Stopped;
                 break;
             }
             let report = self.step(step)?;
-            (loss, done) = (report.loss, step + 1);
+            let done = step + 1;
+            (course.loss, course.done) = (report.loss, done);
             self.folder.log(&report)?;
             if let Some(events) = &mut self.events {
                 events.step(&report)?;
             }
             observer.step(&report, total);
             if done == total || is_due(done, self.config.eval_every) {
-                after = self.evaluate_held_out(done, observer)?;
-                if let Some(evaluation) = &after {
+                course.after = self.evaluate_held_out(done, observer)?;
+                if let Some(evaluation) = &course.after {
                     self.keep_if_best(done, evaluation)?;
                 }
                 if self.progress.is_exhausted(&self.config) {
-                    ended = Ended::Exhausted;
+                    course.ended = Ended::Exhausted;
                     break;
                 }
             }
@@ -217,19 +237,10 @@ impl<'a> Trainer<'a> {
                 saved = done;
             }
         }
-        if ended == Ended::Stopped && done > saved {
-            self.save(done, observer)?;
+        if course.ended == Ended::Stopped && course.done > saved {
+            self.save(course.done, observer)?;
         }
-        curves::write(self.folder)?;
-        Ok(Outcome {
-            adapter: self.result(ended)?,
-            steps: done,
-            loss,
-            before: self.progress.before,
-            after,
-            best: self.progress.best,
-            ended,
-        })
+        Ok(course)
     }
 
     fn result(&self, ended: Ended) -> Result<Adapter> {
@@ -308,15 +319,6 @@ pub fn check_data(config: &TrainConfig, train: &Dataset, held_out: Option<&Datas
         (Some(field), None) => Err(Error::NoHeldOut { field }),
         _ => Ok(()),
     }
-}
-
-fn hash_of(examples: &[Example]) -> String {
-    let bytes: Vec<u8> = examples
-        .iter()
-        .flat_map(|e| e.prompt_ids.iter().chain([&u32::MAX]).chain(&e.completion_ids).chain([&u32::MAX]))
-        .flat_map(|id| id.to_le_bytes())
-        .collect();
-    crate::files::sha256_bytes(&bytes)
 }
 
 fn check_resumable(

@@ -435,3 +435,63 @@ fn tensorboard_reads_the_event_files_of_a_resumed_run() {
     assert_eq!(read("eval/accuracy").len(), 3);
     assert_eq!(read("train/learning_rate").len(), 8);
 }
+
+/// Pairs of a right and a wrong label for the demo's messages.
+fn write_preferences(path: &Path, from: &str, count: usize) {
+    let text = std::fs::read_to_string(fixture(from)).unwrap();
+    let records: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let other = |label: &Value| if label == "billing" { "account" } else { "billing" };
+    let line = |record: &Value| {
+        let prompt = format!("{}\nlabel:", record["text"].as_str().unwrap());
+        let chosen = format!(" {}", record["label"].as_str().unwrap().replace('_', " "));
+        let rejected = format!(" {}", other(&record["label"]));
+        format!("{}\n", serde_json::json!({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    };
+    let every = records.len() / count;
+    std::fs::write(path, records.iter().step_by(every).take(count).map(line).collect::<String>()).unwrap();
+}
+
+#[test]
+fn preferences_are_learnt_and_a_stopped_run_goes_on_to_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    write_preferences(&at.join("train.jsonl"), "demo/train.jsonl", 32);
+    write_preferences(&at.join("test.jsonl"), "demo/test.jsonl", 12);
+    let model = fixture("demo/model");
+    let args = |out, objective, steps| {
+        let inputs = ["--quiet", "train", "--model", arg(&model), "--data", "train.jsonl", "--eval", "test.jsonl"];
+        let options = ["--out", out, "--objective", objective, "--max-steps", steps, "--batch-size", "8"];
+        [inputs.as_slice(), &options, &["--learning-rate", "1e-2", "--save-every", "5"]].concat()
+    };
+    for objective in ["dpo", "simpo"] {
+        prefold_ok(at, &args(objective, objective, "16"));
+        let lines = metrics(&at.join(objective));
+        let steps: Vec<&Value> = lines.iter().filter(|line| line["loss"].is_number()).collect();
+        let of = |line: &Value, name: &str| line[name].as_f64().unwrap();
+        let (first, last) = (steps[0], steps[15]);
+        if objective == "dpo" {
+            assert!((of(first, "loss") - 2f64.ln()).abs() < 1e-6, "the adapter starts as the reference");
+            assert_eq!(of(first, "rewards/margins"), 0.0);
+        }
+        assert!(of(last, "loss") < 0.8 * of(first, "loss"), "{objective}: {first} → {last}");
+        assert!(of(last, "rewards/margins") > of(first, "rewards/margins"), "{objective}");
+        let margin = of(last, "rewards/chosen") - of(last, "rewards/rejected");
+        assert!((margin - of(last, "rewards/margins")).abs() < 1e-9);
+        let evaluations: Vec<&Value> = lines.iter().map(|l| &l["held_out"]).filter(|e| e.is_object()).collect();
+        let [before, after] = evaluations[..] else { panic!("{evaluations:?}") };
+        assert_eq!((after["examples"].as_u64(), &after["accuracy"]), (Some(12), &after["rewards/accuracies"]));
+        assert!(of(after, "loss") < of(before, "loss"), "{objective}: {before} → {after}");
+    }
+    // the same run that was cut after step 10
+    copy(&at.join("dpo"), &at.join("cut"));
+    std::fs::remove_dir_all(at.join("cut/checkpoints/step-000015")).unwrap();
+    prefold_ok(at, &[args("cut", "dpo", "16").as_slice(), &["--resume"]].concat());
+    assert_eq!(adapter(&at.join("dpo")), adapter(&at.join("cut")));
+    assert_eq!(timeless(&at.join("dpo")), timeless(&at.join("cut")));
+    // constants matter, and so does the kind of the records
+    let output =
+        prefold(at, &[args("cut", "dpo", "16").as_slice(), &["--resume", "--set", "train.dpo.beta=0.5"]].concat());
+    assert!(error_of(&output).contains("option `dpo` differs"), "{}", error_of(&output));
+    let output = prefold(at, &args("sft", "sft", "16"));
+    assert!(error_of(&output).contains("objective `sft` needs completions"), "{}", error_of(&output));
+}

@@ -119,10 +119,7 @@ impl<'a> Evaluator<'a> {
     /// training packs are evaluated one by one.
     fn batches(&self, group: usize) -> Vec<Vec<usize>> {
         let examples = self.dataset.examples();
-        let length = |start: &usize| {
-            let rows = examples.iter().skip(*start).take(group);
-            rows.map(|e| e.prompt_ids.len() + e.completion_ids.len()).max()
-        };
+        let length = |start: &usize| examples.iter().skip(*start).take(group).map(Example::len).max();
         let mut starts: Vec<usize> = (0..examples.len() / group).map(|at| at * group).collect();
         starts.sort_by_key(length);
         let rows = |starts: &[usize]| starts.iter().flat_map(|start| *start..start + group).collect();
@@ -204,7 +201,7 @@ mod tests {
     use super::*;
     use crate::adapter::{Adapter, AdapterConfig};
     use crate::base::{Checkpoint, Input};
-    use crate::data::{Format, FormatOptions, read_jsonl};
+    use crate::data::{DataConfig, Format, FormatOptions, Paths};
     use crate::train::Sft;
 
     /// The demo's model in float64 with an adapter of arbitrary numbers, and a few of its records.
@@ -213,8 +210,9 @@ mod tests {
         let checkpoint = Checkpoint::open(&folder.join("model")).unwrap();
         let tokenizer = checkpoint.tokenizer().unwrap();
         let format = Format::new(&tokenizer, checkpoint.spec().vocab_size, FormatOptions::default()).unwrap();
-        let records = read_jsonl(&folder.join("test.jsonl")).unwrap().per_class(1, 3).unwrap();
-        let dataset = Dataset::build(&records, &format, 256).unwrap();
+        let test = Paths::from(folder.join("test.jsonl"));
+        let data = DataConfig { train: Some(test), per_class: Some(1), ..DataConfig::default() };
+        let (dataset, _) = data.load(&format, 3, 256).unwrap();
         let decoder = Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap();
         let zeros = Adapter::zeros(AdapterConfig::prefix_plus(decoder.spec(), None)).unwrap();
         let fill = |(name, zeros): (&String, &Tensor)| {

@@ -57,8 +57,12 @@ impl CompletionLoss {
 /// The decoder's input of a batch.
 ///
 /// # Errors
-/// When the batch holds no token.
+/// When the batch holds no token, or rows of several examples, which the decoder does not keep apart yet.
 pub fn batch_input(batch: &Batch) -> crate::base::Result<Input> {
+    if batch.segments.is_some() {
+        let why = "the decoder does not keep the examples of a packed row apart yet".into();
+        return Err(Error::Input { why, help: "switch `packing` off" });
+    }
     Input::new(batch.batch, &batch.input_ids, &batch.attention_mask, Some(&batch.position_ids))
 }
 

@@ -148,7 +148,15 @@ fn batch() -> Batch {
         batch.push([pad(ids.to_vec(), 0), pad(mask, 0), pad(positions, ids.len() as i64 - 1), pad(labels, -100)]);
     }
     let column = |at: usize| batch.iter().flat_map(|row: &[Vec<i64>; 4]| row[at].clone()).collect();
-    Batch { input_ids: column(0), attention_mask: column(1), position_ids: column(2), labels: column(3), batch: 4, seq }
+    Batch {
+        input_ids: column(0),
+        attention_mask: column(1),
+        position_ids: column(2),
+        labels: column(3),
+        segments: None,
+        batch: 4,
+        seq,
+    }
 }
 
 #[test]
