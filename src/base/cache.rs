@@ -38,7 +38,7 @@ impl KvCache {
     pub fn repeat(&self, rows: usize) -> Result<Self> {
         let repeat = |tensor: &Tensor| {
             let (_, heads, past, width) = tensor.dims4()?;
-            tensor.expand((rows, heads, past, width))
+            tensor.expand((rows, heads, past, width))?.contiguous()
         };
         let layer = |layer: &Option<(Tensor, Tensor)>| {
             layer.as_ref().map(|(keys, values)| Ok((repeat(keys)?, repeat(values)?))).transpose()

@@ -50,7 +50,8 @@ impl Layer {
         }
     }
 
-    /// `key=value`, the key with dots, the value as in TOML; what is no TOML value is text. `null` unsets an option.
+    /// `key=value`, the key with dots, the value as in TOML; what is no TOML value is text. `null` unsets an option that
+    /// need not be set.
     pub(super) fn set(text: &str) -> Result<Self> {
         let source = format!("--set {text}");
         let fail = |why: &str| Err(usage(format!("{source}: {why}"), "write --set train.learning_rate=1e-3"));
