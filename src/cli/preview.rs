@@ -259,10 +259,10 @@ mod tests {
         let folder = preview.train.report.dropped[0].first[0].trim_end_matches("data.jsonl:4").to_string();
         insta::assert_snapshot!(plain.replace(&folder, ""), @"
         Training data
-        4 classification records: 3 examples, 6 of 99 tokens learnt (6.1 %)
+        4 classification records: 3 examples, 6 of 100 tokens learnt (6.0 %)
         of 4 records, 1 dropped: a completion that leaves no room for a prompt (data.jsonl:4)
 
-        Example 1 · a · 34 tokens, 2 learnt
+        Example 1 · a · 35 tokens, 2 learnt
           given  <|im_start|>│u│s│e│r│⏎
                  │o│n│e│ │t│w│o│⏎
                  │l│a│b│e│l│:│<|im_end|>│⏎
@@ -273,13 +273,14 @@ mod tests {
         ┌────────────┬─────┬────────┬──────┬──────┬─────┬──────┐
         │            ┆ min ┆ median ┆ 90 % ┆ 99 % ┆ max ┆ mean │
         ╞════════════╪═════╪════════╪══════╪══════╪═════╪══════╡
-        │ prompt     ┆ 30  ┆ 31     ┆ 32   ┆ 32   ┆ 32  ┆ 31.0 │
+        │ prompt     ┆ 30  ┆ 31     ┆ 33   ┆ 33   ┆ 33  ┆ 31.3 │
         │ completion ┆ 2   ┆ 2      ┆ 2    ┆ 2    ┆ 2   ┆ 2.0  │
-        │ together   ┆ 32  ┆ 33     ┆ 34   ┆ 34   ┆ 34  ┆ 33.0 │
+        │ together   ┆ 32  ┆ 33     ┆ 35   ┆ 35   ┆ 35  ┆ 33.3 │
         └────────────┴─────┴────────┴──────┴──────┴─────┴──────┘
-        32–32 ████████████████████████████████████████ 1
-        33–33 ████████████████████████████████████████ 1
-        34–34 ████████████████████████████████████████ 1
+        32    ████████████████████████████████████████ 1
+        33    ████████████████████████████████████████ 1
+        34     0
+        35    ████████████████████████████████████████ 1
 
         Labels (2)
              2  a

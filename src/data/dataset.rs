@@ -218,7 +218,7 @@ mod tests {
     use crate::data::FormatOptions;
     use crate::data::record::testing::{read, records};
 
-    fn build(content: &str, max_seq_len: usize) -> super::Result<(Tokenizer, Dataset)> {
+    fn build(content: &str, max_seq_len: usize) -> Result<(Tokenizer, Dataset)> {
         let tokenizer = ascii_tokenizer(None);
         let format = Format::new(&tokenizer, tokenizer.vocab_size(), FormatOptions::default())?;
         let dataset = Dataset::build(&records(content)?, &format, &options(max_seq_len))?;
