@@ -102,5 +102,19 @@ fn wrong_options_of_the_data_are_told() {
         assert_eq!(code, Some(1), "{error}");
         error
     });
-    insta::assert_snapshot!(errors.join("\n\n"), @"");
+    insta::assert_snapshot!(errors.join("\n\n"), @r#"
+    prefold::data::option × data option `packing` cannot be used with preference records help: switch it off: a pair's rows stay apart
+
+    prefold::data::option × data option `eval` holds text records, but those to train on are preference records help: pairs are evaluated as they are trained, and so is everything else
+
+    prefold::data::mixed × d.jsonl:1: this is a preference record, but the file began with text records help: keep one layout in a data set; this one's is {"text": "…"}
+
+    prefold::data::nothing_left × none of the 1 records of t.jsonl can be used at 3 tokens: 1 dropped: a completion that leaves │ no room for a prompt (t.jsonl:1) help: raise max_seq_len, choose another `truncation`, or look at the records with `prefold data preview`
+
+    prefold::data::option × data option `holdout` is wrong: `x` is neither a count nor a fraction between 0 and 1 help: give a count or a fraction, as in "200" or "0.1"
+
+    prefold::data::mixed × t.jsonl:1: this is a text record, but the file began with messages records help: keep one layout in a data set; this one's is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+    × --model and --data are needed help: give them on the command line or in --config
+    "#);
 }
