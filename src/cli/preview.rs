@@ -156,7 +156,8 @@ impl SplitPreview {
         let digits = report.sequence.max.to_string().len();
         for bin in &self.histogram {
             let bar = "█".repeat((bin.examples * BAR).div_ceil(most));
-            let _ = writeln!(out, "{:>digits$}–{:<digits$} {bar} {}", bin.from, bin.to, bin.examples);
+            let (from, to) = (bin.from, if bin.to > bin.from { format!("–{}", bin.to) } else { String::new() });
+            let _ = writeln!(out, "{from:>digits$}{to:<width$} {bar} {}", bin.examples, width = digits + 1);
         }
         if !self.labels.is_empty() {
             let _ = writeln!(out, "\n{HEADING}Labels{HEADING:#} ({})", self.labels.len());
@@ -245,7 +246,7 @@ mod tests {
         Preview { train: SplitPreview::new(&train, &tokenizer, 1).unwrap(), held_out: None }
     }
 
-    const CONTENT: &str = "{\"text\": \"one\\ttwo\", \"label\": \"a\"}\n{\"text\": \"three\", \"label\": \"b\"}\n{\"text\": \
+    const CONTENT: &str = "{\"text\": \"one two\", \"label\": \"a\"}\n{\"text\": \"three\", \"label\": \"b\"}\n{\"text\": \
                            \"four\", \"label\": \"a\"}\n{\"text\": \"long\", \"label\": \"much too long to be kept with \
                            any prompt in so few tokens\"}\n";
 
@@ -256,12 +257,40 @@ mod tests {
         assert!(coloured.contains("\u{1b}[1m\u{1b}[32m"), "what is learnt is green");
         let plain = anstream::adapter::strip_str(&coloured).to_string();
         let folder = preview.train.report.dropped[0].first[0].trim_end_matches("data.jsonl:4").to_string();
-        insta::assert_snapshot!(plain.replace(&folder, ""), @"");
+        insta::assert_snapshot!(plain.replace(&folder, ""), @"
+        Training data
+        4 classification records: 3 examples, 6 of 100 tokens learnt (6.0 %)
+        of 4 records, 1 dropped: a completion that leaves no room for a prompt (data.jsonl:4)
+
+        Example 1 · a · 35 tokens, 2 learnt
+          given  <|im_start|>│u│s│e│r│⏎
+                 │o│n│e│ │t│w│o│⏎
+                 │l│a│b│e│l│:│<|im_end|>│⏎
+                 │<|im_start|>│a│s│s│i│s│t│a│n│t│⏎
+          learnt a│<|im_end|>
+
+        Lengths in tokens
+        ┌────────────┬─────┬────────┬──────┬──────┬─────┬──────┐
+        │            ┆ min ┆ median ┆ 90 % ┆ 99 % ┆ max ┆ mean │
+        ╞════════════╪═════╪════════╪══════╪══════╪═════╪══════╡
+        │ prompt     ┆ 30  ┆ 31     ┆ 33   ┆ 33   ┆ 33  ┆ 31.3 │
+        │ completion ┆ 2   ┆ 2      ┆ 2    ┆ 2    ┆ 2   ┆ 2.0  │
+        │ together   ┆ 32  ┆ 33     ┆ 35   ┆ 35   ┆ 35  ┆ 33.3 │
+        └────────────┴─────┴────────┴──────┴──────┴─────┴──────┘
+        32    ████████████████████████████████████████ 1
+        33    ████████████████████████████████████████ 1
+        34     0
+        35    ████████████████████████████████████████ 1
+
+        Labels (2)
+             2  a
+             1  b
+        ");
     }
 
     #[test]
     fn json_holds_every_token() {
-        let preview = preview(CONTENT, serde_json::json!({"max_seq_len": 64, "packing": true}));
+        let preview = preview(CONTENT, serde_json::json!({"max_seq_len": 44, "packing": true}));
         let json = serde_json::to_value(&preview).unwrap();
         let tokens = json["train"]["examples"][0]["tokens"].as_array().unwrap();
         let text: String = tokens.iter().filter(|t| t["learnt"] == true).map(|t| t["text"].as_str().unwrap()).collect();

@@ -243,7 +243,14 @@ mod tests {
             error(serde_json::json!({"train": "a", "label_names": ["x", "y", "x"]})),
             error(serde_json::json!({"train": "a", "holdout": "1.5"})),
         ];
-        insta::assert_snapshot!(errors.join("\n"), @"");
+        insta::assert_snapshot!(errors.join("\n"), @"
+        data option `train` is not given
+        data option `train` is not given
+        data option `eval` names no file
+        data option `max_seq_len` must be at least 2
+        data option `label_names` lists `x`, which is empty or stands there twice
+        data option `holdout` is wrong: `1.5` is neither a count nor a fraction between 0 and 1
+        ");
     }
 
     #[test]

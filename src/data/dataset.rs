@@ -210,9 +210,11 @@ fn fit(
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::base::Tokenizer;
-    use crate::base::testing::{ascii_tokenizer, shared, smollm2};
+    use crate::base::testing::{CHATML, ascii_tokenizer, shared, smollm2};
     use crate::data::FormatOptions;
     use crate::data::record::testing::{read, records};
 
@@ -240,7 +242,10 @@ mod tests {
         assert_eq!((report.records, report.examples, report.truncated.records, report.num_dropped()), (3, 2, 1, 1));
         assert_eq!((report.truncated.lost, report.labelled), (Cut { tokens: 4, labels: 0 }, 5));
         let notes = report.notes().join("\n").replace(&report.dropped[0].first[0], "data.jsonl:2");
-        insta::assert_snapshot!(notes, @"");
+        insta::assert_snapshot!(notes, @"
+        1 of 3 records lost the beginning of their prompt at 8 tokens: 4 tokens in all, 0 of them with a label
+        of 3 records, 1 dropped: a completion that leaves no room for a prompt (data.jsonl:2)
+        ");
         assert_eq!((report.prompt.max, report.completion.max, report.completion.min), (5, 3, 2));
         assert_eq!(report.prompt.mean, 3.5);
         let text = |ids: &[u32]| tokenizer.decode(ids, false).unwrap();
@@ -336,5 +341,69 @@ mod tests {
         );
         let pairs = records("{\"prompt\": \"p\", \"chosen\": \"a\", \"rejected\": \"b\"}").unwrap();
         assert!(matches!(Dataset::build(&pairs, &format, &packed), Err(Error::Option { option: "packing", .. })));
+    }
+
+    /// JSON that often comes near to a record.
+    fn json() -> impl Strategy<Value = serde_json::Value> {
+        let leaf = prop_oneof![
+            Just(serde_json::Value::Null),
+            any::<bool>().prop_map(Into::into),
+            any::<i32>().prop_map(Into::into),
+            "[ a-c\\n{}%<|>é]{0,12}".prop_map(Into::into),
+            prop_oneof![Just("user"), Just("assistant"), Just("human"), Just("gpt")].prop_map(Into::into),
+        ];
+        let name = prop_oneof![
+            Just("text"),
+            Just("label"),
+            Just("prompt"),
+            Just("completion"),
+            Just("messages"),
+            Just("conversations"),
+            Just("instruction"),
+            Just("output"),
+            Just("chosen"),
+            Just("rejected"),
+            Just("role"),
+            Just("content"),
+            Just("from"),
+            Just("value"),
+            Just("system"),
+        ];
+        leaf.prop_recursive(4, 24, 4, move |inner| {
+            let fields = proptest::collection::vec((name.clone().prop_map(String::from), inner.clone()), 0..5);
+            prop_oneof![
+                proptest::collection::vec(inner, 0..4).prop_map(Into::into),
+                fields.prop_map(|fields| serde_json::Value::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// Arbitrary records become rows that keep the contract, or an error that names the file.
+        #[test]
+        fn arbitrary_records_are_rows_or_an_error(
+            values in proptest::collection::vec(json(), 1..4), max_seq_len in 2_usize..60, choice in 0..12_usize,
+        ) {
+            let content: String = values.iter().map(|value| format!("{value}\n")).collect();
+            let Ok(records) = records(&content) else { return Ok(()) };
+            let tokenizer = ascii_tokenizer((choice % 2 == 0).then_some(CHATML));
+            let train_on = if choice % 3 == 0 { vec!["user".into(), "assistant".into()] } else { Vec::new() };
+            let options = FormatOptions { train_on, train_on_prompt: choice % 4 == 0, ..FormatOptions::default() };
+            let format = Format::new(&tokenizer, tokenizer.vocab_size(), options).unwrap();
+            let truncation = [Truncation::Left, Truncation::Right, Truncation::Drop][choice % 3];
+            let packing = choice > 6 && records.layout() != Layout::Preference;
+            let options = DatasetOptions { max_seq_len, truncation, packing, group_by_length: choice > 3 };
+            match Dataset::build(&records, &format, &options) {
+                Err(error) => prop_assert!(error.to_string().contains("data.jsonl"), "{}", error),
+                Ok(dataset) => {
+                    let batch = dataset.batch(&(0..dataset.len()).collect::<Vec<_>>());
+                    prop_assert!(batch.seq <= max_seq_len && batch.labelled() == dataset.report().labelled);
+                    prop_assert_eq!(batch.tokens(), dataset.report().sequence.total);
+                    prop_assert!(batch.labels.chunks(batch.seq).all(|row| row[0] == crate::data::IGNORED));
+                    let lost = dataset.report().num_dropped() + dataset.examples().len() / dataset.group_size();
+                    prop_assert_eq!(lost, records.len());
+                }
+            }
+        }
     }
 }

@@ -259,10 +259,9 @@ impl<'a> Parser<'a> {
         };
         let chosen = self.answer(chosen, &fields.chosen)?;
         let rejected = self.answer(rejected, &fields.rejected)?;
-        let ([chosen_before @ .., chosen], [rejected_before @ .., rejected]) = (chosen.as_slice(), rejected.as_slice())
-        else {
-            return Err(self.fail(&fields.chosen, "and `rejected` need a message each"));
-        };
+        let no_message = |name: &str| self.fail(name, "holds no message");
+        let (chosen, chosen_before) = chosen.split_last().ok_or_else(|| no_message(&fields.chosen))?;
+        let (rejected, rejected_before) = rejected.split_last().ok_or_else(|| no_message(&fields.rejected))?;
         if chosen_before != rejected_before {
             let reason = "has other messages before its last than the chosen one";
             return Err(self.fail(&fields.rejected, reason));
@@ -460,6 +459,21 @@ mod tests {
             error(json!({"prompt": "p", "chosen": 3, "rejected": "b"})),
             error(json!({"prompt": "p", "chosen": "a"})),
         ];
-        insta::assert_snapshot!(errors.join("\n"), @"");
+        insta::assert_snapshot!(errors.join("\n"), @"
+        d:1: the field `prompt` is missing; did you mean `promt`?
+        d:1: the record is of no known layout; its fields are txt, lable; did you mean `text` by `txt`?
+        d:1: the record is of no known layout; its fields are question
+        d:1: the record is of no known layout; its fields are none
+        d:1: the field `messages[0].content` is missing; did you mean `contents`?
+        d:1: the field `conversations[0].from` is `humn`, which is none of human, user, gpt, assistant, chatgpt, model, system, tool, observation, function_response; did you mean `human`?
+        d:1: the field `conversations[0].from` must be a string; it is a number
+        d:1: the field `messages` must be an array; it is a number
+        d:1: the field `messages[0].content[0]` must be a part of the type `text`; others cannot be learnt
+        d:1: the field `prompt` is missing, and the answers have no message before their last
+        d:1: the field `chosen` must end with a message of the role `assistant`; the last is of `user`
+        d:1: the field `chosen` holds no message
+        d:1: the field `chosen` must be an array; it is a number
+        d:1: the field `rejected` is missing
+        ");
     }
 }

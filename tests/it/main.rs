@@ -3,6 +3,7 @@
 
 mod checkpoints;
 mod command_line;
+mod data;
 mod gradients;
 mod graphs;
 mod oracles;

@@ -189,6 +189,9 @@ mod tests {
         let table = [row(":2", a), row(":4", b)];
         assert_eq!(rows("d.csv", b"a,b\n1,\"x\ny\"\n2,\n").unwrap(), table);
         assert_eq!(rows("d.tsv", b"\xEF\xBB\xBFa\tb\r\n1\t\"x\ny\"\r\n2\t\"\"").unwrap(), table);
+        // the quoted line break is one of two bytes here, and an empty line stands between the rows
+        let apart = [row(":2", "{\"a\":\"1\",\"b\":\"\\r\\n\"}"), row(":5", b)];
+        assert_eq!(rows("d.csv", b"a,b\r\n1,\"\r\n\"\r\n\r\n2,\r\n").unwrap(), apart);
     }
 
     #[test]
@@ -216,7 +219,19 @@ mod tests {
             error("d.csv", b"a,\xff\n1,2\n"),
             error("d.jsonl", b"{\"a\": 1}\n{\"a\"; 1}"),
         ];
-        insta::assert_snapshot!(errors.join("\n"), @"");
+        insta::assert_snapshot!(errors.join("\n"), @"
+        :1: not JSON: expected value at column 18
+        , record 2: expected a JSON object, found a number
+        :1: not JSON: EOF while parsing a list at column 9
+        :2: not JSON: trailing characters at column 1
+        :1: not JSON: invalid unicode code point at column 3
+        :3: the row has 3 fields, the header has 2
+        :1: the header names the column `a` twice
+        :1: column 2 has no name in the header
+        :2: column `b` is not UTF-8
+        :1: column 2 is not UTF-8
+        :2: not JSON: expected `:` at column 5
+        ");
     }
 
     #[cfg(not(feature = "parquet"))]

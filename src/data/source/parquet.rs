@@ -90,7 +90,7 @@ mod tests {
 
     use super::*;
 
-    /// Written by pyarrow: `fixtures/data/README.md` has the recipe.
+    /// Written by pyarrow: `fixtures/data/make.py`.
     const FIXTURE: &[u8] = include_bytes!("../../../fixtures/data/preference.parquet");
 
     fn rows(bytes: &[u8]) -> std::result::Result<Vec<Value>, String> {
