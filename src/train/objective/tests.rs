@@ -131,7 +131,7 @@ fn rows_without_labels_and_odd_rows_are_errors() {
     let error = sum_by_row(labelled(&[0, 0, 2]), 3).err().unwrap().to_string();
     assert!(error.ends_with("row 1 of the batch carries no label"), "{error}");
     let odd = sum_by_row(labelled(&[0, 1, 2]), 3).unwrap();
-    let error = pairs(&odd, |_| unreachable!()).err().unwrap().to_string();
+    let error = pairs(&odd, |_| dpo::Dpo(DpoConfig::default()).pair(0.0, 0.0)).err().unwrap().to_string();
     assert!(error.ends_with("3 rows are no pairs of chosen and rejected"), "{error}");
 }
 
