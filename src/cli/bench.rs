@@ -1,5 +1,6 @@
 //! `prefold bench`
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -12,9 +13,10 @@ use serde::Serialize;
 
 use super::{Context, usage};
 use crate::adapter::{Adapter, AdapterConfig};
-use crate::base::{Checkpoint, Decoder, DecoderSpec, Error, Input, WeightRole, WeightShape, family};
+use crate::base::{Checkpoint, Decoder, DecoderSpec, Error, WeightRole, WeightShape, family};
+use crate::data::{Batch, IGNORED};
 use crate::files;
-use crate::train::{AdamW, AdamWConfig, ComputeType, clip_gradients, completion_gradients};
+use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Sft, batch_gradients, clip_gradients};
 
 /// Measure
 #[derive(Args, Debug)]
@@ -140,14 +142,22 @@ impl BenchTrain {
         let (adapter, vars) =
             Adapter::zeros(AdapterConfig::prefix_plus(spec, None))?.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(spec, decoder.device())?;
-        let (input, labels) = self.batch(spec)?;
+        let batch = self.batch(spec);
         let mut optimizer = AdamW::new(AdamWConfig::default(), vars).into_diagnostic()?;
         let mut seconds = Vec::new();
         let mut loss = f64::NAN;
         for step in 0..self.warmup + self.steps {
             let started = Instant::now();
-            let (found, mut gradients) =
-                completion_gradients(&decoder, &*hook, optimizer.vars(), &input, &labels, self.checkpoint_activations)?;
+            let of = BatchGradients {
+                decoder: &decoder,
+                hook: &*hook,
+                vars: optimizer.vars(),
+                objective: &Sft,
+                checkpoint_activations: self.checkpoint_activations,
+            };
+            let mut gradients = BTreeMap::new();
+            let factor = 1.0 / batch.labelled() as f64;
+            let found = batch_gradients(&of, &batch, factor, &mut gradients)?.value().into_diagnostic()? * factor;
             clip_gradients(&mut gradients, Some(1.0)).into_diagnostic()?;
             optimizer.step(&gradients, 1e-4).into_diagnostic()?;
             loss = found;
@@ -156,7 +166,7 @@ impl BenchTrain {
             }
         }
         let peak_memory = peak_memory();
-        let labelled_tokens = labels.iter().filter(|label| **label >= 0).count();
+        let labelled_tokens = batch.labelled();
         let median_seconds = median(&seconds);
         let tokens = (self.batch * self.seq) as f64;
         let operations = operations(spec, self.batch, self.seq, labelled_tokens);
@@ -194,14 +204,21 @@ impl BenchTrain {
         Ok((Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?, checkpoint.display_name()))
     }
 
-    fn batch(&self, spec: &DecoderSpec) -> Result<(Input, Vec<i64>)> {
+    fn batch(&self, spec: &DecoderSpec) -> Batch {
         let mut random = rand_pcg::Pcg64Mcg::seed_from_u64(0);
         let tokens = self.batch * self.seq;
-        let ids: Vec<i64> = (0..tokens).map(|_| random.random_range(0..spec.vocab_size as i64)).collect();
+        let input_ids: Vec<i64> = (0..tokens).map(|_| random.random_range(0..spec.vocab_size as i64)).collect();
         let first = self.seq - ((self.labelled * self.seq as f64).round() as usize).clamp(1, self.seq - 1);
-        let label = |(at, id): (usize, &i64)| if at % self.seq < first { -100 } else { *id };
-        let labels = ids.iter().enumerate().map(label).collect();
-        Ok((Input::new(self.batch, &ids, &vec![1; tokens], None)?, labels))
+        let label = |(at, id): (usize, &i64)| if at % self.seq < first { IGNORED } else { *id };
+        Batch {
+            labels: input_ids.iter().enumerate().map(label).collect(),
+            input_ids,
+            attention_mask: vec![1; tokens],
+            position_ids: (0..tokens).map(|at| (at % self.seq) as i64).collect(),
+            segments: None,
+            batch: self.batch,
+            seq: self.seq,
+        }
     }
 }
 

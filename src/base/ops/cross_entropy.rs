@@ -78,8 +78,19 @@ pub fn label_loss(hidden: &Tensor, map: &LogitMap, targets: &[u32]) -> Result<La
         let predicted = std::mem::take(&mut *predicted.lock().unwrap_or_else(PoisonError::into_inner));
         return Ok(LabelLoss { nll, predicted });
     }
-    let logits = map.logits(hidden)?;
-    let logits = if hidden.dtype() == DType::F64 { logits } else { logits.to_dtype(DType::F32)? };
+    logits_loss(&map.logits(hidden)?, targets)
+}
+
+/// Loss of one label for each row of logits, `[rows, vocab]`; half types are computed in float32.
+///
+/// # Errors
+/// When there is not one target below `vocab` for each row.
+pub fn logits_loss(logits: &Tensor, targets: &[u32]) -> Result<LabelLoss> {
+    let (rows, vocab) = logits.dims2()?;
+    if rows != targets.len() || targets.iter().any(|target| *target as usize >= vocab) {
+        candle_core::bail!("label-loss: {} targets below {vocab} for {rows} rows", targets.len());
+    }
+    let logits = if logits.dtype() == DType::F64 { logits.clone() } else { logits.to_dtype(DType::F32)? };
     let predicted = logits.detach().argmax(1)?.to_vec1()?;
     let nll = logits.contiguous()?.apply_op1(RowLoss { targets: targets.to_vec() })?;
     Ok(LabelLoss { nll, predicted })

@@ -18,7 +18,7 @@ mod rope;
 mod rows;
 
 pub use attention::{Visibility, attention};
-pub use cross_entropy::{LabelLoss, LogitMap, label_loss};
+pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
 pub use elu::elu;
 pub use head_linear::head_linear;
 pub use linear::linear;

@@ -1,17 +1,40 @@
-//! The loss: cross-entropy of the completion's tokens, and of nothing else.
+//! Supervised fine-tuning: cross-entropy of the completion's tokens, and of nothing else.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
+use super::{BatchLoss, Objective};
+use crate::base::ops::LabelLoss;
 use crate::base::{Decoder, Error, Input, SiteHook};
 use crate::data::Batch;
+
+/// The mean negative log-likelihood of a completion token.
+#[derive(Clone, Copy, Debug)]
+pub struct Sft;
+
+impl Objective for Sft {
+    fn group_size(&self) -> usize {
+        1
+    }
+
+    fn units(&self, batch: &Batch) -> usize {
+        batch.labelled()
+    }
+
+    fn loss(&self, decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> crate::base::Result<BatchLoss> {
+        let found = hidden_loss(decoder, hidden, &batch.labels)?;
+        Ok(BatchLoss { units: found.tokens(), sum: found.sum, figures: Vec::new() })
+    }
+}
 
 /// The summed cross-entropy over labelled positions, and what the model would have predicted there.
 #[derive(Debug)]
 pub struct CompletionLoss {
-    /// Sum of the negative log-likelihoods in nats, a differentiable float32 scalar (float64 for a float64 model).
+    /// Sum of the negative log-likelihoods in nats, a differentiable float64 scalar.
     pub sum: Tensor,
     /// For each labelled position in row order: its row in the batch, and whether the greedy prediction is the label.
     pub hits: Vec<(usize, bool)>,
+    /// For each of them, the greedy prediction.
+    pub predicted: Vec<u32>,
 }
 
 impl CompletionLoss {
@@ -36,7 +59,11 @@ impl CompletionLoss {
 /// # Errors
 /// When the batch holds no token.
 pub fn batch_input(batch: &Batch) -> crate::base::Result<Input> {
-    Input::new(batch.batch, &batch.input_ids, &batch.attention_mask, Some(&batch.position_ids))
+    let input = Input::new(batch.batch, &batch.input_ids, &batch.attention_mask, Some(&batch.position_ids))?;
+    match &batch.segments {
+        Some(segments) => input.with_segments(segments.clone()),
+        None => Ok(input),
+    }
 }
 
 /// Loss of a batch whose labels stand in the positions of `input_ids` (Hugging Face's convention: shifted inside, −100
@@ -54,23 +81,42 @@ pub fn completion_loss(
 }
 
 /// The same from hidden states of `[batch, seq, hidden_size]`.
-///
-/// # Errors
-/// Those of [`completion_loss`].
-pub fn hidden_loss(decoder: &Decoder, hidden: &Tensor, labels: &[i64]) -> crate::base::Result<CompletionLoss> {
+fn hidden_loss(decoder: &Decoder, hidden: &Tensor, labels: &[i64]) -> crate::base::Result<CompletionLoss> {
+    let found = label_losses(decoder, hidden, labels)?;
+    let hits = found.rows.into_iter().zip(found.predicted.iter().zip(&found.targets).map(|(p, t)| p == t)).collect();
+    let sum = found.nll.to_dtype(DType::F64).and_then(|nll| nll.sum_all());
+    Ok(CompletionLoss { sum: sum.map_err(Error::candle("computing the loss"))?, hits, predicted: found.predicted })
+}
+
+/// The labels of a batch, and how likely they are.
+pub(super) struct Labelled {
+    /// Negative log-likelihood of each label, `[labelled]`, differentiable.
+    pub(super) nll: Tensor,
+    /// The greedy prediction at each.
+    pub(super) predicted: Vec<u32>,
+    /// The labels.
+    pub(super) targets: Vec<u32>,
+    /// The row of the batch that each belongs to.
+    pub(super) rows: Vec<usize>,
+}
+
+/// Losses at the labelled positions, from hidden states of `[batch, seq, hidden_size]`.
+pub(super) fn label_losses(decoder: &Decoder, hidden: &Tensor, labels: &[i64]) -> crate::base::Result<Labelled> {
     let action = Error::candle("computing the loss");
     let (batch, seq, width) = hidden.dims3().map_err(&action)?;
     let (positions, targets) = labelled((batch, seq), labels, decoder.spec().vocab_size)?;
     let index = Tensor::new(positions.as_slice(), decoder.device()).map_err(&action)?;
     let rows = hidden.reshape((batch * seq, width)).and_then(|h| h.index_select(&index, 0)).map_err(&action)?;
-    let loss = decoder.label_loss(&rows, &targets)?;
-    let rows = positions.iter().map(|at| *at as usize / seq);
-    let hits = rows.zip(loss.predicted.iter().zip(&targets).map(|(p, t)| p == t)).collect();
-    Ok(CompletionLoss { sum: loss.nll.sum_all().map_err(&action)?, hits })
+    let LabelLoss { nll, predicted } = decoder.label_loss(&rows, &targets)?;
+    Ok(Labelled { nll, predicted, targets, rows: positions.iter().map(|at| *at as usize / seq).collect() })
 }
 
 /// Rows of the flattened hidden states that predict a label, and the labels.
-fn labelled(shape: (usize, usize), labels: &[i64], vocab: usize) -> crate::base::Result<(Vec<u32>, Vec<u32>)> {
+pub(super) fn labelled(
+    shape: (usize, usize),
+    labels: &[i64],
+    vocab: usize,
+) -> crate::base::Result<(Vec<u32>, Vec<u32>)> {
     let (batch, seq) = shape;
     let fail = |why: String| Error::Input {
         why,
