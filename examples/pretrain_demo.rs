@@ -334,7 +334,7 @@ fn initial_weights(spec: &DecoderSpec, dice: &mut Dice) -> Result<BTreeMap<Strin
     let residual = 1.0 / (2.0 * spec.num_layers as f64).sqrt();
     let mut variable = |WeightShape { role, name, shape }: WeightShape| {
         let scale = match role {
-            WeightRole::AttentionNorm(_) | WeightRole::MlpNorm(_) | WeightRole::FinalNorm => None,
+            WeightRole::Norm(..) | WeightRole::FinalNorm => None,
             WeightRole::Weight(_, Linear::AttentionOutput | Linear::Down) => Some(0.06 * residual),
             _ => Some(0.06),
         };

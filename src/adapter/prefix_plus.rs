@@ -75,7 +75,10 @@ mod tests {
         let query = Tensor::from_vec(q.clone(), (batch, heads, seq, width), &Device::Cpu).unwrap();
         let memory = Tensor::from_vec(m.clone(), (heads, width, width), &Device::Cpu).unwrap();
         let hook = PrefixPlus { feature_map: FeatureMap::Elu, memories: vec![Some(memory)] };
-        let term = hook.term(&Site { layer: 0, query: &query }).unwrap().unwrap();
+        let term = hook
+            .term(&Site { layer: 0, query: &query, unrotated: &query, key: &query, value: &query })
+            .unwrap()
+            .unwrap();
         let found: Vec<f64> = term.flatten_all().unwrap().to_vec1().unwrap();
         let elu = |x: f64| if x > 0.0 { x } else { x.exp() - 1.0 };
         for (i, found) in found.iter().enumerate() {
@@ -84,6 +87,10 @@ mod tests {
             let expected: f64 = (0..width).map(|j| elu(q[row * width + j]) * m[(head * width + j) * width + out]).sum();
             assert!((found - expected).abs() < 1e-14);
         }
-        assert!(hook.term(&Site { layer: 1, query: &query }).unwrap().is_none());
+        assert!(
+            hook.term(&Site { layer: 1, query: &query, unrotated: &query, key: &query, value: &query })
+                .unwrap()
+                .is_none()
+        );
     }
 }

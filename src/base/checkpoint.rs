@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::gguf::Gguf;
 use super::safetensors::Shards;
-use super::{DecoderSpec, Error, Result, Tokenizer, family};
+use super::{DecoderSpec, Error, Result, Tokenizer, WeightRole, family};
 use crate::files;
 
 /// An opened checkpoint. Weights stay in the mapped file until they are asked for.
@@ -61,10 +61,11 @@ impl Checkpoint {
         let spec = family::spec_from_config(config_path, &config)?;
         let checkpoint = Self { path: path.into(), spec, config, weights };
         for weight in checkpoint.spec.weights() {
-            let found = checkpoint.shape(&weight.name)?;
-            if found != weight.shape {
-                let (path, name) = (checkpoint.path.clone(), weight.name);
-                return Err(Error::Shape { path, name, found, expected: weight.shape });
+            for (name, expected) in checkpoint.spec.names.source(weight.role).tensors(&weight.shape) {
+                let found = checkpoint.shape(&name)?;
+                if found != expected {
+                    return Err(Error::Shape { path: checkpoint.path.clone(), name, found, expected });
+                }
             }
         }
         Ok(checkpoint)
@@ -119,7 +120,7 @@ impl Checkpoint {
     pub fn dtype(&self) -> Result<DType> {
         match &self.weights {
             Weights::Folder(shards) => {
-                let name = self.spec.weight_name(super::WeightRole::Embedding);
+                let name = self.spec.names.source(WeightRole::Embedding).name;
                 shards.dtype(&name).ok_or_else(|| self.missing(&name))?
             }
             Weights::Gguf(_) => Ok(DType::F32),
@@ -135,6 +136,17 @@ impl Checkpoint {
             Weights::Folder(shards) => shards.tensor(name, &Device::Cpu).ok_or_else(|| self.missing(name))?,
             Weights::Gguf(gguf) => gguf.tensor(name),
         }
+    }
+
+    /// A weight on the CPU in the file's dtype; float32 from a GGUF file.
+    ///
+    /// # Errors
+    /// When a tensor that holds it is missing or cannot be read.
+    pub fn weight(&self, role: WeightRole) -> Result<Tensor> {
+        let (source, shape) = (self.spec.names.source(role), self.spec.weight_shape(role));
+        let tensors = source.tensors(&shape).into_iter().map(|(name, _)| self.tensor(&name));
+        let tensors = tensors.collect::<Result<Vec<_>>>()?;
+        source.part_of(&tensors, &shape).map_err(Error::candle("reading a weight"))
     }
 
     /// The tokenizer and chat template that travel with the weights.

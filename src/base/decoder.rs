@@ -1,118 +1,16 @@
 //! The candle interpreter of a [`DecoderSpec`].
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use candle_core::{DType, Device, Module, Tensor};
 
-use super::ops::{linear, masked_softmax, rms_norm, rope};
-use super::{Activation, Checkpoint, DecoderSpec, Error, KvCache, Linear, Result, WeightRole, WeightShape};
-
-/// An attention site: the place where an adapter acts.
-#[derive(Debug)]
-pub struct Site<'a> {
-    /// Which layer.
-    pub layer: usize,
-    /// The query that meets the keys: rotated, not yet scaled, `[batch, num_heads, seq, head_dim]`.
-    pub query: &'a Tensor,
-}
-
-/// What acts at the attention sites of a decoder.
-pub trait SiteHook {
-    /// The term that is added to the attention output before the output projection, `[batch, num_heads, seq, head_dim]`;
-    /// none where the hook does not act.
-    ///
-    /// # Errors
-    /// When the term cannot be computed.
-    fn term(&self, site: &Site) -> candle_core::Result<Option<Tensor>>;
-}
-
-/// The base model itself: no term anywhere.
-#[derive(Clone, Copy, Debug)]
-pub struct NoHook;
-
-impl SiteHook for NoHook {
-    fn term(&self, _: &Site) -> candle_core::Result<Option<Tensor>> {
-        Ok(None)
-    }
-}
-
-/// Tokens to run, checked for consistency. Positions follow the attention mask, `max(cumsum(mask) − 1, 0)`, unless given.
-#[derive(Clone, Debug)]
-pub struct Input {
-    batch: usize,
-    seq: usize,
-    /// `[batch, seq]`.
-    ids: Vec<u32>,
-    /// `[batch, past + seq]`.
-    mask: Vec<bool>,
-    /// `[batch, seq]`.
-    positions: Vec<u32>,
-}
-
-impl Input {
-    /// `input_ids` of `[batch, seq]` and `attention_mask` of `[batch, past + seq]`, row by row; `position_ids` of
-    /// `[batch, seq]` where they are not to be counted from the mask.
-    ///
-    /// # Errors
-    /// When the lengths do not fit, or an id or a position is negative or too large for 32 bits.
-    pub fn new(batch: usize, input_ids: &[i64], attention_mask: &[i64], position_ids: Option<&[i64]>) -> Result<Self> {
-        let input = |why: String| Error::Input {
-            why,
-            help: "input_ids is [batch, seq], attention_mask is [batch, past + seq], position_ids is [batch, seq]",
-        };
-        if batch == 0 || input_ids.is_empty() || !input_ids.len().is_multiple_of(batch) {
-            return Err(input(format!("{} token ids do not make {batch} equal rows", input_ids.len())));
-        }
-        let seq = input_ids.len() / batch;
-        if !attention_mask.len().is_multiple_of(batch) || attention_mask.len() / batch < seq {
-            let n = attention_mask.len();
-            return Err(input(format!("{n} mask entries do not cover {batch} rows of {seq} tokens or more")));
-        }
-        let mask: Vec<bool> = attention_mask.iter().map(|m| *m != 0).collect();
-        let unsigned = |what: &str, values: &[i64]| {
-            let bad = |v: &i64| input(format!("{what} holds {v}"));
-            values.iter().map(|v| u32::try_from(*v).map_err(|_| bad(v))).collect::<Result<Vec<u32>>>()
-        };
-        let positions = match position_ids {
-            None => positions_of(&mask, batch, seq),
-            Some(given) if given.len() == input_ids.len() => unsigned("position_ids", given)?,
-            Some(given) => return Err(input(format!("{} positions for {} tokens", given.len(), input_ids.len()))),
-        };
-        Ok(Self { batch, seq, ids: unsigned("input_ids", input_ids)?, mask, positions })
-    }
-
-    /// One row of tokens without padding.
-    ///
-    /// # Errors
-    /// When `ids` is empty.
-    pub fn row(ids: &[u32]) -> Result<Self> {
-        let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
-        Self::new(1, &ids, &vec![1; ids.len()], None)
-    }
-
-    /// `(batch, seq)`.
-    pub fn shape(&self) -> (usize, usize) {
-        (self.batch, self.seq)
-    }
-
-    /// Columns of the mask: past and new tokens.
-    fn total(&self) -> usize {
-        self.mask.len() / self.batch
-    }
-}
-
-/// The last `seq` of `max(cumsum(mask) − 1, 0)` for each row.
-fn positions_of(mask: &[bool], batch: usize, seq: usize) -> Vec<u32> {
-    let total = mask.len() / batch;
-    mask.chunks(total)
-        .flat_map(|row| {
-            let mut seen = 0u32;
-            let positions = row.iter().map(move |m| {
-                seen += u32::from(*m);
-                seen.saturating_sub(1)
-            });
-            positions.skip(total - seq)
-        })
-        .collect()
-}
+use super::hook::{LinearMap, Site, SiteHook};
+use super::ops::{masked_softmax, norm, rope, softcap};
+use super::{
+    Activation, Checkpoint, DecoderSpec, Error, Input, KvCache, Linear, Norm, NormSite, QkNormOver, Result, WeightRole,
+    WeightShape, Wiring, ops,
+};
 
 /// A decoder whose weights are in memory.
 #[derive(Debug)]
@@ -121,22 +19,31 @@ pub struct Decoder {
     device: Device,
     dtype: DType,
     embedding: Tensor,
+    embedding_projection: Option<Tensor>,
+    positions: Option<Tensor>,
     layers: Vec<Layer>,
-    final_norm: Tensor,
-    head: Tensor,
+    final_norm: Option<NormWeights>,
+    head_projection: Option<Tensor>,
+    head: Affine,
 }
 
 #[derive(Debug)]
 struct Layer {
-    attention_norm: Tensor,
-    mlp_norm: Tensor,
-    query: Affine,
-    key: Affine,
-    value: Affine,
-    output: Affine,
-    gate: Affine,
-    up: Affine,
-    down: Affine,
+    norms: BTreeMap<NormSite, NormWeights>,
+    linears: BTreeMap<Linear, Affine>,
+}
+
+#[derive(Debug)]
+struct NormWeights {
+    norm: Norm,
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl NormWeights {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        norm(x, &self.weight, self.bias.as_ref(), &self.norm)
+    }
 }
 
 #[derive(Debug)]
@@ -147,17 +54,17 @@ struct Affine {
 
 impl Affine {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        linear(x, &self.weight, self.bias.as_ref())
+        ops::linear(x, &self.weight, self.bias.as_ref())
     }
 }
 
 /// What all layers of one pass share.
-struct Pass {
-    /// `[batch, seq, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
-    /// Added to the scores, `[batch, 1, seq, total]`; none where every key is visible.
-    bias: Option<Tensor>,
+struct Pass<'a> {
+    /// By rotary embedding, cosines and sines of `[batch, seq, dim / 2]`.
+    angles: Vec<(Tensor, Tensor)>,
+    /// By window, what is added to the scores, `[batch, 1, seq, total]`; none where every key is visible.
+    biases: BTreeMap<Option<usize>, Option<Tensor>>,
+    hook: &'a dyn SiteHook,
 }
 
 impl Decoder {
@@ -167,7 +74,7 @@ impl Decoder {
     /// When a tensor cannot be read or converted.
     pub fn load(checkpoint: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
         Self::from_weights(checkpoint.spec(), |weight| {
-            let tensor = checkpoint.tensor(&weight.name)?;
+            let tensor = checkpoint.weight(weight.role)?;
             tensor.to_dtype(dtype).and_then(|t| t.to_device(device)).map_err(Error::candle("loading a weight"))
         })
     }
@@ -177,36 +84,43 @@ impl Decoder {
     /// # Errors
     /// Those of `weight`.
     pub fn from_weights(spec: &DecoderSpec, weight: impl Fn(&WeightShape) -> Result<Tensor>) -> Result<Self> {
-        let get = |role| weight(&WeightShape { role, name: spec.weight_name(role), shape: spec.weight_shape(role) });
+        let get = |role: WeightRole| weight(&WeightShape { role, name: role.name(), shape: spec.weight_shape(role) });
+        let norm = |norm: Norm, weight, bias| {
+            let bias = norm.bias.then(|| get(bias)).transpose()?;
+            Ok::<_, Error>(NormWeights { norm, weight: get(weight)?, bias })
+        };
         let affine = |layer, linear| {
             let weight = get(WeightRole::Weight(layer, linear))?;
             let bias = spec.has_bias(linear).then(|| get(WeightRole::Bias(layer, linear))).transpose()?;
-            Ok::<_, Error>(Affine { weight, bias })
+            Ok::<_, Error>((linear, Affine { weight, bias }))
         };
         let embedding = get(WeightRole::Embedding)?;
+        let norms = spec.norms();
         let layers = (0..spec.num_layers)
             .map(|layer| {
-                Ok(Layer {
-                    attention_norm: get(WeightRole::AttentionNorm(layer))?,
-                    mlp_norm: get(WeightRole::MlpNorm(layer))?,
-                    query: affine(layer, Linear::Query)?,
-                    key: affine(layer, Linear::Key)?,
-                    value: affine(layer, Linear::Value)?,
-                    output: affine(layer, Linear::AttentionOutput)?,
-                    gate: affine(layer, Linear::Gate)?,
-                    up: affine(layer, Linear::Up)?,
-                    down: affine(layer, Linear::Down)?,
-                })
+                let norms = norms.iter().map(|(site, kind)| {
+                    let (weight, bias) = (WeightRole::Norm(layer, *site), WeightRole::NormBias(layer, *site));
+                    Ok((*site, norm(*kind, weight, bias)?))
+                });
+                let norms = norms.collect::<Result<_>>()?;
+                let linears = spec.linears().map(|linear| affine(layer, linear)).collect::<Result<_>>()?;
+                Ok(Layer { norms, linears })
             })
             .collect::<Result<_>>()?;
+        let projected = |role| spec.embedding.width.map(|_| get(role)).transpose();
+        let final_norm = || norm(spec.norm, WeightRole::FinalNorm, WeightRole::FinalNormBias);
+        let head = if spec.head.tied { embedding.clone() } else { get(WeightRole::Head)? };
         Ok(Self {
             spec: spec.clone(),
             device: embedding.device().clone(),
             dtype: embedding.dtype(),
-            layers,
-            final_norm: get(WeightRole::FinalNorm)?,
-            head: if spec.tied_embeddings { embedding.clone() } else { get(WeightRole::Head)? },
             embedding,
+            embedding_projection: projected(WeightRole::EmbeddingProjection)?,
+            positions: spec.embedding.positions.map(|_| get(WeightRole::Positions)).transpose()?,
+            layers,
+            final_norm: spec.final_norm.then(final_norm).transpose()?,
+            head_projection: projected(WeightRole::HeadProjection)?,
+            head: Affine { weight: head, bias: spec.head.bias.then(|| get(WeightRole::HeadBias)).transpose()? },
         })
     }
 
@@ -231,23 +145,18 @@ impl Decoder {
     /// # Errors
     /// When a token id is not in the vocabulary, the mask does not fit the cache, or the hook fails.
     pub fn hidden_states(&self, input: &Input, cache: Option<&mut KvCache>, hook: &dyn SiteHook) -> Result<Tensor> {
-        self.check(input, cache.as_deref())?;
+        self.check(input, cache.as_deref(), hook)?;
         let mut cache = cache;
         let action = Error::candle("running the decoder");
-        let pass = self.pass(input).map_err(&action)?;
-        let ids = Tensor::from_slice(&input.ids, input.ids.len(), &self.device).map_err(&action)?;
-        let mut x = self
-            .embedding
-            .index_select(&ids, 0)
-            .and_then(|x| x.reshape((input.batch, input.seq, self.spec.hidden_size)))
-            .map_err(&action)?;
+        let pass = self.pass(input, hook).map_err(&action)?;
+        let mut x = self.embed(input, hook).map_err(&action)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = rms_norm(&x, &layer.attention_norm, self.spec.norm.epsilon).map_err(&action)?;
-            let attended = self.attention(index, layer, &normed, &pass, cache.as_deref_mut(), hook)?;
-            x = (x + attended).map_err(&action)?;
-            x = self.mlp(layer, &x).and_then(|y| x + y).map_err(&action)?;
+            x = self.layer(index, layer, &x, &pass, cache.as_deref_mut())?;
         }
-        rms_norm(&x, &self.final_norm, self.spec.norm.epsilon).map_err(&action)
+        match &self.final_norm {
+            Some(norm) => norm.forward(&x).map_err(&action),
+            None => Ok(x),
+        }
     }
 
     /// Logits of hidden states: `[…, hidden_size]` → `[…, vocab_size]`.
@@ -255,7 +164,18 @@ impl Decoder {
     /// # Errors
     /// When the shape does not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        linear(hidden, &self.head, None).map_err(Error::candle("computing logits"))
+        let compute = || {
+            let hidden = match &self.head_projection {
+                Some(projection) => &ops::linear(hidden, projection, None)?,
+                None => hidden,
+            };
+            let logits = scaled(self.head.forward(hidden)?, self.spec.head.scale)?;
+            match self.spec.head.softcap {
+                Some(cap) => softcap(&logits, cap),
+                None => Ok(logits),
+            }
+        };
+        compute().map_err(Error::candle("computing logits"))
     }
 
     /// Logits of every position, `[batch, seq, vocab_size]`.
@@ -266,7 +186,7 @@ impl Decoder {
         self.logits(&self.hidden_states(input, cache, hook)?)
     }
 
-    fn check(&self, input: &Input, cache: Option<&KvCache>) -> Result<()> {
+    fn check(&self, input: &Input, cache: Option<&KvCache>, hook: &dyn SiteHook) -> Result<()> {
         if let Some(id) = input.ids.iter().find(|id| **id as usize >= self.spec.vocab_size) {
             return Err(Error::Input {
                 why: format!("token id {id} is not below the vocabulary size {}", self.spec.vocab_size),
@@ -284,24 +204,67 @@ impl Decoder {
                 help: "the mask covers past and new tokens",
             });
         }
+        if let Some(table) = self.spec.embedding.positions {
+            let rows = table.rows.saturating_sub(table.offset + hook.prefix_length());
+            if let Some(position) = input.positions.iter().find(|position| **position as usize >= rows) {
+                return Err(Error::Input {
+                    why: format!("position {position} is beyond the {rows} positions that the model has learned"),
+                    help: "use a shorter sequence",
+                });
+            }
+        }
         Ok(())
     }
 
-    fn pass(&self, input: &Input) -> candle_core::Result<Pass> {
-        let (cos, sin) = self.spec.attention.rotary.cos_sin(input.positions.iter().copied());
-        let shape = (input.batch, input.seq, self.spec.attention.head_dim / 2);
-        let tensor = |values: Vec<f64>| Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype);
-        Ok(Pass {
-            cos: tensor(cos)?.to_device(&self.device)?,
-            sin: tensor(sin)?.to_device(&self.device)?,
-            bias: self.attention_bias(input)?,
-        })
+    fn embed(&self, input: &Input, hook: &dyn SiteHook) -> candle_core::Result<Tensor> {
+        let spec = &self.spec;
+        let rows = |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::new(ids, &self.device)?, 0);
+        let mut x = rows(&self.embedding, &input.ids)?;
+        if let Some(projection) = &self.embedding_projection {
+            x = ops::linear(&x, projection, None)?;
+        }
+        if let Some(scale) = spec.embedding.scale {
+            x = (x * scale)?;
+        }
+        if let (Some(table), Some(learned)) = (&self.positions, spec.embedding.positions) {
+            let shift = (learned.offset + hook.prefix_length()) as u32;
+            let positions: Vec<u32> = input.positions.iter().map(|position| position + shift).collect();
+            x = (x + rows(table, &positions)?)?;
+        }
+        x.reshape((input.batch, input.seq, spec.hidden_size))
     }
 
-    /// Zero where a query may see a key, the dtype's lowest number where it may not: causal, and never padding.
-    fn attention_bias(&self, input: &Input) -> candle_core::Result<Option<Tensor>> {
+    fn pass<'a>(&self, input: &Input, hook: &'a dyn SiteHook) -> candle_core::Result<Pass<'a>> {
+        let shift = hook.prefix_length() as u32;
+        let positions: Vec<u32> = input.positions.iter().map(|position| position + shift).collect();
+        let angles = self.spec.attention.rotary.iter().map(|rotary| {
+            let (cos, sin) = rotary.cos_sin(&positions);
+            let shape = (input.batch, input.seq, rotary.dim / 2);
+            let tensor = |values: Vec<f64>| {
+                Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)
+            };
+            Ok((tensor(cos)?, tensor(sin)?))
+        });
+        let angles = angles.collect::<candle_core::Result<_>>()?;
+        let mut biases = BTreeMap::new();
+        for layer in &self.spec.layers {
+            if let Entry::Vacant(entry) = biases.entry(layer.window) {
+                entry.insert(self.attention_bias(input, layer.window, hook.prefix_length())?);
+            }
+        }
+        Ok(Pass { angles, biases, hook })
+    }
+
+    /// Zero where a query may see a key, the dtype's lowest number where it may not. The `prefix` columns of trained keys
+    /// come first.
+    fn attention_bias(
+        &self,
+        input: &Input,
+        window: Option<usize>,
+        prefix: usize,
+    ) -> candle_core::Result<Option<Tensor>> {
         let (batch, seq, total) = (input.batch, input.seq, input.total());
-        if seq == 1 && input.mask.iter().all(|m| *m) {
+        if seq == 1 && input.mask.iter().all(|m| *m) && window.is_none_or(|window| window >= total + prefix) {
             return Ok(None);
         }
         let lowest = match self.dtype {
@@ -309,14 +272,71 @@ impl Decoder {
             DType::BF16 => half::bf16::MIN.to_f32(), // the lowest float32 would round to minus infinity
             _ => f32::MIN,
         };
-        let mut bias = Vec::with_capacity(batch * seq * total);
-        for row in input.mask.chunks(total) {
+        let bias_of = |visible: bool| if visible { 0.0 } else { lowest };
+        let mut bias = Vec::with_capacity(batch * seq * (prefix + total));
+        for row in 0..batch {
             for query in total - seq..total {
-                bias.extend(row.iter().enumerate().map(|(key, m)| if *m && key <= query { 0.0 } else { lowest }));
+                let near = |key: usize| window.is_none_or(|window| prefix + query - key < window);
+                bias.extend((0..prefix).map(|key| bias_of(near(key))));
+                bias.extend((0..total).map(|key| bias_of(input.sees(row, query, key, window))));
             }
         }
-        let bias = Tensor::from_vec(bias, (batch, 1, seq, total), &Device::Cpu)?;
+        let bias = Tensor::from_vec(bias, (batch, 1, seq, prefix + total), &Device::Cpu)?;
         bias.to_dtype(self.dtype)?.to_device(&self.device).map(Some)
+    }
+
+    fn layer(
+        &self,
+        index: usize,
+        layer: &Layer,
+        x: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let action = Error::candle("running a layer");
+        let norm = |site, x: &Tensor| match layer.norms.get(&site) {
+            Some(norm) => norm.forward(x).map_err(&action),
+            None => Ok(x.clone()),
+        };
+        let add = |x: &Tensor, block: Tensor| {
+            scaled(block, self.spec.residual_scale).and_then(|block| x + block).map_err(&action)
+        };
+        let mlp = |x: &Tensor| self.mlp(index, layer, x, pass).map_err(&action);
+        match self.spec.wiring {
+            Wiring::PreNorm | Wiring::PostNorm | Wiring::SandwichNorm => {
+                let mixed = self.attention(index, layer, &norm(NormSite::Attention, x)?, pass, cache)?;
+                let x = add(x, norm(NormSite::AttentionOutput, &mixed)?)?;
+                let mixed = mlp(&norm(NormSite::Mlp, &x)?)?;
+                add(&x, norm(NormSite::MlpOutput, &mixed)?)
+            }
+            Wiring::SumNorm => {
+                let mixed = self.attention(index, layer, x, pass, cache)?;
+                let x = norm(NormSite::Attention, &add(x, mixed)?)?;
+                norm(NormSite::Mlp, &add(&x, mlp(&x)?)?)
+            }
+            Wiring::Parallel | Wiring::ParallelSharedNorm => {
+                let normed = norm(NormSite::Attention, x)?;
+                let mixed = self.attention(index, layer, &normed, pass, cache)?;
+                let fed = if self.spec.wiring == Wiring::Parallel { norm(NormSite::Mlp, x)? } else { normed };
+                add(&add(x, mixed)?, mlp(&fed)?)
+            }
+        }
+    }
+
+    fn linear(
+        &self,
+        index: usize,
+        layer: &Layer,
+        linear: Linear,
+        x: &Tensor,
+        hook: &dyn SiteHook,
+    ) -> candle_core::Result<Tensor> {
+        let Some(affine) = layer.linears.get(&linear) else {
+            candle_core::bail!("layer {index} has no {}", linear.module())
+        };
+        let output = affine.forward(x)?;
+        let map = LinearMap { layer: index, linear, input: x, weight: &affine.weight, output: &output };
+        Ok(hook.linear(&map)?.unwrap_or(output))
     }
 
     fn attention(
@@ -326,36 +346,68 @@ impl Decoder {
         x: &Tensor,
         pass: &Pass,
         cache: Option<&mut KvCache>,
-        hook: &dyn SiteHook,
     ) -> Result<Tensor> {
         let action = Error::candle("computing attention");
-        let attention = &self.spec.attention;
-        let (heads, kv_heads) = (attention.num_heads, attention.num_kv_heads);
-        let query = self.heads(&layer.query, x, heads).and_then(|q| rope(&q, &pass.cos, &pass.sin)).map_err(&action)?;
-        let key = self.heads(&layer.key, x, kv_heads).and_then(|k| rope(&k, &pass.cos, &pass.sin)).map_err(&action)?;
-        let value = self.heads(&layer.value, x, kv_heads).and_then(|v| v.contiguous()).map_err(&action)?;
-        let (key, value) = match cache {
-            Some(cache) => cache.extend(index, key, value)?,
-            None => (key, value),
+        let project = |linear| self.heads(index, layer, linear, x, pass.hook).map_err(&action);
+        let layer_spec = self.spec.layers.get(index).copied();
+        let angles = layer_spec
+            .and_then(|spec| spec.rotary)
+            .and_then(|rotary| Some((self.spec.attention.rotary.get(rotary)?.interleaved, pass.angles.get(rotary)?)));
+        let rotate = |x: &Tensor| match angles {
+            Some((interleaved, (cos, sin))) => rope(x, cos, sin, interleaved).map_err(&action),
+            None => Ok(x.clone()),
         };
-        let mixed = self.mix(&query, &key, &value, pass.bias.as_ref()).map_err(&action)?;
-        let site = Site { layer: index, query: &query };
-        let mixed = match hook.term(&site).map_err(Error::candle("computing the adapter's term"))? {
+        let unrotated = project(Linear::Query)?;
+        let (query, key, value) = (rotate(&unrotated)?, rotate(&project(Linear::Key)?)?, project(Linear::Value)?);
+        let value = value.contiguous().map_err(&action)?;
+        let (all_keys, all_values) = match cache {
+            Some(cache) => cache.extend(index, key.clone(), value.clone())?,
+            None => (key.clone(), value.clone()),
+        };
+        let (all_keys, all_values) = prepend(pass.hook, index, all_keys, all_values).map_err(&action)?;
+        let bias = layer_spec.and_then(|spec| pass.biases.get(&spec.window)).and_then(Option::as_ref);
+        let bias = bias.map(|bias| last_columns(bias, &all_keys)).transpose().map_err(&action)?;
+        let mixed = self.mix(&query, &all_keys, &all_values, bias.as_ref()).map_err(&action)?;
+        let site = Site { layer: index, query: &query, unrotated: &unrotated, key: &key, value: &value };
+        let mixed = match pass.hook.term(&site).map_err(Error::candle("computing the adapter's term"))? {
             Some(term) => (mixed + term).map_err(&action)?,
             None => mixed,
         };
-        let (batch, _, seq, _) = query.dims4().map_err(&action)?;
+        let (batch, heads, seq, width) = query.dims4().map_err(&action)?;
         mixed
             .transpose(1, 2)
-            .and_then(|y| y.reshape((batch, seq, heads * attention.head_dim)))
-            .and_then(|y| layer.output.forward(&y))
+            .and_then(|y| y.reshape((batch, seq, heads * width)))
+            .and_then(|y| self.linear(index, layer, Linear::AttentionOutput, &y, pass.hook))
             .map_err(&action)
     }
 
-    /// A projection split into heads, `[batch, heads, seq, head_dim]`.
-    fn heads(&self, projection: &Affine, x: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
+    /// A projection split into heads and normalised where the model does so, `[batch, heads, seq, head_dim]`.
+    fn heads(
+        &self,
+        index: usize,
+        layer: &Layer,
+        linear: Linear,
+        x: &Tensor,
+        hook: &dyn SiteHook,
+    ) -> candle_core::Result<Tensor> {
         let (batch, seq, _) = x.dims3()?;
-        projection.forward(x)?.reshape((batch, seq, heads, self.spec.attention.head_dim))?.transpose(1, 2)
+        let attention = &self.spec.attention;
+        let (heads, site) = match linear {
+            Linear::Query => (attention.num_heads, Some(NormSite::Query)),
+            Linear::Key => (attention.num_kv_heads, Some(NormSite::Key)),
+            _ => (attention.num_kv_heads, None),
+        };
+        let norm = site.and_then(|site| layer.norms.get(&site));
+        let whole = attention.qk_norm.is_some_and(|qk| qk.over == QkNormOver::Projection);
+        let mut y = self.linear(index, layer, linear, x, hook)?;
+        if let Some(norm) = norm.filter(|_| whole) {
+            y = norm.forward(&y)?;
+        }
+        y = y.reshape((batch, seq, heads, attention.head_dim))?;
+        if let Some(norm) = norm.filter(|_| !whole) {
+            y = norm.forward(&y)?;
+        }
+        y.transpose(1, 2)
     }
 
     /// Softmax attention. The query heads of one key-value head are stacked along the sequence, so that keys and values
@@ -363,54 +415,50 @@ impl Decoder {
     fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
         let (batch, heads, seq, width) = query.dims4()?;
         let (_, kv_heads, total, _) = key.dims4()?;
+        let attention = &self.spec.attention;
         let stacked = (batch, kv_heads, heads / kv_heads * seq, width);
-        let scores = query.reshape(stacked)?.matmul(&key.transpose(2, 3)?)?;
-        let weights = masked_softmax(&scores.reshape((batch, heads, seq, total))?, bias, self.spec.attention.scale)?;
+        let scores = query.reshape(stacked)?.matmul(&key.contiguous()?.transpose(2, 3)?)?;
+        let scores = scores.reshape((batch, heads, seq, total))?;
+        let weights = masked_softmax(&scores, bias, attention.scale, attention.softcap)?;
         let weights = weights.reshape((batch, kv_heads, heads / kv_heads * seq, total))?;
         weights.matmul(value)?.reshape((batch, heads, seq, width))
     }
 
-    fn mlp(&self, layer: &Layer, x: &Tensor) -> candle_core::Result<Tensor> {
-        let x = rms_norm(x, &layer.mlp_norm, self.spec.norm.epsilon)?;
+    fn mlp(&self, index: usize, layer: &Layer, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        let linear = |linear, x: &Tensor| self.linear(index, layer, linear, x, pass.hook);
         let activation = match self.spec.mlp.activation {
             Activation::Silu => candle_nn::Activation::Silu,
             Activation::Gelu => candle_nn::Activation::Gelu,
             Activation::GeluTanh => candle_nn::Activation::GeluPytorchTanh,
             Activation::Relu => candle_nn::Activation::Relu,
         };
-        let gate = activation.forward(&layer.gate.forward(&x)?)?;
-        layer.down.forward(&(gate * layer.up.forward(&x)?)?)
+        let inner = if self.spec.mlp.gated {
+            (activation.forward(&linear(Linear::Gate, x)?)? * linear(Linear::Up, x)?)?
+        } else {
+            activation.forward(&linear(Linear::Up, x)?)?
+        };
+        linear(Linear::Down, &inner)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The hook's trained keys and values before those of the tokens.
+fn prepend(hook: &dyn SiteHook, layer: usize, keys: Tensor, values: Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+    let Some((prefix_keys, prefix_values)) = hook.prefix(layer)? else { return Ok((keys, values)) };
+    let batch = keys.dim(0)?;
+    let join = |prefix: Tensor, own: Tensor| {
+        let (heads, length, width) = prefix.dims3()?;
+        let prefix = prefix.to_dtype(own.dtype())?.unsqueeze(0)?.expand((batch, heads, length, width))?;
+        Tensor::cat(&[&prefix, &own], 2)
+    };
+    Ok((join(prefix_keys, keys)?, join(prefix_values, values)?))
+}
 
-    #[test]
-    fn positions_count_real_tokens() {
-        let input = Input::new(2, &[0, 0, 5, 6, 7, 8, 9, 0], &[0, 0, 1, 1, 1, 1, 1, 0], None).unwrap();
-        assert_eq!(input.positions, [0, 0, 0, 1, 0, 1, 2, 2]);
-        let step = Input::new(2, &[5, 6], &[0, 1, 1, 1, 1, 1], None).unwrap();
-        assert_eq!(step.positions, [1, 2]);
-    }
+/// The bias of the keys that a layer has: one without trained keys leaves their columns out.
+fn last_columns(bias: &Tensor, keys: &Tensor) -> candle_core::Result<Tensor> {
+    let (columns, total) = (bias.dim(3)?, keys.dim(2)?);
+    bias.narrow(3, columns.saturating_sub(total), total)
+}
 
-    #[test]
-    fn inputs_that_do_not_fit_are_refused() {
-        let messages = [
-            Input::new(2, &[1, 2, 3], &[1; 3], None),
-            Input::new(1, &[1, 2, 3], &[1; 2], None),
-            Input::new(1, &[1, -2], &[1; 2], None),
-            Input::new(1, &[1, 2], &[1; 2], Some(&[0])),
-            Input::new(0, &[], &[], None),
-        ]
-        .map(|r| r.unwrap_err().to_string());
-        insta::assert_snapshot!(messages.join("\n"), @"
-        the model's inputs do not fit: 3 token ids do not make 2 equal rows
-        the model's inputs do not fit: 2 mask entries do not cover 1 rows of 3 tokens or more
-        the model's inputs do not fit: input_ids holds -2
-        the model's inputs do not fit: 1 positions for 2 tokens
-        the model's inputs do not fit: 0 token ids do not make 0 equal rows
-        ");
-    }
+fn scaled(x: Tensor, factor: f64) -> candle_core::Result<Tensor> {
+    if factor == 1.0 { Ok(x) } else { x * factor }
 }

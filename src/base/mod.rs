@@ -12,20 +12,29 @@ mod error;
 pub mod family;
 pub mod fetch;
 mod gguf;
+mod hook;
+mod input;
 pub mod ops;
 mod rotary;
 mod safetensors;
 mod spec;
 mod tokenizer;
+mod weights;
 
 pub use cache::KvCache;
 pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
-pub use decoder::{Decoder, Input, NoHook, Site, SiteHook};
+pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use gguf::Gguf;
-pub use spec::{Activation, Attention, DecoderSpec, Linear, Mlp, Norm, Rotary, WeightRole, WeightShape};
+pub use hook::{LinearMap, NoHook, Site, SiteHook};
+pub use input::Input;
+pub use spec::{
+    Activation, Attention, DecoderSpec, Embedding, Head, Layer, LearnedPositions, LongContext, Mlp, Norm, NormKind,
+    QkNorm, QkNormOver, Rotary, Wiring,
+};
 pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use weights::{Linear, NormSite, Part, Source, WeightNames, WeightRole, WeightShape};
 
 #[cfg(test)]
 pub(crate) mod testing;

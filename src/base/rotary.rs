@@ -1,6 +1,8 @@
 //! Rotary position embedding (arXiv 2104.09864) with the scaling rules of transformers' `modeling_rope_utils`.
 
-use super::spec;
+use std::borrow::Cow;
+
+use super::{LongContext, spec};
 
 /// How frequencies are stretched for contexts beyond the pretrained one.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,7 +20,7 @@ pub(super) enum Scaling {
 impl spec::Rotary {
     /// Frequencies `theta^(-2i/dim)`, scaled. Rounded to float32 where transformers rounds.
     pub(super) fn new(dim: usize, theta: f64, scaling: &Scaling) -> Self {
-        let base = (0..dim / 2).map(|i| 1.0 / (theta as f32).powf((2 * i) as f32 / dim as f32));
+        let base = plain(dim, theta);
         let inv_freq = match scaling {
             Scaling::Default => base.collect(),
             Scaling::Linear { factor } => base.map(|f| f / *factor as f32).collect(),
@@ -27,8 +29,13 @@ impl spec::Rotary {
                 base.map(|f| llama3(f, *factor, *low_freq_factor, *high_freq_factor, *original_max_positions)).collect()
             }
         };
-        Self { inv_freq }
+        Self { dim, interleaved: false, inv_freq, attention_factor: 1.0, long: LongContext::Same }
     }
+}
+
+/// `theta^(-2i/dim)` in float32.
+fn plain(dim: usize, theta: f64) -> impl Iterator<Item = f32> {
+    (0..dim / 2).map(move |i| 1.0 / (theta as f32).powf((2 * i) as f32 / dim as f32))
 }
 
 fn llama3(frequency: f32, factor: f64, low: f64, high: f64, original: f64) -> f32 {
@@ -44,14 +51,27 @@ fn llama3(frequency: f32, factor: f64, low: f64, high: f64, original: f64) -> f3
 }
 
 impl spec::Rotary {
-    /// Cosines and sines of the angles of `positions`, position by position, `head_dim / 2` each. Angles are the float32
-    /// product of position and frequency, as in transformers whatever the model's dtype; cosine and sine are taken in
-    /// float64.
-    pub fn cos_sin(&self, positions: impl Iterator<Item = u32>) -> (Vec<f64>, Vec<f64>) {
-        positions
-            .flat_map(|p| self.inv_freq.iter().map(move |f| f64::from(p as f32 * f)))
-            .map(|angle| (angle.cos(), angle.sin()))
-            .unzip()
+    /// Cosines and sines of the angles of `positions` times [`attention_factor`](Self::attention_factor), position by
+    /// position, `dim / 2` each. Angles are the float32 product of position and frequency, as in transformers whatever the
+    /// model's dtype; cosine and sine are taken in float64.
+    pub fn cos_sin(&self, positions: &[u32]) -> (Vec<f64>, Vec<f64>) {
+        let length = positions.iter().max().map_or(0, |last| *last as usize + 1);
+        let frequencies = self.frequencies(length);
+        let angles = positions.iter().flat_map(|p| frequencies.iter().map(move |f| f64::from(*p as f32 * f)));
+        angles.map(|angle| (angle.cos() * self.attention_factor, angle.sin() * self.attention_factor)).unzip()
+    }
+
+    /// The frequencies of a pass that uses `length` positions.
+    pub fn frequencies(&self, length: usize) -> Cow<'_, [f32]> {
+        match &self.long {
+            LongContext::Switched { original, inv_freq } if length > *original => Cow::Borrowed(inv_freq),
+            LongContext::Ntk { original, theta, factor } if length > *original => {
+                let (dim, ratio) = (self.dim as f64, length as f64 / *original as f64);
+                let theta = theta * (factor * ratio - (factor - 1.0)).powf(dim / (dim - 2.0));
+                Cow::Owned(plain(self.dim, theta).collect())
+            }
+            _ => Cow::Borrowed(&self.inv_freq),
+        }
     }
 }
 
@@ -83,8 +103,8 @@ mod tests {
 
     #[test]
     fn angles_are_float32_products() {
-        let rotary = Rotary { inv_freq: vec![0.1] };
-        let (cos, _) = rotary.cos_sin(0..8192);
-        assert_eq!(cos[8191], f64::from(8191f32 * 0.1f32).cos());
+        let rotary = Rotary { inv_freq: vec![0.1], ..Rotary::new(2, 1.0, &Scaling::Default) };
+        let (cos, _) = rotary.cos_sin(&[8191]);
+        assert_eq!(cos[0], f64::from(8191f32 * 0.1f32).cos());
     }
 }

@@ -1,11 +1,12 @@
-//! What makes one decoder differ from another, as data.
-//!
-//! The candle decoder and the ONNX exporter are two interpreters of a [`DecoderSpec`]; a family is a file under
-//! [`family`](super::family) that maps its `config.json` to one.
+//! The description of a decoder: everything that makes one family differ from another, as data.
 
 use serde::Serialize;
 
-/// A decoder-only language model, described.
+use super::weights::WeightNames;
+
+/// A decoder-only language model.
+///
+/// Written by a family's mapping from `config.json`; read by the candle decoder and by the ONNX exporter.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DecoderSpec {
     /// The configuration's `model_type`. For display only: no code branches on it.
@@ -18,24 +19,92 @@ pub struct DecoderSpec {
     pub num_layers: usize,
     /// The positions that the model was trained for.
     pub max_positions: usize,
-    /// Normalisation before attention, before the MLP, and at the end.
+    /// From token ids to the residual stream.
+    pub embedding: Embedding,
+    /// Normalisation of the residual stream.
     pub norm: Norm,
+    /// How attention, MLP and norms are wired in a layer.
+    pub wiring: Wiring,
+    /// Factor on what a block adds to the stream.
+    pub residual_scale: f64,
     /// The attention block.
     pub attention: Attention,
     /// The feed-forward block.
     pub mlp: Mlp,
-    /// Whether the output projection is the transposed token embedding.
-    pub tied_embeddings: bool,
+    /// In what single layers differ, one entry a layer.
+    pub layers: Vec<Layer>,
+    /// Whether the stream is normalised after the last layer.
+    pub final_norm: bool,
+    /// From the residual stream to logits.
+    pub head: Head,
+    /// Where the checkpoint keeps the weights.
+    #[serde(skip)]
+    pub names: WeightNames,
 }
 
-/// Root-mean-square normalisation, `x / sqrt(mean(x²) + epsilon) · weight`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// From token ids to the residual stream: `project(tokens[ids]) · scale + positions[position + offset]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Embedding {
+    /// Factor on the token embedding, rounded to the type that the decoder computes in; 1 where not given.
+    pub scale: Option<f64>,
+    /// Width of the token embedding, where projections without bias lead from it to `hidden_size` and, before the head,
+    /// back to it.
+    pub width: Option<usize>,
+    /// Learned absolute positions.
+    pub positions: Option<LearnedPositions>,
+}
+
+/// A table of position embeddings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LearnedPositions {
+    /// Rows of the table.
+    pub rows: usize,
+    /// The row of position 0.
+    pub offset: usize,
+}
+
+/// Normalisation over the last dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Norm {
-    /// Added to the mean square.
+    /// Its formula.
+    pub kind: NormKind,
+    /// Added to the mean square or the variance.
     pub epsilon: f64,
+    /// Added to the weight: 1 where the checkpoint keeps the distance from 1.
+    pub weight_offset: f64,
+    /// Whether a bias is added.
+    pub bias: bool,
 }
 
-/// Self-attention with rotary positions and grouped key-value heads.
+/// The formula of a norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// `x / sqrt(mean(x²) + epsilon) · weight`.
+    Rms,
+    /// `(x − mean(x)) / sqrt(var(x) + epsilon) · weight + bias`.
+    Layer,
+}
+
+/// How attention `A`, MLP `M` and norms `N` make a layer out of the stream `x`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Wiring {
+    /// `y = x + A(N x)`, `y + M(N y)`.
+    PreNorm,
+    /// `y = x + N A(x)`, `y + N M(y)`.
+    PostNorm,
+    /// `y = x + N A(N x)`, `y + N M(N y)`.
+    SandwichNorm,
+    /// `y = N(x + A(x))`, `N(y + M(y))`.
+    SumNorm,
+    /// `x + A(N x) + M(N' x)`.
+    Parallel,
+    /// `x + A(N x) + M(N x)`.
+    ParallelSharedNorm,
+}
+
+/// Self-attention with grouped key-value heads.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Attention {
     /// Query heads.
@@ -46,28 +115,90 @@ pub struct Attention {
     pub head_dim: usize,
     /// Factor on the scores, `1/√head_dim` in most families.
     pub scale: f64,
-    /// Rotary position embedding.
-    pub rotary: Rotary,
-    /// Whether the query, key, value and output projections have a bias.
-    pub bias: bool,
+    /// `cap · tanh(score / cap)` on the scaled scores.
+    pub softcap: Option<f64>,
+    /// Whether the query, key and value projections have a bias.
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    pub output_bias: bool,
+    /// Normalisation of queries and keys before the rotation.
+    pub qk_norm: Option<QkNorm>,
+    /// The rotary embeddings that layers choose from.
+    pub rotary: Vec<Rotary>,
 }
 
-/// Rotary position embedding in the half-split layout: element `i` turns with element `i + head_dim/2`.
+/// Normalisation of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct QkNorm {
+    /// The norm.
+    pub norm: Norm,
+    /// Over what it is taken.
+    pub over: QkNormOver,
+}
+
+/// Over what queries and keys are normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNormOver {
+    /// Each head by itself; all heads share a weight of `[head_dim]`.
+    Head,
+    /// Each head by itself with a weight of its own, `[heads, head_dim]`.
+    HeadOwnWeight,
+    /// The whole projection before it is split into heads, `[heads · head_dim]`.
+    Projection,
+}
+
+/// Rotary position embedding (arXiv 2104.09864) of the first `dim` elements of a head.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Rotary {
-    /// Angular frequency of each pair, in radians a position, scaling applied; `head_dim / 2` values in float32 as
-    /// transformers computes them.
+    /// How many elements are turned: even, at most `head_dim`.
+    pub dim: usize,
+    /// Which elements make a pair: `2i` with `2i + 1`, or else `i` with `i + dim/2`.
+    pub interleaved: bool,
+    /// Angular frequency of each pair, in radians a position, scaling applied; `dim / 2` values in float32 as transformers
+    /// computes them.
     pub inv_freq: Vec<f32>,
+    /// Factor on cosine and sine.
+    pub attention_factor: f64,
+    /// How the frequencies change with the length of the sequence.
+    pub long: LongContext,
 }
 
-/// The gated feed-forward block, `down(activation(gate(x)) · up(x))`.
+/// Frequencies that depend on the number of positions in use, `length = max(position_ids) + 1`, in every pass anew.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LongContext {
+    /// They do not.
+    #[default]
+    Same,
+    /// Others where `length` exceeds `original`.
+    Switched {
+        /// The pretrained context.
+        original: usize,
+        /// `dim / 2` frequencies.
+        inv_freq: Vec<f32>,
+    },
+    /// Where `length` exceeds `original`, those of the base `theta · (factor·length/original − factor + 1)^(dim/(dim−2))`.
+    Ntk {
+        /// The pretrained context.
+        original: usize,
+        /// The pretrained base.
+        theta: f64,
+        /// The scaling factor.
+        factor: f64,
+    },
+}
+
+/// The feed-forward block: `down(activation(gate(x)) · up(x))`, or without gate `down(activation(up(x)))`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Mlp {
     /// Width between the projections.
     pub intermediate_size: usize,
-    /// The function on the gate.
+    /// The nonlinearity.
     pub activation: Activation,
-    /// Whether the three projections have a bias.
+    /// Whether there is a gate.
+    pub gated: bool,
+    /// Whether the projections have a bias.
     pub bias: bool,
 }
 
@@ -85,153 +216,48 @@ pub enum Activation {
     Relu,
 }
 
-/// The linear maps of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Linear {
-    /// `[num_heads · head_dim, hidden_size]`.
-    Query,
-    /// `[num_kv_heads · head_dim, hidden_size]`.
-    Key,
-    /// `[num_kv_heads · head_dim, hidden_size]`.
-    Value,
-    /// `[hidden_size, num_heads · head_dim]`.
-    AttentionOutput,
-    /// `[intermediate_size, hidden_size]`.
-    Gate,
-    /// `[intermediate_size, hidden_size]`.
-    Up,
-    /// `[hidden_size, intermediate_size]`.
-    Down,
+/// In what one layer differs from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Layer {
+    /// Which of the rotary embeddings; none for a layer without rotation.
+    pub rotary: Option<usize>,
+    /// How many keys a query sees, itself included; all where not given.
+    pub window: Option<usize>,
 }
 
-impl Linear {
-    /// All of them, in the order in which a layer uses them.
-    pub const ALL: [Self; 7] =
-        [Self::Query, Self::Key, Self::Value, Self::AttentionOutput, Self::Gate, Self::Up, Self::Down];
+/// From the residual stream to logits: `cap · tanh(scale · (x · Wᵀ + bias) / cap)`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Head {
+    /// Whether its matrix is the token embedding.
+    pub tied: bool,
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// Factor on the logits.
+    pub scale: f64,
+    /// Soft cap of the logits.
+    pub softcap: Option<f64>,
+}
 
-    /// The module's path inside its layer, as transformers names it.
-    pub fn module(self) -> &'static str {
-        match self {
-            Self::Query => "self_attn.q_proj",
-            Self::Key => "self_attn.k_proj",
-            Self::Value => "self_attn.v_proj",
-            Self::AttentionOutput => "self_attn.o_proj",
-            Self::Gate => "mlp.gate_proj",
-            Self::Up => "mlp.up_proj",
-            Self::Down => "mlp.down_proj",
-        }
+impl Attention {
+    /// Width of all query heads together.
+    pub fn query_width(&self) -> usize {
+        self.num_heads.saturating_mul(self.head_dim)
     }
-}
 
-/// One weight tensor by what it does; [`DecoderSpec::weight_name`] gives its name in the checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum WeightRole {
-    /// Token embedding, `[vocab_size, hidden_size]`.
-    Embedding,
-    /// The norm before attention, `[hidden_size]`.
-    AttentionNorm(usize),
-    /// The norm before the MLP, `[hidden_size]`.
-    MlpNorm(usize),
-    /// A linear map's matrix, `[out, in]`.
-    Weight(usize, Linear),
-    /// A linear map's bias, `[out]`.
-    Bias(usize, Linear),
-    /// The norm after the last layer, `[hidden_size]`.
-    FinalNorm,
-    /// Output projection, `[vocab_size, hidden_size]`; the embedding itself where it is tied.
-    Head,
-}
-
-/// A weight that a decoder needs: role, name in the checkpoint, shape.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WeightShape {
-    /// What it does.
-    pub role: WeightRole,
-    /// Its name in the checkpoint.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
+    /// Width of all key heads together, and of all value heads.
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads.saturating_mul(self.head_dim)
+    }
 }
 
 impl DecoderSpec {
     /// The most products that are summed to one number in a layer or the output projection.
     pub fn longest_dot_product(&self) -> usize {
-        let queries = self.attention.num_heads.saturating_mul(self.attention.head_dim);
-        self.hidden_size.max(self.mlp.intermediate_size).max(queries)
+        self.hidden_size.max(self.mlp.intermediate_size).max(self.attention.query_width())
     }
 
-    /// `[out, in]` of a linear map.
-    pub fn linear_shape(&self, linear: Linear) -> [usize; 2] {
-        let queries = self.attention.num_heads * self.attention.head_dim;
-        let keys = self.attention.num_kv_heads * self.attention.head_dim;
-        match linear {
-            Linear::Query => [queries, self.hidden_size],
-            Linear::Key | Linear::Value => [keys, self.hidden_size],
-            Linear::AttentionOutput => [self.hidden_size, queries],
-            Linear::Gate | Linear::Up => [self.mlp.intermediate_size, self.hidden_size],
-            Linear::Down => [self.hidden_size, self.mlp.intermediate_size],
-        }
-    }
-
-    /// Whether a linear map has a bias.
-    pub fn has_bias(&self, linear: Linear) -> bool {
-        match linear {
-            Linear::Query | Linear::Key | Linear::Value | Linear::AttentionOutput => self.attention.bias,
-            Linear::Gate | Linear::Up | Linear::Down => self.mlp.bias,
-        }
-    }
-
-    /// The checkpoint's name of a weight.
-    pub fn weight_name(&self, role: WeightRole) -> String {
-        match role {
-            WeightRole::Embedding => "model.embed_tokens.weight".into(),
-            WeightRole::AttentionNorm(layer) => format!("model.layers.{layer}.input_layernorm.weight"),
-            WeightRole::MlpNorm(layer) => format!("model.layers.{layer}.post_attention_layernorm.weight"),
-            WeightRole::Weight(layer, linear) => format!("model.layers.{layer}.{}.weight", linear.module()),
-            WeightRole::Bias(layer, linear) => format!("model.layers.{layer}.{}.bias", linear.module()),
-            WeightRole::FinalNorm => "model.norm.weight".into(),
-            WeightRole::Head if self.tied_embeddings => self.weight_name(WeightRole::Embedding),
-            WeightRole::Head => "lm_head.weight".into(),
-        }
-    }
-
-    /// The shape of a weight.
-    pub fn weight_shape(&self, role: WeightRole) -> Vec<usize> {
-        match role {
-            WeightRole::Embedding | WeightRole::Head => vec![self.vocab_size, self.hidden_size],
-            WeightRole::AttentionNorm(_) | WeightRole::MlpNorm(_) | WeightRole::FinalNorm => vec![self.hidden_size],
-            WeightRole::Weight(_, linear) => self.linear_shape(linear).to_vec(),
-            WeightRole::Bias(_, linear) => vec![self.linear_shape(linear)[0]],
-        }
-    }
-
-    /// Every weight in the order of use; a tied head is not listed again.
-    pub fn weights(&self) -> Vec<WeightShape> {
-        let mut roles = vec![WeightRole::Embedding];
-        for layer in 0..self.num_layers {
-            roles.push(WeightRole::AttentionNorm(layer));
-            for linear in Linear::ALL {
-                if linear == Linear::Gate {
-                    roles.push(WeightRole::MlpNorm(layer));
-                }
-                roles.push(WeightRole::Weight(layer, linear));
-                if self.has_bias(linear) {
-                    roles.push(WeightRole::Bias(layer, linear));
-                }
-            }
-        }
-        roles.push(WeightRole::FinalNorm);
-        if !self.tied_embeddings {
-            roles.push(WeightRole::Head);
-        }
-        roles
-            .into_iter()
-            .map(|role| WeightShape { role, name: self.weight_name(role), shape: self.weight_shape(role) })
-            .collect()
-    }
-
-    /// Number of parameters; a tied head counts once.
-    pub fn num_parameters(&self) -> usize {
-        self.weights().iter().map(|w| w.shape.iter().product::<usize>()).sum()
+    /// Width of the token embedding and of what the head reads.
+    pub fn embedding_width(&self) -> usize {
+        self.embedding.width.unwrap_or(self.hidden_size)
     }
 }

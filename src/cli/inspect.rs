@@ -72,7 +72,7 @@ fn checkpoint(checkpoint: &Checkpoint) -> Result<Value> {
         "intermediate_size": spec.mlp.intermediate_size,
         "vocab_size": spec.vocab_size,
         "max_positions": spec.max_positions,
-        "tied_embeddings": spec.tied_embeddings,
+        "tied_embeddings": spec.head.tied,
         "tokenizer": tokenizer,
         "files": files,
     }))

@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::writer::GraphWriter;
-use crate::base::{Activation, Linear, WeightRole};
+use crate::base::{Activation, Linear, NormSite, WeightRole};
 use crate::onnx::{DataType, Dim, NodeDef};
 
 /// Symbolic dimensions.
@@ -59,7 +59,7 @@ pub(super) fn write(graph: &mut GraphWriter, mut operators: impl Operators) -> R
     let mut residual = Residual { stream, pending: None };
     for layer in 0..spec.num_layers {
         let at = |name: &str| format!("/model/layers.{layer}/{name}");
-        let role = WeightRole::AttentionNorm(layer);
+        let role = WeightRole::Norm(layer, NormSite::Attention);
         let normed = operators.norm(graph, &at("input_layernorm"), &mut residual, role)?;
         let projected = Projected {
             query: linear(graph, layer, Linear::Query, &normed)?,
@@ -68,12 +68,12 @@ pub(super) fn write(graph: &mut GraphWriter, mut operators: impl Operators) -> R
         };
         let mixed = operators.attention(graph, layer, &projected)?;
         residual.pending = Some(linear(graph, layer, Linear::AttentionOutput, &mixed)?);
-        let role = WeightRole::MlpNorm(layer);
+        let role = WeightRole::Norm(layer, NormSite::Mlp);
         let normed = operators.norm(graph, &at("post_attention_layernorm"), &mut residual, role)?;
         residual.pending = Some(mlp(graph, layer, &normed)?);
     }
     let hidden = operators.norm(graph, "/model/norm", &mut residual, WeightRole::FinalNorm)?;
-    let head = if spec.tied_embeddings { embedding } else { graph.weight(WeightRole::Head)? };
+    let head = if spec.head.tied { embedding } else { graph.weight(WeightRole::Head)? };
     operators.head(graph, &hidden, &head)
 }
 

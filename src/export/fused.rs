@@ -162,7 +162,7 @@ fn to_int32(graph: &mut GraphWriter, name: &str, x: &str) -> String {
 fn rotary_caches(graph: &mut GraphWriter) -> Result<(String, String)> {
     let spec = graph.spec();
     let positions = u32::try_from(spec.max_positions).unwrap_or(u32::MAX);
-    let (cos, sin) = spec.attention.rotary.cos_sin(0..positions);
+    let (cos, sin) = spec.attention.rotary[0].cos_sin(&(0..positions).collect::<Vec<_>>());
     let width = spec.attention.head_dim / 2;
     Ok((
         graph.table("/model/rotary_emb/cos_cache", cos, width)?,

@@ -149,7 +149,7 @@ impl Portable {
 /// Cosine and sine of position · frequency in float32, as transformers computes them, then in the graph's type.
 fn rotary_angles(graph: &mut GraphWriter) -> Result<(String, String)> {
     let at = |name: &str| format!("/model/rotary_emb/{name}");
-    let frequencies = &graph.spec().attention.rotary.inv_freq;
+    let frequencies = &graph.spec().attention.rotary[0].inv_freq;
     let frequencies = graph.floats(&at("inv_freq"), &[frequencies.len() as i64], frequencies);
     let positions = NodeDef::new("Cast", at("Cast_positions")).attr_int("to", DataType::Float.code().into());
     let positions = graph.node_with(positions, &at("Cast_positions"), &["position_ids"]);

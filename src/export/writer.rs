@@ -101,15 +101,15 @@ impl<'a> GraphWriter<'a> {
 
     /// A checkpoint's weight as it stands there.
     pub(super) fn weight(&mut self, role: WeightRole) -> Result<String> {
-        let name = self.spec().weight_name(role);
-        let tensor = self.checkpoint.tensor(&name)?;
+        let name = role.name();
+        let tensor = self.checkpoint.weight(role)?;
         self.tensor(&name, Ok(tensor))
     }
 
     /// A checkpoint's `[out, in]` matrix as the `[in, out]` right-hand side of a MatMul.
     pub(super) fn transposed_weight(&mut self, role: WeightRole) -> Result<String> {
-        let name = self.spec().weight_name(role);
-        let tensor = self.checkpoint.tensor(&name)?;
+        let name = role.name();
+        let tensor = self.checkpoint.weight(role)?;
         let stem = name.strip_suffix(".weight").unwrap_or(&name);
         self.tensor(&format!("{stem}.MatMul.weight"), tensor.t())
     }

@@ -588,7 +588,7 @@ mod tests {
             let off = |dtype| {
                 let weight = |weight: &crate::base::WeightShape| {
                     let action = crate::base::Error::candle("converting a weight");
-                    let tensor = exported.checkpoint.tensor(&weight.name)?.to_dtype(dtype).map_err(action)?;
+                    let tensor = exported.checkpoint.weight(weight.role)?.to_dtype(dtype).map_err(action)?;
                     Ok(if weight.role == role { testing::perturbed(tensor, 1e-3) } else { tensor })
                 };
                 Decoder::from_weights(exported.checkpoint.spec(), weight).unwrap()

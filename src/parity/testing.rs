@@ -9,30 +9,16 @@ use rand::{RngExt, SeedableRng};
 
 use super::{Budget, Candidate, Case, CaseOptions, Check, Model, Reference, generated_prompts, standard_cases};
 use crate::adapter::{Adapter, AdapterConfig};
-use crate::base::{
-    Activation, Attention, Decoder, DecoderSpec, Input, Mlp, NoHook, Norm, Rotary, SiteHook, WeightShape,
-};
+use crate::base::{Decoder, DecoderSpec, Input, NoHook, SiteHook, WeightShape, family};
 use crate::runtime::{self, Dim, NamedValues, Port, RuntimeInfo, Session, Tensor, library};
 
 pub(super) fn tiny_spec() -> DecoderSpec {
-    DecoderSpec {
-        family: "llama".into(),
-        vocab_size: 40,
-        hidden_size: 16,
-        num_layers: 2,
-        max_positions: 64,
-        norm: Norm { epsilon: 1e-5 },
-        attention: Attention {
-            num_heads: 4,
-            num_kv_heads: 2,
-            head_dim: 4,
-            scale: 0.5,
-            rotary: Rotary { inv_freq: vec![1.0, 0.01] },
-            bias: false,
-        },
-        mlp: Mlp { intermediate_size: 24, activation: Activation::Silu, bias: false },
-        tied_embeddings: true,
-    }
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0,
+        "intermediate_size": 24, "hidden_act": "silu", "tie_word_embeddings": true,
+    });
+    family::spec_from_config(std::path::Path::new("config.json"), &config).unwrap()
 }
 
 /// A decoder with weights of about the size of a trained one's.

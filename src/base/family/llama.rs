@@ -1,7 +1,9 @@
 //! `llama`: Llama 1 to 3 and the many models in its shape (SmolLM 1 and 2, TinyLlama, Vicuna, …).
 
 use super::super::rotary::Scaling;
-use super::super::{Attention, DecoderSpec, Mlp, Norm, Result, Rotary};
+use super::super::{
+    Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Norm, NormKind, Result, Rotary, WeightNames, Wiring,
+};
 use super::Config;
 
 pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
@@ -36,26 +38,43 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
             "one factor for each pair of a head",
         );
     }
+    let bias = config.bool_or("attention_bias", false)?;
+    let num_layers = config.size_up_to("num_hidden_layers", None, 10_000)?;
     Ok(DecoderSpec {
         family: config.string("model_type")?.into(),
         vocab_size: config.size("vocab_size")?,
         hidden_size,
-        num_layers: config.size_up_to("num_hidden_layers", None, 10_000)?,
+        num_layers,
         max_positions: config.size_up_to("max_position_embeddings", Some(2048), 1 << 24)?,
-        norm: Norm { epsilon: config.positive_or("rms_norm_eps", 1e-6)? },
+        embedding: Embedding::default(),
+        norm: Norm {
+            kind: NormKind::Rms,
+            epsilon: config.positive_or("rms_norm_eps", 1e-6)?,
+            weight_offset: 0.0,
+            bias: false,
+        },
+        wiring: Wiring::PreNorm,
+        residual_scale: 1.0,
         attention: Attention {
             num_heads,
             num_kv_heads,
             head_dim,
             scale: (head_dim as f64).powf(-0.5),
-            rotary: Rotary::new(head_dim, theta, &scaling),
-            bias: config.bool_or("attention_bias", false)?,
+            softcap: None,
+            qkv_bias: bias,
+            output_bias: bias,
+            qk_norm: None,
+            rotary: vec![Rotary::new(head_dim, theta, &scaling)],
         },
         mlp: Mlp {
             intermediate_size: config.size("intermediate_size")?,
             activation: config.activation("hidden_act")?,
+            gated: true,
             bias: config.bool_or("mlp_bias", false)?,
         },
-        tied_embeddings: config.bool_or("tie_word_embeddings", false)?,
+        layers: vec![Layer { rotary: Some(0), window: None }; num_layers],
+        final_norm: true,
+        head: Head { tied: config.bool_or("tie_word_embeddings", false)?, bias: false, scale: 1.0, softcap: None },
+        names: WeightNames::llama(),
     })
 }

@@ -240,6 +240,6 @@ mod tests {
         let path = Path::new("config.json");
         let (old, new) = (spec_from_config(path, &old).unwrap(), spec_from_config(path, &new).unwrap());
         assert_eq!(old, new);
-        assert_eq!(old.attention.rotary.inv_freq[0], 0.5);
+        assert_eq!(old.attention.rotary[0].inv_freq[0], 0.5);
     }
 }

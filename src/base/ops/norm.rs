@@ -1,0 +1,169 @@
+//! Root-mean-square and layer normalisation.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::rows::{Real, RowKernel, last_dim, run_rows};
+use crate::base::{Norm, NormKind};
+
+/// Normalises `x` over its last dimension; see [`NormKind`]. A weight of several rows serves the rows of `x` in turn.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, norm: &Norm) -> Result<Tensor> {
+    if x.dim(D::Minus1)? != weight.dim(D::Minus1)? {
+        candle_core::bail!("norm: input {:?} does not fit weight {:?}", x.dims(), weight.dims());
+    }
+    let y = if weight.track_op() {
+        let centred = match norm.kind {
+            NormKind::Rms => x.clone(),
+            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normed = centred.broadcast_div(&(variance + norm.epsilon)?.sqrt()?)?;
+        normed.broadcast_mul(&(weight + norm.weight_offset)?)?
+    } else {
+        x.contiguous()?.apply_op1(RowNorm { weight: weight.contiguous()?, norm: *norm })?
+    };
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
+    }
+}
+
+struct RowNorm {
+    weight: Tensor,
+    norm: Norm,
+}
+
+/// What a row is shifted and scaled by.
+fn moments<T: Real>(x: &[T], norm: &Norm) -> (T, T) {
+    let count = T::of(x.len() as f64);
+    let mean = match norm.kind {
+        NormKind::Rms => T::zero(),
+        NormKind::Layer => x.iter().copied().sum::<T>() / count,
+    };
+    let variance = x.iter().map(|v| (*v - mean) * (*v - mean)).sum::<T>() / count;
+    (mean, (variance + T::of(norm.epsilon)).sqrt().recip())
+}
+
+/// The weights of a row of `x`.
+fn weights_of<T>(weight: &[T], row: usize, width: usize) -> &[T] {
+    let start = row * width % weight.len().max(1);
+    &weight[start..start + width]
+}
+
+impl RowKernel for RowNorm {
+    fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
+        let (x, weight, width) = (inputs[0], constants[0], last_dim(shape));
+        let offset = T::of(self.norm.weight_offset);
+        let mut y = vec![T::zero(); x.len()];
+        y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
+            let (mean, r) = moments(x, &self.norm);
+            for ((y, x), w) in y.iter_mut().zip(x).zip(weights_of(weight, row, width)) {
+                *y = (*x - mean) * r * (*w + offset);
+            }
+        });
+        y
+    }
+}
+
+impl CustomOp1 for RowNorm {
+    fn name(&self) -> &'static str {
+        "row-norm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        run_rows(self, &[(x, layout)], &[&self.weight])
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let backward = RowNormGrad { weight: self.weight.clone(), norm: self.norm };
+        x.apply_op2_no_bwd(&grad.contiguous()?, &backward).map(Some)
+    }
+}
+
+/// With `x̂` the normalised row, `r` its factor and `g = grad · weight`: `dx = r · (g − mean(g) − x̂ · mean(g·x̂))`, without
+/// `mean(g)` where the mean is not taken off.
+struct RowNormGrad {
+    weight: Tensor,
+    norm: Norm,
+}
+
+impl RowKernel for RowNormGrad {
+    fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
+        let (x, grad, weight, width) = (inputs[0], inputs[1], constants[0], last_dim(shape));
+        let (offset, count) = (T::of(self.norm.weight_offset), T::of(width as f64));
+        let mut dx = vec![T::zero(); x.len()];
+        let rows = dx.par_chunks_mut(width).zip(x.par_chunks(width)).zip(grad.par_chunks(width));
+        rows.enumerate().for_each(|(row, ((dx, x), grad))| {
+            let (mean, r) = moments(x, &self.norm);
+            let weight = weights_of(weight, row, width);
+            let (mut sum, mut dot) = (T::zero(), T::zero());
+            for ((x, g), w) in x.iter().zip(grad).zip(weight) {
+                let g = *g * (*w + offset);
+                sum = sum + g;
+                dot = dot + g * (*x - mean);
+            }
+            let shift = match self.norm.kind {
+                NormKind::Rms => T::zero(),
+                NormKind::Layer => sum / count,
+            };
+            let shrink = r * r * dot / count;
+            for (((dx, x), g), w) in dx.iter_mut().zip(x).zip(grad).zip(weight) {
+                *dx = r * (*g * (*w + offset) - shift - (*x - mean) * shrink);
+            }
+        });
+        dx
+    }
+}
+
+impl CustomOp2 for RowNormGrad {
+    fn name(&self) -> &'static str {
+        "row-norm-grad"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, g: &CpuStorage, lg: &Layout) -> Result<(CpuStorage, Shape)> {
+        run_rows(self, &[(x, lx), (g, lg)], &[&self.weight])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Var};
+
+    use super::super::testing::{check_gradient, max_difference, numbers};
+    use super::*;
+
+    const KINDS: [Norm; 3] = [
+        Norm { kind: NormKind::Rms, epsilon: 1e-5, weight_offset: 0.0, bias: false },
+        Norm { kind: NormKind::Rms, epsilon: 1e-5, weight_offset: 1.0, bias: false },
+        Norm { kind: NormKind::Layer, epsilon: 1e-5, weight_offset: 0.0, bias: true },
+    ];
+
+    #[test]
+    fn gradients_are_exact_and_both_forms_agree() {
+        for kind in &KINDS {
+            for rows in [&[6][..], &[3, 6]] {
+                let (weight, bias) = (numbers(rows, 1.0), numbers(rows, 2.0));
+                let x = numbers(&[2, 3, 6], 0.0);
+                check_gradient(&x, |x| norm(x, &weight, Some(&bias), kind));
+                let trainable = Var::from_tensor(&weight).unwrap();
+                let composed = norm(&x, trainable.as_tensor(), None, kind).unwrap();
+                assert!(max_difference(&norm(&x, &weight, None, kind).unwrap(), &composed) < 1e-14);
+            }
+        }
+    }
+
+    #[test]
+    fn half_types_are_computed_in_float32_and_rounded_once() {
+        let (x, weight) = (numbers(&[3, 8], 0.0), numbers(&[8], 1.0));
+        for dtype in [DType::F16, DType::BF16] {
+            let (x, weight) = (x.to_dtype(dtype).unwrap(), weight.to_dtype(dtype).unwrap());
+            let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+            let half = norm(&x, &weight, None, &KINDS[1]).unwrap();
+            let full = norm(&wide(&x), &wide(&weight), None, &KINDS[1]).unwrap().to_dtype(dtype).unwrap();
+            assert_eq!(wide(&half).to_vec2::<f32>().unwrap(), wide(&full).to_vec2::<f32>().unwrap());
+        }
+    }
+}
