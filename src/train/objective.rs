@@ -36,13 +36,13 @@ impl CompletionLoss {
 /// The decoder's input of a batch.
 ///
 /// # Errors
-/// When the batch holds no token, or rows of several examples, which the decoder does not keep apart yet.
+/// When the batch holds no token.
 pub fn batch_input(batch: &Batch) -> crate::base::Result<Input> {
-    if batch.segments.is_some() {
-        let why = "the decoder does not keep the examples of a packed row apart yet".into();
-        return Err(Error::Input { why, help: "switch `packing` off" });
+    let input = Input::new(batch.batch, &batch.input_ids, &batch.attention_mask, Some(&batch.position_ids))?;
+    match &batch.segments {
+        Some(segments) => input.with_segments(segments.clone()),
+        None => Ok(input),
     }
-    Input::new(batch.batch, &batch.input_ids, &batch.attention_mask, Some(&batch.position_ids))
 }
 
 /// Loss of a batch whose labels stand in the positions of `input_ids` (Hugging Face's convention: shifted inside, −100

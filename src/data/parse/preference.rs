@@ -4,9 +4,9 @@ use serde_json::Value;
 
 use super::Parser;
 use crate::base::Message;
+use crate::data::Result;
 use crate::data::layout::lookup;
 use crate::data::record::{Prompt, Record};
-use crate::data::Result;
 
 impl Parser<'_> {
     pub(super) fn preference(&self) -> Result<Record> {
