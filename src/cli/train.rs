@@ -121,6 +121,9 @@ struct TrainingArgs {
     /// Write TensorBoard event files
     #[arg(long)]
     tensorboard: bool,
+    /// Keep only the inputs of layers for the backward pass: less memory, more time
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Type of the frozen model: f64, f32, bf16 or f16
     #[arg(long)]
     dtype: Option<ComputeType>,
@@ -214,6 +217,7 @@ impl Train {
             ("load_best_at_end", if training.load_best_at_end { json!(true) } else { Value::Null }),
             ("patience", json!(training.patience)),
             ("tensorboard", if training.tensorboard { json!(true) } else { Value::Null }),
+            ("checkpoint_activations", if training.checkpoint_activations { json!(true) } else { Value::Null }),
             ("dtype", json!(training.dtype)),
         ]);
         let adapter = given([("layers", json!(training.layers))]);

@@ -1,110 +1,13 @@
 //! A record as a prompt and a completion in token ids.
 
 use minijinja::Environment;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use super::record::Prompt;
-use super::{Error, Record, Result};
+use super::{ChatUse, Error, Example, FormatOptions, LabelText, Record, Result};
 use crate::base::{ChatTemplate, Message, Tokenizer};
-
-/// The prompt of a classification record, as a Jinja template over `text`.
-pub const DEFAULT_TEMPLATE: &str = "{{ text }}\nlabel:";
 
 const TEMPLATE: &str = "template";
 const PROMPT_TEMPLATE: &str = "prompt_template";
-
-/// How labels are spelled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum LabelText {
-    /// `card_arrival` is learnt as `card arrival`, which is closer to what the model has read.
-    #[default]
-    Spaces,
-    /// As in the file.
-    Verbatim,
-}
-
-/// When the chat template is used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ChatUse {
-    /// Where the tokenizer has one.
-    #[default]
-    Auto,
-    /// Not at all: prompt and completion are plain text.
-    Never,
-}
-
-/// What may be chosen about a [`Format`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct FormatOptions {
-    /// The prompt of a classification record, a Jinja template over `text`.
-    pub template: String,
-    /// The prompt of a completion record, a Jinja template over `prompt`, or of an alpaca record, over `instruction` and
-    /// `input` (empty where there is none). Where not given, the prompt as it is, or instruction and input in lines of their
-    /// own.
-    pub prompt_template: Option<String>,
-    /// How labels are spelled.
-    pub labels: LabelText,
-    /// When the chat template is used.
-    pub chat: ChatUse,
-    /// A system prompt: the first message where a conversation has none of its own, or a paragraph before a plain prompt.
-    pub system: Option<String>,
-    /// The roles whose messages are learnt in a conversation, each with the token that ends its turn; where empty, the
-    /// assistant's last message alone.
-    pub train_on: Vec<String>,
-    /// Learn the prompt too, all but its first token.
-    pub train_on_prompt: bool,
-}
-
-impl Default for FormatOptions {
-    fn default() -> Self {
-        Self {
-            template: DEFAULT_TEMPLATE.into(),
-            prompt_template: None,
-            labels: LabelText::default(),
-            chat: ChatUse::default(),
-            system: None,
-            train_on: Vec::new(),
-            train_on_prompt: false,
-        }
-    }
-}
-
-/// A prompt and what is learnt to follow it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Example {
-    /// What is given; at least one token.
-    pub prompt_ids: Vec<u32>,
-    /// Which tokens of the prompt are learnt too, such as earlier answers in a conversation: as many as `prompt_ids`, or
-    /// none where all are only given. The first is never learnt, because nothing predicts it.
-    pub prompt_mask: Vec<bool>,
-    /// What is learnt; ends with the token that ends the turn or the text.
-    pub completion_ids: Vec<u32>,
-    /// The class as the file spells it, for a classification record.
-    pub label: Option<String>,
-}
-
-impl Example {
-    /// Tokens in all.
-    #[allow(clippy::len_without_is_empty)] // never empty
-    pub fn len(&self) -> usize {
-        self.prompt_ids.len() + self.completion_ids.len()
-    }
-
-    /// Every token, and whether it is learnt.
-    pub fn tokens(&self) -> impl Iterator<Item = (u32, bool)> {
-        let mask = self.prompt_mask.iter().copied().chain(std::iter::repeat(false));
-        self.prompt_ids.iter().copied().zip(mask).chain(self.completion_ids.iter().map(|&id| (id, true)))
-    }
-
-    /// Tokens that are learnt.
-    pub fn labelled(&self) -> usize {
-        self.completion_ids.len() + self.prompt_mask.iter().filter(|&&learnt| learnt).count()
-    }
-}
 
 /// Turns records into examples, and texts into the prompts that training saw.
 ///

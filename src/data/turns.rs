@@ -7,8 +7,7 @@
 
 use std::ops::Range;
 
-use super::Result;
-use super::format::{Example, Format};
+use super::{Example, Format, Result};
 use crate::base::{ChatTemplate, Message};
 
 impl Format<'_> {

@@ -2,6 +2,10 @@
 
 use std::path::Path;
 
+use candle_core::{DType, Device};
+use prefold::base::{Checkpoint, Decoder, NoHook};
+use prefold::data::{DataConfig, Format};
+use prefold::train::{batch_input, completion_loss};
 use serde_json::Value;
 
 use crate::support::{arg, fixture, prefold, prefold_ok};
@@ -69,6 +73,42 @@ fn a_table_with_other_names_trains_like_its_jsonl() {
     let inputs = manifest["inputs"].as_array().unwrap().iter();
     let data: Vec<&str> = inputs.filter(|i| i["role"] == "data").map(|i| i["name"].as_str().unwrap()).collect();
     assert_eq!(data, ["train-0.csv", "train-1.csv"]);
+}
+
+/// The examples of a packed row do not see each other: the loss is that of the examples in rows of their own.
+#[test]
+fn a_packed_row_has_the_loss_of_its_examples() {
+    let checkpoint = Checkpoint::open(&fixture("demo/model")).unwrap();
+    let decoder = Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap();
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let loss = |packing: bool| {
+        let train = Some(fixture("demo/test.jsonl").into());
+        let config = DataConfig { train, packing, limit: Some(24), max_seq_len: 96, ..DataConfig::default() };
+        let format = Format::new(&tokenizer, decoder.spec().vocab_size, config.format.clone()).unwrap();
+        let (dataset, _) = config.load(&format, 0, 256).unwrap();
+        assert_eq!(dataset.len() < 24, packing);
+        let batch = dataset.batch(&(0..dataset.len()).collect::<Vec<_>>());
+        let input = batch_input(&batch).unwrap();
+        let found = completion_loss(&decoder, &NoHook, &input, &batch.labels).unwrap();
+        (found.tokens(), found.sum.to_scalar::<f64>().unwrap())
+    };
+    let ((packed_tokens, packed), (tokens, apart)) = (loss(true), loss(false));
+    assert_eq!(packed_tokens, tokens);
+    assert!((packed - apart).abs() < 1e-9 * apart, "{packed} {apart}");
+}
+
+#[test]
+fn a_packed_run_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("demo/model"), fixture("demo/train.jsonl"));
+    let args = ["-q", "train", "--model", arg(&model), "--data", arg(&data), "--out", "run", "--packing"];
+    let more =
+        ["--max-seq-len", "96", "--limit", "32", "--batch-size", "2", "--max-steps", "12", "--learning-rate", "1e-2"];
+    prefold_ok(folder.path(), &[args.as_slice(), &more].concat());
+    let text = std::fs::read_to_string(folder.path().join("run/metrics.jsonl")).unwrap();
+    let losses: Vec<f64> =
+        text.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).collect();
+    assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
 }
 
 #[test]
