@@ -28,10 +28,11 @@ use prefold::adapter::{Adapter, AdapterConfig};
 use prefold::base::{
     Checkpoint, Decoder, DecoderSpec, Input, Linear, NoHook, Tokenizer, WeightRole, WeightShape, family,
 };
-use prefold::data::{Batch, Cursor, Dataset, Example, Format, FormatOptions, Record, Sampler, read_jsonl};
+use prefold::data::{Batch, Cursor, DataConfig, Example, Format, FormatOptions, Record, Sampler};
 use prefold::files::{self, StagedFolder};
 use prefold::train::{
-    AdamW, AdamWConfig, RunFolder, Schedule, Silent, TrainConfig, Trainer, batch_input, clip_gradients, completion_loss,
+    AdamW, AdamWConfig, Fingerprint, Inputs, RunFolder, Schedule, Silent, TrainConfig, Trainer, batch_input,
+    clip_gradients, completion_loss,
 };
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
@@ -348,8 +349,9 @@ fn initial_weights(spec: &DecoderSpec, dice: &mut Dice) -> Result<BTreeMap<Strin
 /// Every document as a text that is learnt whole, its end too.
 fn examples(documents: &[String], tokenizer: &Tokenizer) -> Result<Vec<Example>> {
     let format = Format::new(tokenizer, tokenizer.vocab_size(), FormatOptions::default())?;
-    let record = |text: &String| Record::Completion { prompt: String::new(), completion: text.clone() };
-    documents.iter().map(|text| Ok(format.example(&record(text))?)).collect()
+    let record = |text: &String| Record::Completion { prompt: String::new(), completion: text.clone(), system: None };
+    let examples: prefold::data::Result<Vec<_>> = documents.iter().map(|text| format.examples(&record(text))).collect();
+    Ok(examples?.concat())
 }
 
 fn pretrain(
@@ -383,7 +385,7 @@ fn pretrain(
         let mut gradients: BTreeMap<String, Tensor> = weights.iter().filter_map(gradient).collect();
         clip_gradients(&mut gradients, Some(MAX_GRAD_NORM))?;
         optimizer.step(&gradients, schedule.rate(step))?;
-        loss += f64::from(found.sum.to_scalar::<f32>()?);
+        loss += found.sum.to_scalar::<f64>()?;
         tokens += found.tokens();
         if (step + 1).is_multiple_of(50) {
             let seconds = started.elapsed().as_secs_f64();
@@ -405,7 +407,11 @@ fn check_task(folder: &Path) -> Result<()> {
     let decoder = Decoder::load(&checkpoint, DType::F32, &Device::Cpu)?;
     let tokenizer = checkpoint.tokenizer()?;
     let format = Format::new(&tokenizer, decoder.spec().vocab_size, FormatOptions::default())?;
-    let dataset = |name: &str| Dataset::build(&read_jsonl(&folder.join(name))?, &format, decoder.spec().max_positions);
+    let max_seq_len = decoder.spec().max_positions;
+    let dataset = |name: &str| {
+        let config = DataConfig { train: Some(folder.join(name).into()), max_seq_len, ..DataConfig::default() };
+        config.load(&format, 0, max_seq_len).map(|(dataset, _)| dataset)
+    };
     let (train, test) = (dataset("train.jsonl")?, dataset("test.jsonl")?);
     let start = Adapter::zeros(AdapterConfig::prefix_plus(decoder.spec(), Some(checkpoint.display_name())))?;
     for seed in 0..CHECKED_SEEDS {
@@ -413,7 +419,10 @@ fn check_task(folder: &Path) -> Result<()> {
         let config = TrainConfig { learning_rate: 1e-2, epochs: 10, seed, save_every: 0, ..TrainConfig::default() };
         let scratch = tempfile::tempdir()?;
         let run = RunFolder::create(scratch.path(), false)?;
-        let outcome = Trainer::new(&decoder, &start, config, &train, Some(&test), &run)?.run(&mut Silent)?;
+        let base = Fingerprint::of(&checkpoint)?;
+        let held_out = Some(&test);
+        let inputs = Inputs { decoder: &decoder, base, adapter: &start, config, train: &train, held_out, folder: &run };
+        let outcome = Trainer::new(inputs)?.run(&mut Silent)?;
         let (Some(before), Some(after)) = (outcome.before, outcome.after) else {
             return Err("nothing measured".into());
         };

@@ -19,7 +19,8 @@
 //! | [`base`] | a frozen pretrained decoder: checkpoint, [`DecoderSpec`](base::DecoderSpec), candle forward, tokenizer |
 //! | [`adapter`] | what is trained: one file per method, its file format |
 //! | [`data`] | records → token batches |
-//! | [`train`] | objective, optimizer, schedule, checkpoints, the loop |
+//! | [`report`] | HTML pages and SVG charts |
+//! | [`train`] | objectives, optimizer, schedule, checkpoints, the loop |
 //! | [`export`] | [`DecoderSpec`](base::DecoderSpec) + weights → ONNX graph, per dialect |
 //! | [`fold`] | adapter → into a graph: locate sites, emit |
 //! | [`runtime`] | running a graph in ONNX Runtime and tract |
@@ -39,5 +40,6 @@ pub mod files;
 pub mod fold;
 pub mod onnx;
 pub mod parity;
+pub mod report;
 pub mod runtime;
 pub mod train;

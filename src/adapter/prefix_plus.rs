@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 
 use super::{AdapterConfig, Error, FeatureMap, Result};
+use crate::base::ops::{elu, head_linear};
 use crate::base::{Site, SiteHook};
 
 /// Names and shapes of the method's tensors.
@@ -49,16 +50,17 @@ impl PrefixPlus {
 }
 
 impl SiteHook for PrefixPlus {
+    fn changes_mlp(&self, _layer: usize) -> bool {
+        false
+    }
+
     fn term(&self, site: &Site) -> candle_core::Result<Option<Tensor>> {
         let Some(memory) = self.memory(site.layer) else { return Ok(None) };
         let memory = memory.to_dtype(site.query.dtype())?;
         let features = match self.feature_map {
-            FeatureMap::Elu => site.query.elu(1.0)?,
+            FeatureMap::Elu => elu(site.query)?,
         };
-        // heads first, so that one product per head covers the whole batch: [heads, batch · seq, head_dim]
-        let (batch, heads, seq, width) = features.dims4()?;
-        let rows = features.transpose(0, 1)?.reshape((heads, batch * seq, width))?;
-        rows.matmul(&memory)?.reshape((heads, batch, seq, width))?.transpose(0, 1).map(Some)
+        head_linear(&features, &memory).map(Some)
     }
 }
 

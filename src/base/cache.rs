@@ -31,6 +31,22 @@ impl KvCache {
         self.layers.get(layer).and_then(Option::as_ref)
     }
 
+    /// The same past for each of `rows` rows; this cache holds one.
+    ///
+    /// # Errors
+    /// When this cache holds several rows.
+    pub fn repeat(&self, rows: usize) -> Result<Self> {
+        let repeat = |tensor: &Tensor| {
+            let (_, heads, past, width) = tensor.dims4()?;
+            tensor.expand((rows, heads, past, width))?.contiguous()
+        };
+        let layer = |layer: &Option<(Tensor, Tensor)>| {
+            layer.as_ref().map(|(keys, values)| Ok((repeat(keys)?, repeat(values)?))).transpose()
+        };
+        let layers = self.layers.iter().map(layer).collect::<candle_core::Result<_>>();
+        Ok(Self { layers: layers.map_err(Error::candle("repeating the key-value cache"))? })
+    }
+
     /// Appends new keys and values of a layer and returns all.
     pub(super) fn extend(&mut self, layer: usize, keys: Tensor, values: Tensor) -> Result<(Tensor, Tensor)> {
         let action = Error::candle("extending the key-value cache");

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Module, Tensor};
 
 use super::hook::{LinearMap, Site, SiteHook};
-use super::ops::{masked_softmax, norm, rope, softcap};
+use super::ops::{GatedMlp, LabelLoss, LogitMap, Visibility, attention, label_loss, norm, rope};
 use super::{
     Activation, Checkpoint, DecoderSpec, Error, Input, KvCache, Linear, Norm, NormSite, QkNormOver, Result, WeightRole,
     WeightShape, Wiring, ops,
@@ -24,13 +25,15 @@ pub struct Decoder {
     layers: Vec<Layer>,
     final_norm: Option<NormWeights>,
     head_projection: Option<Tensor>,
-    head: Affine,
+    head: LogitMap,
 }
 
 #[derive(Debug)]
 struct Layer {
     norms: BTreeMap<NormSite, NormWeights>,
     linears: BTreeMap<Linear, Affine>,
+    /// The feed-forward block in one piece, where it can run so.
+    mlp: Option<GatedMlp>,
 }
 
 #[derive(Debug)]
@@ -59,12 +62,12 @@ impl Affine {
 }
 
 /// What all layers of one pass share.
-struct Pass<'a> {
+pub(super) struct Pass<'a> {
     /// By rotary embedding, cosines and sines of `[batch, seq, dim / 2]`.
     angles: Vec<(Tensor, Tensor)>,
-    /// By window, what is added to the scores, `[batch, 1, seq, total]`; none where every key is visible.
-    biases: BTreeMap<Option<usize>, Option<Tensor>>,
-    hook: &'a dyn SiteHook,
+    /// By window and number of trained keys.
+    visibilities: BTreeMap<(Option<usize>, usize), Arc<Visibility>>,
+    pub(super) hook: &'a dyn SiteHook,
 }
 
 impl Decoder {
@@ -104,7 +107,8 @@ impl Decoder {
                 });
                 let norms = norms.collect::<Result<_>>()?;
                 let linears = spec.linears().map(|linear| affine(layer, linear)).collect::<Result<_>>()?;
-                Ok(Layer { norms, linears })
+                let mlp = fused_mlp(spec, &linears);
+                Ok(Layer { norms, linears, mlp })
             })
             .collect::<Result<_>>()?;
         let projected = |role| spec.embedding.width.map(|_| get(role)).transpose();
@@ -120,7 +124,12 @@ impl Decoder {
             layers,
             final_norm: spec.final_norm.then(final_norm).transpose()?,
             head_projection: projected(WeightRole::HeadProjection)?,
-            head: Affine { weight: head, bias: spec.head.bias.then(|| get(WeightRole::HeadBias)).transpose()? },
+            head: LogitMap {
+                weight: head,
+                bias: spec.head.bias.then(|| get(WeightRole::HeadBias)).transpose()?,
+                scale: spec.head.scale,
+                softcap: spec.head.softcap,
+            },
         })
     }
 
@@ -150,13 +159,24 @@ impl Decoder {
         let action = Error::candle("running the decoder");
         let pass = self.pass(input, hook).map_err(&action)?;
         let mut x = self.embed(input, hook).map_err(&action)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            x = self.layer(index, layer, &x, &pass, cache.as_deref_mut())?;
+        for index in 0..self.layers.len() {
+            x = self.layer(index, &x, &pass, cache.as_deref_mut())?;
         }
+        self.finish(x)
+    }
+
+    /// What follows the last layer.
+    pub(super) fn finish(&self, x: Tensor) -> Result<Tensor> {
         match &self.final_norm {
-            Some(norm) => norm.forward(&x).map_err(&action),
+            Some(norm) => norm.forward(&x).map_err(Error::candle("running the decoder")),
             None => Ok(x),
         }
+    }
+
+    /// Whether gradients of what comes before the first layer are asked for.
+    pub(super) fn trains_embedding(&self) -> bool {
+        let tables = [Some(&self.embedding), self.embedding_projection.as_ref(), self.positions.as_ref()];
+        tables.into_iter().flatten().any(Tensor::track_op)
     }
 
     /// Logits of hidden states: `[…, hidden_size]` → `[…, vocab_size]`.
@@ -164,18 +184,24 @@ impl Decoder {
     /// # Errors
     /// When the shape does not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let compute = || {
-            let hidden = match &self.head_projection {
-                Some(projection) => &ops::linear(hidden, projection, None)?,
-                None => hidden,
-            };
-            let logits = scaled(self.head.forward(hidden)?, self.spec.head.scale)?;
-            match self.spec.head.softcap {
-                Some(cap) => softcap(&logits, cap),
-                None => Ok(logits),
-            }
-        };
-        compute().map_err(Error::candle("computing logits"))
+        let logits = self.head_input(hidden).and_then(|hidden| self.head.logits(&hidden));
+        logits.map_err(Error::candle("computing logits"))
+    }
+
+    /// Negative log-likelihood of one label for each row of hidden states, `[rows, hidden_size]`, in nats.
+    ///
+    /// # Errors
+    /// When the shape does not fit, or a label is not in the vocabulary.
+    pub fn label_loss(&self, hidden: &Tensor, labels: &[u32]) -> Result<LabelLoss> {
+        let loss = self.head_input(hidden).and_then(|hidden| label_loss(&hidden, &self.head, labels));
+        loss.map_err(Error::candle("computing the loss"))
+    }
+
+    fn head_input(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        match &self.head_projection {
+            Some(projection) => ops::linear(hidden, projection, None),
+            None => Ok(hidden.clone()),
+        }
     }
 
     /// Logits of every position, `[batch, seq, vocab_size]`.
@@ -186,7 +212,7 @@ impl Decoder {
         self.logits(&self.hidden_states(input, cache, hook)?)
     }
 
-    fn check(&self, input: &Input, cache: Option<&KvCache>, hook: &dyn SiteHook) -> Result<()> {
+    pub(super) fn check(&self, input: &Input, cache: Option<&KvCache>, hook: &dyn SiteHook) -> Result<()> {
         if let Some(id) = input.ids.iter().find(|id| **id as usize >= self.spec.vocab_size) {
             return Err(Error::Input {
                 why: format!("token id {id} is not below the vocabulary size {}", self.spec.vocab_size),
@@ -216,7 +242,7 @@ impl Decoder {
         Ok(())
     }
 
-    fn embed(&self, input: &Input, hook: &dyn SiteHook) -> candle_core::Result<Tensor> {
+    pub(super) fn embed(&self, input: &Input, hook: &dyn SiteHook) -> candle_core::Result<Tensor> {
         let spec = &self.spec;
         let rows = |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::new(ids, &self.device)?, 0);
         let mut x = rows(&self.embedding, &input.ids)?;
@@ -234,7 +260,7 @@ impl Decoder {
         x.reshape((input.batch, input.seq, spec.hidden_size))
     }
 
-    fn pass<'a>(&self, input: &Input, hook: &'a dyn SiteHook) -> candle_core::Result<Pass<'a>> {
+    pub(super) fn pass<'a>(&self, input: &Input, hook: &'a dyn SiteHook) -> candle_core::Result<Pass<'a>> {
         let shift = hook.prefix_length() as u32;
         let positions: Vec<u32> = input.positions.iter().map(|position| position + shift).collect();
         let angles = self.spec.attention.rotary.iter().map(|rotary| {
@@ -246,53 +272,22 @@ impl Decoder {
             Ok((tensor(cos)?, tensor(sin)?))
         });
         let angles = angles.collect::<candle_core::Result<_>>()?;
-        let mut biases = BTreeMap::new();
+        let mut visibilities = BTreeMap::new();
         for layer in &self.spec.layers {
-            if let Entry::Vacant(entry) = biases.entry(layer.window) {
-                entry.insert(self.attention_bias(input, layer.window, hook.prefix_length())?);
+            for prefix in [0, hook.prefix_length()] {
+                if let Entry::Vacant(entry) = visibilities.entry((layer.window, prefix)) {
+                    entry.insert(Arc::new(input.visibility(layer.window, prefix)?));
+                }
             }
         }
-        Ok(Pass { angles, biases, hook })
+        Ok(Pass { angles, visibilities, hook })
     }
 
-    /// Zero where a query may see a key, the dtype's lowest number where it may not. The `prefix` columns of trained keys
-    /// come first.
-    fn attention_bias(
-        &self,
-        input: &Input,
-        window: Option<usize>,
-        prefix: usize,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let (batch, seq, total) = (input.batch, input.seq, input.total());
-        if seq == 1 && input.mask.iter().all(|m| *m) && window.is_none_or(|window| window >= total + prefix) {
-            return Ok(None);
-        }
-        let lowest = match self.dtype {
-            DType::F16 => half::f16::MIN.to_f32(),
-            DType::BF16 => half::bf16::MIN.to_f32(), // the lowest float32 would round to minus infinity
-            _ => f32::MIN,
+    pub(super) fn layer(&self, index: usize, x: &Tensor, pass: &Pass, cache: Option<&mut KvCache>) -> Result<Tensor> {
+        let Some(layer) = self.layers.get(index) else {
+            let why = format!("there is no layer {index} of {}", self.layers.len());
+            return Err(Error::Input { why, help: "layers count from 0" });
         };
-        let bias_of = |visible: bool| if visible { 0.0 } else { lowest };
-        let mut bias = Vec::with_capacity(batch * seq * (prefix + total));
-        for row in 0..batch {
-            for query in total - seq..total {
-                let near = |key: usize| window.is_none_or(|window| prefix + query - key < window);
-                bias.extend((0..prefix).map(|key| bias_of(near(key))));
-                bias.extend((0..total).map(|key| bias_of(input.sees(row, query, key, window))));
-            }
-        }
-        let bias = Tensor::from_vec(bias, (batch, 1, seq, prefix + total), &Device::Cpu)?;
-        bias.to_dtype(self.dtype)?.to_device(&self.device).map(Some)
-    }
-
-    fn layer(
-        &self,
-        index: usize,
-        layer: &Layer,
-        x: &Tensor,
-        pass: &Pass,
-        cache: Option<&mut KvCache>,
-    ) -> Result<Tensor> {
         let action = Error::candle("running a layer");
         let norm = |site, x: &Tensor| match layer.norms.get(&site) {
             Some(norm) => norm.forward(x).map_err(&action),
@@ -357,31 +352,37 @@ impl Decoder {
             Some((interleaved, (cos, sin))) => rope(x, cos, sin, interleaved).map_err(&action),
             None => Ok(x.clone()),
         };
+        let view = |x: &Tensor| x.transpose(1, 2).map_err(&action);
         let unrotated = project(Linear::Query)?;
-        let (query, key, value) = (rotate(&unrotated)?, rotate(&project(Linear::Key)?)?, project(Linear::Value)?);
-        let value = value.contiguous().map_err(&action)?;
+        let (query, key) = (view(&rotate(&unrotated)?)?, view(&rotate(&project(Linear::Key)?)?)?);
+        let (unrotated, value) = (view(&unrotated)?, view(&project(Linear::Value)?)?);
         let (all_keys, all_values) = match cache {
             Some(cache) => cache.extend(index, key.clone(), value.clone())?,
             None => (key.clone(), value.clone()),
         };
-        let (all_keys, all_values) = prepend(pass.hook, index, all_keys, all_values).map_err(&action)?;
-        let bias = layer_spec.and_then(|spec| pass.biases.get(&spec.window)).and_then(Option::as_ref);
-        let bias = bias.map(|bias| last_columns(bias, &all_keys)).transpose().map_err(&action)?;
-        let mixed = self.mix(&query, &all_keys, &all_values, bias.as_ref()).map_err(&action)?;
+        let (all_keys, all_values, prefix) = prepend(pass.hook, index, all_keys, all_values).map_err(&action)?;
+        let window = layer_spec.and_then(|spec| spec.window);
+        let visibility = pass.visibilities.get(&(window, prefix)).ok_or_else(|| Error::Input {
+            why: format!("the hook gives layer {index} {prefix} keys, not {}", pass.hook.prefix_length()),
+            help: "every layer has as many trained keys as the hook says, or none",
+        })?;
+        let (scale, cap) = (self.spec.attention.scale, self.spec.attention.softcap);
+        let mixed = attention(&query, &all_keys, &all_values, visibility, scale, cap).map_err(&action)?;
         let site = Site { layer: index, query: &query, unrotated: &unrotated, key: &key, value: &value };
-        let mixed = match pass.hook.term(&site).map_err(Error::candle("computing the adapter's term"))? {
-            Some(term) => (mixed + term).map_err(&action)?,
+        let term = pass.hook.term(&site).map_err(Error::candle("computing the adapter's term"))?;
+        let mixed = view(&mixed)?;
+        let mixed = match term {
+            Some(term) => view(&term)?.contiguous().and_then(|term| mixed + term).map_err(&action)?,
             None => mixed,
         };
-        let (batch, heads, seq, width) = query.dims4().map_err(&action)?;
+        let (batch, seq, heads, width) = mixed.dims4().map_err(&action)?;
         mixed
-            .transpose(1, 2)
-            .and_then(|y| y.reshape((batch, seq, heads * width)))
+            .reshape((batch, seq, heads * width))
             .and_then(|y| self.linear(index, layer, Linear::AttentionOutput, &y, pass.hook))
             .map_err(&action)
     }
 
-    /// A projection split into heads and normalised where the model does so, `[batch, heads, seq, head_dim]`.
+    /// A projection split into heads and normalised where the model does so, `[batch, seq, heads, head_dim]`.
     fn heads(
         &self,
         index: usize,
@@ -407,24 +408,13 @@ impl Decoder {
         if let Some(norm) = norm.filter(|_| !whole) {
             y = norm.forward(&y)?;
         }
-        y.transpose(1, 2)
-    }
-
-    /// Softmax attention. The query heads of one key-value head are stacked along the sequence, so that keys and values
-    /// need no copies: `[batch, kv_heads, group · seq, head_dim]`.
-    fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
-        let (batch, heads, seq, width) = query.dims4()?;
-        let (_, kv_heads, total, _) = key.dims4()?;
-        let attention = &self.spec.attention;
-        let stacked = (batch, kv_heads, heads / kv_heads * seq, width);
-        let scores = query.reshape(stacked)?.matmul(&key.contiguous()?.transpose(2, 3)?)?;
-        let scores = scores.reshape((batch, heads, seq, total))?;
-        let weights = masked_softmax(&scores, bias, attention.scale, attention.softcap)?;
-        let weights = weights.reshape((batch, kv_heads, heads / kv_heads * seq, total))?;
-        weights.matmul(value)?.reshape((batch, heads, seq, width))
+        Ok(y)
     }
 
     fn mlp(&self, index: usize, layer: &Layer, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
+        if let Some(mlp) = layer.mlp.as_ref().filter(|_| !pass.hook.changes_mlp(index)) {
+            return mlp.forward(x);
+        }
         let linear = |linear, x: &Tensor| self.linear(index, layer, linear, x, pass.hook);
         let activation = match self.spec.mlp.activation {
             Activation::Silu => candle_nn::Activation::Silu,
@@ -441,22 +431,29 @@ impl Decoder {
     }
 }
 
-/// The hook's trained keys and values before those of the tokens.
-fn prepend(hook: &dyn SiteHook, layer: usize, keys: Tensor, values: Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-    let Some((prefix_keys, prefix_values)) = hook.prefix(layer)? else { return Ok((keys, values)) };
-    let batch = keys.dim(0)?;
+fn fused_mlp(spec: &DecoderSpec, linears: &BTreeMap<Linear, Affine>) -> Option<GatedMlp> {
+    let weight =
+        |linear| linears.get(&linear).filter(|affine| affine.bias.is_none()).map(|a: &Affine| a.weight.clone());
+    let (gate, up, down) = (weight(Linear::Gate)?, weight(Linear::Up)?, weight(Linear::Down)?);
+    let mlp = GatedMlp { gate, up, down, activation: spec.mlp.activation };
+    mlp.is_fused().then_some(mlp)
+}
+
+/// The hook's trained keys and values before those of the tokens, and how many there are.
+fn prepend(
+    hook: &dyn SiteHook,
+    layer: usize,
+    keys: Tensor,
+    values: Tensor,
+) -> candle_core::Result<(Tensor, Tensor, usize)> {
+    let Some((prefix_keys, prefix_values)) = hook.prefix(layer)? else { return Ok((keys, values, 0)) };
+    let (batch, length) = (keys.dim(0)?, prefix_keys.dim(1)?);
     let join = |prefix: Tensor, own: Tensor| {
-        let (heads, length, width) = prefix.dims3()?;
+        let (heads, _, width) = prefix.dims3()?;
         let prefix = prefix.to_dtype(own.dtype())?.unsqueeze(0)?.expand((batch, heads, length, width))?;
         Tensor::cat(&[&prefix, &own], 2)
     };
-    Ok((join(prefix_keys, keys)?, join(prefix_values, values)?))
-}
-
-/// The bias of the keys that a layer has: one without trained keys leaves their columns out.
-fn last_columns(bias: &Tensor, keys: &Tensor) -> candle_core::Result<Tensor> {
-    let (columns, total) = (bias.dim(3)?, keys.dim(2)?);
-    bias.narrow(3, columns.saturating_sub(total), total)
+    Ok((join(prefix_keys, keys)?, join(prefix_values, values)?, length))
 }
 
 fn scaled(x: Tensor, factor: f64) -> candle_core::Result<Tensor> {

@@ -53,6 +53,12 @@ pub trait SiteHook {
         Ok(None)
     }
 
+    /// Whether [`linear`](Self::linear) acts on a layer's feed-forward block. A hook that says no lets the decoder run the
+    /// block in one piece.
+    fn changes_mlp(&self, _layer: usize) -> bool {
+        true
+    }
+
     /// Keys and values that every query of a layer sees before those of the tokens, `[num_kv_heads, prefix_length,
     /// head_dim]` each.
     ///
@@ -72,4 +78,8 @@ pub trait SiteHook {
 #[derive(Clone, Copy, Debug)]
 pub struct NoHook;
 
-impl SiteHook for NoHook {}
+impl SiteHook for NoHook {
+    fn changes_mlp(&self, _layer: usize) -> bool {
+        false
+    }
+}

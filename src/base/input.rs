@@ -1,5 +1,6 @@
 //! What a decoder is given: token ids, attention mask, positions.
 
+use super::ops::Visibility;
 use super::{Error, Result};
 
 /// Tokens to run, checked for consistency. Positions follow the attention mask, `max(cumsum(mask) − 1, 0)`, unless given.
@@ -84,14 +85,34 @@ impl Input {
         self.mask.len() / self.batch
     }
 
-    /// Whether the query in column `query` of `row` sees the key in column `key`, columns counted with the past: a real
-    /// token that is not in the future, not out of the window, and of the same segment.
-    pub(super) fn sees(&self, row: usize, query: usize, key: usize, window: Option<usize>) -> bool {
-        let segment = |column: usize| self.segments.as_ref().and_then(|s| s.get(row * self.seq + column));
-        key <= query
-            && window.is_none_or(|window| query - key < window)
-            && self.mask[row * self.total() + key]
-            && segment(query) == segment(key)
+    /// Which keys the new tokens see: real ones, not in the future, not out of the window, of the same segment. `prefix`
+    /// keys that everybody sees come first. A padding query sees what the last real token before it sees.
+    pub(super) fn visibility(&self, window: Option<usize>, prefix: usize) -> candle_core::Result<Visibility> {
+        let (total, past) = (self.total(), self.total() - self.seq);
+        let mut ranges = Vec::with_capacity(self.batch * self.seq);
+        let mut hidden = Vec::with_capacity(self.batch * (prefix + total));
+        for (row, mask) in self.mask.chunks(total).enumerate() {
+            hidden.extend(std::iter::repeat_n(false, prefix).chain(mask.iter().map(|real| !real)));
+            let first_real = mask.iter().position(|real| *real).unwrap_or(total);
+            let (mut end, mut segment_start) = (0, 0);
+            for query in 0..total {
+                if mask[query] {
+                    end = query + 1;
+                }
+                if query < past {
+                    continue;
+                }
+                let segment = |at: usize| self.segments.as_ref().and_then(|s| s.get(row * self.seq + at));
+                if query > past && segment(query - past) != segment(query - past - 1) {
+                    segment_start = query;
+                }
+                let in_window = window.map_or(0, |window| (prefix + query + 1).saturating_sub(window));
+                let first = if prefix > 0 { 0 } else { first_real.max(segment_start) };
+                let first = first.max(in_window);
+                ranges.push(first..(prefix + end).max(first).min(prefix + total));
+            }
+        }
+        Visibility::new(self.batch, prefix + total, ranges, hidden)
     }
 }
 
@@ -124,16 +145,22 @@ mod tests {
 
     #[test]
     fn a_token_sees_real_tokens_of_its_past_window_and_segment() {
-        let seen = |input: &Input, window| -> Vec<String> {
-            let row = |query| (0..4).map(|key| if input.sees(0, query, key, window) { 'x' } else { '.' }).collect();
+        let seen = |input: &Input, window, prefix| -> Vec<String> {
+            let visibility = input.visibility(window, prefix).unwrap();
+            let sees = |query, key| visibility.of(0, query).contains(&key) && !visibility.is_hidden(0, key);
+            let row = |query| (0..prefix + 4).map(|key| if sees(query, key) { 'x' } else { '.' }).collect();
             (0..4).map(row).collect()
         };
-        let padded = Input::new(1, &[0, 5, 6, 7], &[0, 1, 1, 1], None).unwrap();
-        assert_eq!(seen(&padded, None), ["....", ".x..", ".xx.", ".xxx"]);
-        assert_eq!(seen(&padded, Some(2)), ["....", ".x..", ".xx.", "..xx"]);
+        let left = Input::new(1, &[0, 5, 6, 7], &[0, 1, 1, 1], None).unwrap();
+        assert_eq!(seen(&left, None, 0), ["....", ".x..", ".xx.", ".xxx"]);
+        assert_eq!(seen(&left, Some(2), 0), ["....", ".x..", ".xx.", "..xx"]);
+        assert_eq!(seen(&left, None, 1), ["x....", "x.x..", "x.xx.", "x.xxx"]);
+        let right = Input::new(1, &[5, 6, 7, 0], &[1, 1, 1, 0], None).unwrap();
+        assert_eq!(seen(&right, None, 0), ["x...", "xx..", "xxx.", "xxx."]);
+        assert_eq!(right.visibility(None, 0).unwrap().of(0, 3), 0..3);
         let packed = Input::new(1, &[4, 5, 6, 7], &[1; 4], Some(&[0, 1, 0, 1])).unwrap();
         let packed = packed.with_segments(vec![1, 1, 2, 2]).unwrap();
-        assert_eq!(seen(&packed, None), ["x...", "xx..", "..x.", "..xx"]);
+        assert_eq!(seen(&packed, None, 0), ["x...", "xx..", "..x.", "..xx"]);
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod gguf;
 mod hook;
 mod input;
 pub mod ops;
+mod recompute;
 mod rotary;
 mod safetensors;
 mod spec;
@@ -29,6 +30,7 @@ pub use error::{Error, Result};
 pub use gguf::Gguf;
 pub use hook::{LinearMap, NoHook, Site, SiteHook};
 pub use input::Input;
+pub use recompute::CheckpointedPass;
 pub use spec::{
     Activation, Attention, DecoderSpec, Embedding, Head, Layer, LearnedPositions, LongContext, Mlp, Norm, NormKind,
     QkNorm, QkNormOver, Rotary, Wiring,

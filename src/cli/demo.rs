@@ -15,7 +15,7 @@ use super::train::{RunConfig, Trained, train};
 use super::verify::{Engine, VerifyArgs, compile, open_session, summary, table};
 use crate::adapter::WEIGHTS_NAME;
 use crate::base::{Checkpoint, Decoder, NoHook, Tokenizer, fetch};
-use crate::data::{self, Format, Record};
+use crate::data::{Format, Record};
 use crate::files::{self, StagedFolder};
 use crate::onnx::MODEL_NAME;
 use crate::runtime::{GraphDecoder, library};
@@ -66,7 +66,7 @@ impl Demo {
         config.out = Some(root.join("adapter"));
 
         println!("1. Train a Prefix-Tuning+ adapter\n");
-        let trained = train(context, &config, false, false)?;
+        let trained = train(context, &config, false, false, None)?;
         println!("{}\n", trained.before_and_after().unwrap_or_default());
 
         println!(
@@ -101,8 +101,8 @@ fn built_in_task(root: &Path) -> Result<RunConfig> {
         std::fs::write(&path, bytes).map_err(files::Error::io("write", &path))?;
     }
     let mut config = RunConfig { model: Some(root.join("model").display().to_string()), ..RunConfig::default() };
-    config.data.train = Some(root.join("data/train.jsonl"));
-    config.data.eval = Some(root.join("data/test.jsonl"));
+    config.data.train = Some(root.join("data/train.jsonl").into());
+    config.data.eval = Some(root.join("data/test.jsonl").into());
     config.train.learning_rate = 1e-2;
     config.train.epochs = 8;
     config.train.batch_size = 16;
@@ -119,7 +119,7 @@ fn real_task(context: &Context, model: &str, data: Option<&Path>, root: &Path) -
     let mut config = RunConfig { model: Some(model.to_owned()), data: built_in.data, ..RunConfig::default() };
     config.data.per_class = Some(16);
     if let Some(data) = data {
-        config.data.train = Some(data.to_path_buf());
+        config.data.train = Some(data.to_path_buf().into());
         config.data.eval = None;
         config.data.holdout = Some(HELD_OUT.into());
         config.data.per_class = Some(4);
@@ -145,11 +145,7 @@ fn ensure_onnx_runtime(context: &Context) {
 fn show_answers(context: &Context, config: &RunConfig, checkpoint: &Checkpoint, graph: &Path) -> Result<()> {
     let tokenizer = checkpoint.tokenizer()?;
     let format = Format::new(&tokenizer, checkpoint.spec().vocab_size, config.data.format.clone())?;
-    let records = match (&config.data.eval, &config.data.train, HELD_OUT.parse()) {
-        (Some(eval), _, _) => data::read_jsonl(eval)?,
-        (None, Some(all), Ok(holdout)) => data::read_jsonl(all)?.hold_out(holdout, config.train.seed)?.1,
-        _ => return Ok(()),
-    };
+    let (_, Some(records)) = config.data.records(config.train.seed)? else { return Ok(()) };
     let Some(Record::Classification { text, label }) = records.entries().first().map(|e| &e.record) else {
         return Ok(());
     };

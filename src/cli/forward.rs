@@ -109,7 +109,8 @@ impl Forward {
                 outputs.insert(format!("grad.{name}"), gradient);
             }
         }
-        outputs.insert("loss".into(), mean.detach());
+        let kept = if self.dtype == ComputeType::F64 { DType::F64 } else { DType::F32 };
+        outputs.insert("loss".into(), mean.detach().to_dtype(kept).into_diagnostic()?);
         Ok(outputs)
     }
 

@@ -1,10 +1,13 @@
 //! The command line: one file per command. The only room that prints or ends the process.
 //!
 //! Results go to standard output, progress and errors to standard error. Exit codes: 0 done (for `verify`: parity),
-//! 1 failed (for `verify`: no parity), 2 wrong usage of the command line.
+//! 1 failed (for `verify`: no parity), 2 wrong usage of the command line, 130 or 143 stopped by SIGINT or SIGTERM with a
+//! checkpoint (`train`).
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bench;
 mod compile;
+mod data;
 mod demo;
 mod export;
 mod fetch;
@@ -12,6 +15,11 @@ mod fold;
 mod forward;
 mod generate;
 mod inspect;
+mod interrupt;
+mod memory;
+mod options;
+mod plan;
+mod preview;
 mod progress;
 mod runtime;
 mod schema;
@@ -60,6 +68,7 @@ struct Global {
 enum Command {
     Demo(demo::Demo),
     Fetch(fetch::Fetch),
+    Data(data::Data),
     Train(Box<train::Train>),
     Export(export::Export),
     Fold(fold::Fold),
@@ -70,6 +79,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Runtime(runtime::Runtime),
     Schema(schema::Schema),
+    Bench(bench::Bench),
 }
 
 /// What every command may use.
@@ -109,6 +119,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     let context = Context { global: cli.global, cache: files::cache_folder()? };
     match cli.command {
+        Command::Data(command) => command.run(&context),
         Command::Demo(command) => command.run(&context),
         Command::Fetch(command) => command.run(&context),
         Command::Train(command) => command.run(&context),
@@ -121,6 +132,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Inspect(command) => command.run(&context),
         Command::Runtime(command) => command.run(&context),
         Command::Schema(command) => command.run(),
+        Command::Bench(command) => command.run(&context),
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::interrupt::Interrupt;
 use super::style::percent;
 use crate::train::{Evaluation, Observer, StepReport};
 
@@ -17,18 +18,19 @@ pub(super) struct TrainingBar {
     smoothed: Option<f64>,
     last_line: Option<Instant>,
     quiet: bool,
+    interrupt: Option<Interrupt>,
 }
 
 const SECONDS_BETWEEN_LINES: u64 = 10;
 
 impl TrainingBar {
-    pub(super) fn new(total: usize, done: usize, quiet: bool) -> Self {
+    pub(super) fn new(total: usize, done: usize, quiet: bool, interrupt: Option<Interrupt>) -> Self {
         let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(total as u64) };
         let style = ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {eta} left");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_position(done as u64);
         bar.reset_eta();
-        Self { bar, started: Instant::now(), tokens: 0, smoothed: None, last_line: None, quiet }
+        Self { bar, started: Instant::now(), tokens: 0, smoothed: None, last_line: None, quiet, interrupt }
     }
 
     /// A line that stays, above the bar.
@@ -75,5 +77,9 @@ impl Observer for TrainingBar {
 
     fn checkpoint(&mut self, path: &Path) {
         self.say(&format!("checkpoint {}", path.display()));
+    }
+
+    fn should_stop(&self) -> bool {
+        self.interrupt.as_ref().is_some_and(Interrupt::is_asked)
     }
 }

@@ -5,41 +5,50 @@ use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::Args;
-use figment::Figment;
-use figment::providers::{Format as _, Serialized, Toml};
 use miette::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::data::DataArgs;
+use super::interrupt::Interrupt;
+use super::memory::peak_resident;
+use super::options::{self, Layer};
+use super::plan::Plan;
 use super::progress::TrainingBar;
-use super::{Context, keep_apart, style, usage};
+use super::{Context, command_line, keep_apart, style, usage};
 use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, Tokenizer};
-use crate::data::{self, ChatUse, Dataset, Format, FormatOptions, Holdout, LabelText, Records};
+use crate::data::{DataConfig, Dataset, Format, Paths};
 use crate::files::Manifest;
-use crate::train::{ComputeType, Outcome, RunFolder, TrainConfig, Trainer};
+use crate::train::{
+    BestBy, ComputeType, Ended, EvalBy, Fingerprint, Inputs, ObjectiveKind, Outcome, REPORT_NAME, RunFolder,
+    TrainConfig, Trainer, check_data,
+};
 
 /// Train a Prefix-Tuning+ adapter
 ///
-/// Options come from the defaults, then from --config, then from the command line.
+/// Options come from the defaults, then from --config, then from each --set, then from the other options.
+///
+/// Ctrl-C ends the run after the step at hand with a checkpoint and the command to go on (exit code 130); a second one ends
+/// it at once.
 #[derive(Args, Debug)]
 pub(super) struct Train {
-    /// A TOML file of options: see schemas/train.schema.json
+    /// A TOML or YAML file of options: see schemas/train.schema.json
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// An option by its key in such a file, like train.adamw.beta2=0.95; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Open the model and the data, check everything, print what would be done, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print what --dry-run finds as JSON
+    #[arg(long, requires = "dry_run")]
+    json: bool,
     /// Hugging Face folder, .gguf file, or the name of a fetched model
     #[arg(long)]
     model: Option<String>,
-    /// JSONL records: {"text","label"}, {"prompt","completion"} or {"messages"}
-    #[arg(long, value_name = "FILE")]
-    data: Option<PathBuf>,
-    /// JSONL records to evaluate on
-    #[arg(long, value_name = "FILE", conflicts_with = "holdout")]
-    eval: Option<PathBuf>,
-    /// Records of --data to keep apart for evaluation: a count or a fraction
-    #[arg(long, value_name = "N|FRACTION")]
-    holdout: Option<String>,
     /// Folder of the run: the adapter, metrics.jsonl, checkpoints
     #[arg(long)]
     out: Option<PathBuf>,
@@ -56,37 +65,11 @@ pub(super) struct Train {
 }
 
 #[derive(Args, Debug)]
-#[command(next_help_heading = "Data")]
-struct DataArgs {
-    /// Longest example in tokens; a longer prompt loses its beginning
-    #[arg(long)]
-    max_seq_len: Option<usize>,
-    /// At most so many training records
-    #[arg(long)]
-    limit: Option<usize>,
-    /// At most so many training records of each label
-    #[arg(long)]
-    per_class: Option<usize>,
-    /// At most so many evaluation records
-    #[arg(long)]
-    eval_limit: Option<usize>,
-    /// Prompt of a {"text","label"} record, a Jinja template over `text`
-    #[arg(long)]
-    template: Option<String>,
-    /// System prompt
-    #[arg(long)]
-    system: Option<String>,
-    /// Do not use the model's chat template
-    #[arg(long)]
-    no_chat: bool,
-    /// Learn labels as they are written, underscores included
-    #[arg(long)]
-    verbatim_labels: bool,
-}
-
-#[derive(Args, Debug)]
 #[command(next_help_heading = "Training")]
 struct TrainingArgs {
+    /// What is minimised: sft, dpo or simpo
+    #[arg(long)]
+    objective: Option<ObjectiveKind>,
     /// Highest learning rate
     #[arg(long, value_parser = finite)]
     learning_rate: Option<f64>,
@@ -117,9 +100,27 @@ struct TrainingArgs {
     /// Steps between evaluations; 0 for one at the end
     #[arg(long)]
     eval_every: Option<usize>,
+    /// How held-out classes are predicted: text or likelihood
+    #[arg(long)]
+    eval_by: Option<EvalBy>,
     /// Steps between checkpoints; 0 for none
     #[arg(long)]
     save_every: Option<usize>,
+    /// Keep so many checkpoints, the newest
+    #[arg(long)]
+    save_limit: Option<usize>,
+    /// Keep the checkpoint with the best held-out loss or accuracy in best/
+    #[arg(long)]
+    best_by: Option<BestBy>,
+    /// End with the best adapter, not the last
+    #[arg(long)]
+    load_best_at_end: bool,
+    /// Stop after so many evaluations that are no better
+    #[arg(long)]
+    patience: Option<usize>,
+    /// Write TensorBoard event files
+    #[arg(long)]
+    tensorboard: bool,
     /// Type of the frozen model: f64, f32, bf16 or f16
     #[arg(long)]
     dtype: Option<ComputeType>,
@@ -144,43 +145,6 @@ pub struct RunConfig {
     pub adapter: AdapterOptions,
 }
 
-/// What to train on.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct DataConfig {
-    /// JSONL records to train on.
-    pub train: Option<PathBuf>,
-    /// JSONL records to evaluate on.
-    pub eval: Option<PathBuf>,
-    /// In place of `eval`: records of `train` to keep apart, a count or a fraction, as text.
-    pub holdout: Option<String>,
-    /// Longest example in tokens.
-    pub max_seq_len: usize,
-    /// At most so many training records.
-    pub limit: Option<usize>,
-    /// At most so many training records of each label.
-    pub per_class: Option<usize>,
-    /// At most so many evaluation records.
-    pub eval_limit: Option<usize>,
-    /// How records become prompts and completions.
-    pub format: FormatOptions,
-}
-
-impl Default for DataConfig {
-    fn default() -> Self {
-        Self {
-            train: None,
-            eval: None,
-            holdout: None,
-            max_seq_len: 512,
-            limit: None,
-            per_class: None,
-            eval_limit: None,
-            format: FormatOptions::default(),
-        }
-    }
-}
-
 /// What to train.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -192,61 +156,45 @@ pub struct AdapterOptions {
 impl Train {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         let config = self.resolve()?;
-        let done = train(context, &config, self.resume, self.overwrite)?;
-        println!("{} ({} steps, loss {:.3})", done.out.display(), done.outcome.steps, done.outcome.loss);
-        if let Some(line) = done.before_and_after() {
+        if self.dry_run {
+            return self.print_plan(context, &config);
+        }
+        let done = train(context, &config, self.resume, self.overwrite, Some(&Interrupt::listen()?))?;
+        let (out, outcome) = (done.out.display(), &done.outcome);
+        match outcome.ended {
+            Ended::Stopped => {
+                eprintln!("stopped after step {}; go on with\n  {}", outcome.steps, resume_command());
+                return Ok(ExitCode::from(done.exit_code));
+            }
+            Ended::Exhausted => println!("{out} (stopped early at step {}, loss {:.3})", outcome.steps, outcome.loss),
+            Ended::Completed => println!("{out} ({} steps, loss {:.3})", outcome.steps, outcome.loss),
+        }
+        for line in [done.before_and_after(), done.best(&config), done.memory()].into_iter().flatten() {
             println!("{line}");
+        }
+        println!("curves in {}", done.out.join(REPORT_NAME).display());
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn print_plan(&self, context: &Context, config: &RunConfig) -> Result<ExitCode> {
+        let prepared = prepare(context, config)?;
+        let plan = Plan::of(config, &prepared);
+        if self.json {
+            println!("{:#}", json!({ "plan": plan, "options": config }));
+        } else {
+            plan.print(config)?;
         }
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Defaults, then the file, then the command line.
+    /// Defaults, then the file, then `--set`, then the command line.
     fn resolve(&self) -> Result<RunConfig> {
-        let mut figment = Figment::from(Serialized::defaults(RunConfig::default()));
-        if let Some(path) = &self.config {
-            if !path.is_file() {
-                return Err(usage(format!("there is no configuration {}", path.display()), "check --config"));
-            }
-            figment = figment.merge(Toml::file_exact(path));
-        }
-        let figment = figment.merge(Serialized::globals(self.given()));
-        let config: figment::Result<RunConfig> = figment.extract();
-        let mut config = config.map_err(|error| {
-            let file = self.config.as_deref().map_or("the command line".into(), |path| path.display().to_string());
-            usage(format!("{file}: `{}`: {}", error.path.join("."), error.kind), "see schemas/train.schema.json")
-        })?;
-        // of two options for one thing, the command line's wins over the file's
-        if self.holdout.is_some() {
-            config.data.eval = None;
-        }
-        if self.eval.is_some() {
-            config.data.holdout = None;
-        }
-        if self.training.epochs.is_some() && self.training.max_steps.is_none() {
-            config.train.max_steps = None;
-        }
-        Ok(config)
+        layered(self.config.as_deref(), &self.set, self.given())
     }
 
     /// What the command line says, and nothing else.
     fn given(&self) -> Value {
-        let (data, training) = (&self.data_options, &self.training);
-        let format = given([
-            ("template", json!(data.template)),
-            ("system", json!(data.system)),
-            ("chat", if data.no_chat { json!(ChatUse::Never) } else { Value::Null }),
-            ("labels", if data.verbatim_labels { json!(LabelText::Verbatim) } else { Value::Null }),
-        ]);
-        let data = given([
-            ("train", json!(self.data)),
-            ("eval", json!(self.eval)),
-            ("holdout", json!(self.holdout)),
-            ("max_seq_len", json!(data.max_seq_len)),
-            ("limit", json!(data.limit)),
-            ("per_class", json!(data.per_class)),
-            ("eval_limit", json!(data.eval_limit)),
-            ("format", format),
-        ]);
+        let training = &self.training;
         let train = given([
             ("learning_rate", json!(training.learning_rate)),
             ("epochs", json!(training.epochs)),
@@ -257,19 +205,38 @@ impl Train {
             ("warmup_fraction", json!(training.warmup_fraction)),
             ("adamw", given([("weight_decay", json!(training.weight_decay))])),
             ("seed", json!(training.seed)),
+            ("objective", json!(training.objective)),
             ("eval_every", json!(training.eval_every)),
+            ("eval_by", json!(training.eval_by)),
             ("save_every", json!(training.save_every)),
+            ("save_limit", json!(training.save_limit)),
+            ("best_by", json!(training.best_by)),
+            ("load_best_at_end", if training.load_best_at_end { json!(true) } else { Value::Null }),
+            ("patience", json!(training.patience)),
+            ("tensorboard", if training.tensorboard { json!(true) } else { Value::Null }),
             ("dtype", json!(training.dtype)),
         ]);
         let adapter = given([("layers", json!(training.layers))]);
         given([
             ("model", json!(self.model)),
             ("out", json!(self.out)),
-            ("data", data),
+            ("data", self.data_options.given()),
             ("train", train),
             ("adapter", adapter),
         ])
     }
+}
+
+/// Of two options for one thing, the one in the higher layer counts.
+pub(super) const REPLACED: [(&str, &str); 3] =
+    [("data.holdout", "data.eval"), ("data.eval", "data.holdout"), ("train.epochs", "train.max_steps")];
+
+/// This command line with `--resume`.
+fn resume_command() -> String {
+    let given = command_line();
+    let kept: Vec<&str> = given.split(' ').filter(|word| *word != "--overwrite").collect();
+    let more = if kept.contains(&"--resume") { "" } else { " --resume" };
+    kept.join(" ") + more
 }
 
 fn finite(text: &str) -> std::result::Result<f64, String> {
@@ -277,147 +244,181 @@ fn finite(text: &str) -> std::result::Result<f64, String> {
     if number.is_finite() { Ok(number) } else { Err("must be finite".into()) }
 }
 
+/// Defaults, then a file, then what is given besides.
+pub(super) fn resolve(file: Option<&Path>, given: Value) -> Result<RunConfig> {
+    layered(file, &[], given)
+}
+
+/// Defaults, then a file, then single options, then what is given besides.
+fn layered(file: Option<&Path>, set: &[String], given: Value) -> Result<RunConfig> {
+    let layers = file.map(Layer::file).into_iter().chain(set.iter().map(|text| Layer::set(text)));
+    let layers = layers.chain([Ok(Layer::command_line(given))]);
+    options::resolve(layers.collect::<Result<_>>()?, &REPLACED)
+}
+
 /// An object of the entries that are not null.
-fn given<const N: usize>(entries: [(&str, Value); N]) -> Value {
+pub(super) fn given<const N: usize>(entries: [(&str, Value); N]) -> Value {
     let entries = entries.into_iter().filter(|(_, value)| !value.is_null());
     Value::Object(entries.map(|(key, value)| (key.to_owned(), value)).collect::<Map<_, _>>())
 }
 
-/// A finished run.
+/// A run that has ended.
 pub(super) struct Trained {
     pub(super) out: PathBuf,
     pub(super) outcome: Outcome,
+    /// Of this process where the run was stopped.
+    exit_code: u8,
+    /// Estimated and measured.
+    memory: (u64, Option<u64>),
 }
 
 impl Trained {
     /// Accuracy and loss on the held-out part, before and after.
     pub(super) fn before_and_after(&self) -> Option<String> {
-        let after = self.outcome.after?;
+        let after = self.outcome.after.as_ref()?;
         let of = |value: fn(&crate::train::Evaluation) -> String| match &self.outcome.before {
-            Some(before) => format!("{} → {}", value(before), value(&after)),
-            None => value(&after),
+            Some(before) => format!("{} → {}", value(before), value(after)),
+            None => value(after),
         };
         let (accuracy, loss) = (of(|e| style::percent(e.accuracy)), of(|e| format!("{:.3}", e.loss)));
         Some(format!("held-out accuracy {accuracy}, loss {loss} ({} examples)", after.examples))
     }
+
+    fn best(&self, config: &RunConfig) -> Option<String> {
+        let best = self.outcome.best?;
+        let (by, value) = match config.train.watched()? {
+            BestBy::Loss => ("loss", format!("{:.3}", best.value)),
+            BestBy::Accuracy => ("accuracy", style::percent(best.value)),
+        };
+        let kept = if config.train.load_best_at_end { "this is the adapter" } else { "kept in best/" };
+        Some(format!("best held-out {by} {value} at step {}; {kept}", best.step))
+    }
+
+    fn memory(&self) -> Option<String> {
+        let (estimated, peak) = (style::bytes(self.memory.0), style::bytes(self.memory.1?));
+        Some(format!("peak memory {peak} of the whole process, estimated {estimated} for the training"))
+    }
 }
 
-/// Runs a training from a resolved configuration.
-pub(super) fn train(context: &Context, config: &RunConfig, resume: bool, overwrite: bool) -> Result<Trained> {
+/// What a run needs before its decoder is loaded.
+pub(super) struct Prepared {
+    pub(super) checkpoint: Checkpoint,
+    pub(super) adapter: Adapter,
+    pub(super) training: Dataset,
+    pub(super) held_out: Option<Dataset>,
+}
+
+/// Opens and checks everything that a configuration names.
+fn prepare(context: &Context, config: &RunConfig) -> Result<Prepared> {
     let (Some(model), Some(data), Some(out)) = (&config.model, &config.data.train, &config.out) else {
         return Err(usage("--model, --data and --out are needed", "give them on the command line or in --config"));
     };
     config.train.check()?;
-    let inputs = [Some(Path::new(model)), Some(data.as_path()), config.data.eval.as_deref()];
-    keep_apart(out, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
+    let inputs = [Some(data), config.data.eval.as_ref()].into_iter().flatten().flat_map(Paths::as_slice);
+    keep_apart(out, &inputs.map(PathBuf::as_path).chain([Path::new(model)]).collect::<Vec<_>>())?;
     let checkpoint = context.checkpoint(model)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let (training, held_out) = datasets(&checkpoint, &tokenizer, config, data)?;
+    let (training, held_out) = datasets(&checkpoint, &tokenizer, config)?;
     let mut adapter_config = AdapterConfig::prefix_plus(checkpoint.spec(), Some(checkpoint.display_name()));
     adapter_config.layers.clone_from(&config.adapter.layers);
     let adapter = Adapter::zeros(adapter_config)?;
-    let decoder = Decoder::load(&checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
+    check_data(&config.train, &training, held_out.as_ref())?;
+    Ok(Prepared { checkpoint, adapter, training, held_out })
+}
+
+/// Runs a training from a resolved configuration.
+pub(super) fn train(
+    context: &Context,
+    config: &RunConfig,
+    resume: bool,
+    overwrite: bool,
+    interrupt: Option<&Interrupt>,
+) -> Result<Trained> {
+    let prepared = prepare(context, config)?;
+    let Some(out) = &config.out else { return Err(usage("--out is needed", "the folder of the run")) };
+    let plan = Plan::of(config, &prepared);
+    let decoder = Decoder::load(&prepared.checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
-    let outcome = run(context, config, &decoder, &adapter, &training, held_out.as_ref(), &folder).and_then(|outcome| {
+    let outcome = run(context, config, &prepared, &plan, &decoder, &folder, interrupt).and_then(|outcome| {
+        if outcome.ended == Ended::Stopped {
+            return Ok(outcome);
+        }
         folder.finish(&outcome.adapter)?;
-        write_manifest(&checkpoint, config, data, out, &outcome)?;
+        write_manifest(&prepared.checkpoint, config, out, &outcome)?;
         Ok(outcome)
     });
     if outcome.is_err() {
         folder.discard_without_checkpoint();
     }
-    Ok(Trained { out: out.clone(), outcome: outcome? })
+    Ok(Trained {
+        out: out.clone(),
+        outcome: outcome?,
+        exit_code: interrupt.map_or(0, Interrupt::exit_code),
+        memory: (plan.memory().total(), peak_resident()),
+    })
 }
 
 fn run(
     context: &Context,
     config: &RunConfig,
+    prepared: &Prepared,
+    plan: &Plan,
     decoder: &Decoder,
-    adapter: &Adapter,
-    training: &Dataset,
-    held_out: Option<&Dataset>,
     folder: &RunFolder,
+    interrupt: Option<&Interrupt>,
 ) -> Result<Outcome> {
-    let trainer = Trainer::new(decoder, adapter, config.train.clone(), training, held_out, folder)?;
+    let trainer = Trainer::new(Inputs {
+        decoder,
+        base: Fingerprint::of(&prepared.checkpoint)?,
+        adapter: &prepared.adapter,
+        config: config.train.clone(),
+        train: &prepared.training,
+        held_out: prepared.held_out.as_ref(),
+        folder,
+    })?;
     if !context.global.quiet {
-        let (trained, all) = (adapter.num_parameters(), decoder.spec().num_parameters());
-        eprintln!(
-            "training {} of {} parameters ({:.2} %) on {} examples, {} steps",
-            style::count(trained),
-            style::count(all),
-            100.0 * trained as f64 / all as f64,
-            training.len(),
-            trainer.total_steps(),
-        );
+        eprintln!("{}", plan.headline());
     }
-    let mut bar = TrainingBar::new(trainer.total_steps(), trainer.start_step(), context.global.quiet);
+    let (total, start) = (trainer.total_steps(), trainer.start_step());
+    let mut bar = TrainingBar::new(total, start, context.global.quiet, interrupt.cloned());
     let outcome = trainer.run(&mut bar);
     bar.finish();
     Ok(outcome?)
 }
 
 /// The training and held-out examples; what was shortened or dropped is said.
-fn datasets(
-    checkpoint: &Checkpoint,
-    tokenizer: &Tokenizer,
-    config: &RunConfig,
-    path: &Path,
-) -> Result<(Dataset, Option<Dataset>)> {
-    let (options, seed) = (&config.data, config.train.seed);
-    let format = Format::new(tokenizer, checkpoint.spec().vocab_size, options.format.clone())?;
-    let records = data::read_jsonl(path)?;
-    let (mut records, mut held_out) = match (&options.eval, &options.holdout) {
-        (Some(path), _) => (records, Some(data::read_jsonl(path)?)),
-        (None, Some(text)) => {
-            let holdout: Holdout =
-                text.parse().map_err(|e| usage(format!("--holdout: {e}"), "a count or a fraction"))?;
-            let (records, held_out) = records.hold_out(holdout, seed)?;
-            (records, Some(held_out))
+fn datasets(checkpoint: &Checkpoint, tokenizer: &Tokenizer, config: &RunConfig) -> Result<(Dataset, Option<Dataset>)> {
+    let spec = checkpoint.spec();
+    let format = Format::new(tokenizer, spec.vocab_size, config.data.format.clone())?;
+    let (train, held_out) = config.data.load(&format, config.train.seed, spec.max_positions)?;
+    for (name, dataset) in [("training data", Some(&train)), ("held-out data", held_out.as_ref())] {
+        for note in dataset.into_iter().flat_map(|dataset| dataset.report().notes()) {
+            tracing::warn!("{name}: {note}");
         }
-        (None, None) => (records, None),
-    };
-    if let Some(n) = options.per_class {
-        records = records.per_class(n, seed)?;
     }
-    if let Some(n) = options.limit {
-        records = records.limit(n, seed);
-    }
-    if let Some(n) = options.eval_limit {
-        held_out = held_out.map(|records| records.limit(n, seed));
-    }
-    let limit = options.max_seq_len.min(checkpoint.spec().max_positions);
-    let build = |records: &Records| -> Result<Dataset> {
-        let dataset = Dataset::build(records, &format, limit)?;
-        let report = dataset.report();
-        if report.truncated + report.dropped > 0 {
-            tracing::warn!(
-                "{}: of {} records, {} lost the beginning of their prompt and {} were dropped at {limit} tokens",
-                records.path().display(),
-                report.records,
-                report.truncated,
-                report.dropped,
-            );
-        }
-        Ok(dataset)
-    };
-    Ok((build(&records)?, held_out.as_ref().map(build).transpose()?))
+    Ok((train, held_out))
 }
 
-fn write_manifest(
-    checkpoint: &Checkpoint,
-    config: &RunConfig,
-    data: &Path,
-    out: &Path,
-    outcome: &Outcome,
-) -> Result<()> {
-    let mut manifest = Manifest::new("train", json!(config)).input("data", data)?;
-    if let Some(eval) = &config.data.eval {
-        manifest = manifest.input("eval", eval)?;
+fn write_manifest(checkpoint: &Checkpoint, config: &RunConfig, out: &Path, outcome: &Outcome) -> Result<()> {
+    let mut manifest = Manifest::new("train", json!(config));
+    let (train, eval) = config.data.files()?;
+    for (role, files) in [("data", train), ("eval", eval)] {
+        for file in files {
+            manifest = manifest.input(role, &file)?;
+        }
     }
     for file in checkpoint.weight_files() {
         manifest = manifest.input("weights", &file)?;
     }
     manifest = manifest.output("adapter_config", &out.join(CONFIG_NAME))?.output("adapter", &out.join(WEIGHTS_NAME))?;
-    manifest.facts = json!({ "steps": outcome.steps, "loss": outcome.loss, "held_out_before": outcome.before, "held_out_after": outcome.after });
+    manifest.facts = json!({
+        "steps": outcome.steps,
+        "loss": outcome.loss,
+        "held_out_before": outcome.before,
+        "held_out_after": outcome.after,
+        "best": outcome.best,
+        "ended": outcome.ended,
+        "peak_resident_bytes": peak_resident(),
+    });
     Ok(manifest.write(out)?)
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::RecordKind;
+use super::{Layout, Place};
 use crate::base;
 
 /// What can go wrong between a file of records and a batch.
@@ -12,71 +12,90 @@ pub enum Error {
     #[error(transparent)]
     #[diagnostic(transparent)]
     Files(#[from] crate::files::Error),
-    /// The file has no record.
-    #[error("{} holds no records", path.display())]
-    #[diagnostic(code(prefold::data::empty), help("write one JSON object a line: {}", RecordKind::SHAPES))]
-    Empty {
-        /// The file.
+    /// A file or folder cannot be used as data.
+    #[error("{} {reason}", path.display())]
+    #[diagnostic(code(prefold::data::file), help("{help}"))]
+    File {
+        /// The file or folder.
         path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        reason: String,
+        /// What to do.
+        help: String,
     },
-    /// A line is no JSON object.
-    #[error("{}:{line}: {reason}", path.display())]
-    #[diagnostic(code(prefold::data::json), help("every line is one JSON object: {}", RecordKind::SHAPES))]
+    /// There is no record.
+    #[error("{paths} holds no records")]
+    #[diagnostic(code(prefold::data::empty), help("a record is one of {}", Layout::SHAPES))]
+    Empty {
+        /// The files or folders.
+        paths: String,
+    },
+    /// A line or an element is no JSON object.
+    #[error("{place}: {reason}")]
+    #[diagnostic(code(prefold::data::json), help("every record is one JSON object: {}", Layout::SHAPES))]
     Json {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
+        /// Where it stands.
+        place: Place,
         /// The parser's reason.
         reason: String,
     },
-    /// The first record has the fields of no kind.
-    #[error("{}:{line}: the record is of no known kind; its fields are {found}", path.display())]
-    #[diagnostic(code(prefold::data::kind), help("a record is one of {}", RecordKind::SHAPES))]
-    UnknownKind {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// The fields it has.
+    /// A row of a table does not fit its header, or is no text.
+    #[error("{place}: {reason}")]
+    #[diagnostic(
+        code(prefold::data::table),
+        help("a table begins with a header; fields with a delimiter, a quote or a line break stand in double quotes")
+    )]
+    Table {
+        /// Where it stands.
+        place: Place,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The first record has the fields of no layout.
+    #[error("{place}: the record is of no known layout; its fields are {found}")]
+    #[diagnostic(
+        code(prefold::data::layout),
+        help(
+            "a record is one of {}; other names of fields are given as `fields = {{ prompt = \"question\" }}`",
+            Layout::SHAPES
+        )
+    )]
+    UnknownLayout {
+        /// Where it stands.
+        place: Place,
+        /// The fields it has, and perhaps what was meant.
         found: String,
     },
-    /// A record is of another kind than the first one.
-    #[error("{}:{line}: this is a {found} record, but the file began with {expected} records", path.display())]
-    #[diagnostic(code(prefold::data::mixed), help("keep one kind in a file: {}", RecordKind::SHAPES))]
+    /// A record is of another layout than the first one.
+    #[error("{place}: this is a {found} record, but the file began with {expected} records")]
+    #[diagnostic(code(prefold::data::mixed), help("keep one layout in a data set; this one's is {}", expected.shape()))]
     Mixed {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// Its kind.
-        found: RecordKind,
-        /// The file's kind.
-        expected: RecordKind,
+        /// Where it stands.
+        place: Place,
+        /// Its layout.
+        found: Layout,
+        /// The layout of those before it.
+        expected: Layout,
     },
     /// A field is missing or holds the wrong thing.
-    #[error("{}:{line}: the field `{field}` {reason}", path.display())]
-    #[diagnostic(code(prefold::data::field), help("a {kind} record is {}", kind.shape()))]
+    #[error("{place}: the field `{field}` {reason}")]
+    #[diagnostic(code(prefold::data::field), help("a record of the layout `{layout}` is {}", layout.shape()))]
     Field {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
+        /// Where the record stands.
+        place: Place,
         /// The field, `messages[2].role` if it is nested.
         field: String,
         /// What was expected and what was found, as the rest of a sentence.
         reason: String,
-        /// The file's kind.
-        kind: RecordKind,
+        /// The layout of the records.
+        layout: Layout,
     },
     /// A record could not become tokens.
-    #[error("{}:{line}: {source}", path.display())]
+    #[error("{place}: {source}")]
     #[diagnostic(code(prefold::data::record), help("{}", help_of(source)))]
     Record {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
+        /// Where it stands.
+        place: Place,
         /// The reason.
         source: Box<Error>,
     },
@@ -84,21 +103,22 @@ pub enum Error {
     #[error(transparent)]
     #[diagnostic(transparent)]
     Base(#[from] base::Error),
-    /// The prompt template does not parse or does not render.
-    #[error("the prompt template fails: {reason}")]
-    #[diagnostic(
-        code(prefold::data::template),
-        help("it is a Jinja template over `text`, as in {:?}", super::DEFAULT_TEMPLATE)
-    )]
+    /// A prompt template does not parse or does not render.
+    #[error("the option `{option}` fails as a template: {reason}")]
+    #[diagnostic(code(prefold::data::template), help("it is a Jinja template over {variables}"))]
     Template {
+        /// The option that holds it.
+        option: &'static str,
         /// The template engine's reason.
         reason: String,
+        /// What it may use.
+        variables: &'static str,
     },
     /// Conversations need a chat template.
     #[error("the records are conversations, but {why}")]
     #[diagnostic(
         code(prefold::data::no_chat_template),
-        help("use an instruction-tuned checkpoint, or records of the form {}", RecordKind::Completion.shape())
+        help("use an instruction-tuned checkpoint, or records of the form {}", Layout::Completion.shape())
     )]
     NoChatTemplate {
         /// Why there is no template to use.
@@ -109,20 +129,20 @@ pub enum Error {
     #[diagnostic(code(prefold::data::empty_prompt), help("give the record a prompt"))]
     EmptyPrompt,
     /// No example was left.
-    #[error("none of the {records} records of {} fits into {max_seq_len} tokens", path.display())]
+    #[error("none of the {records} records of {paths} can be used at {max_seq_len} tokens: {why}")]
     #[diagnostic(
-        code(prefold::data::too_long),
-        help("the shortest completion has {shortest} tokens and needs one token of prompt; raise the sequence length")
+        code(prefold::data::nothing_left),
+        help("raise max_seq_len, choose another `truncation`, or look at the records with `prefold data preview`")
     )]
-    NothingFits {
-        /// The file.
-        path: PathBuf,
-        /// How many records it has.
+    NothingLeft {
+        /// The files.
+        paths: String,
+        /// How many records there are.
         records: usize,
         /// The longest sequence allowed.
         max_seq_len: usize,
-        /// The shortest completion.
-        shortest: usize,
+        /// Why they were dropped.
+        why: String,
     },
     /// A holdout that leaves one side empty or is no number.
     #[error("cannot hold out {wanted} of {available} records")]
@@ -137,16 +157,27 @@ pub enum Error {
         available: usize,
     },
     /// A class-wise selection of records without classes.
-    #[error("{} holds {kind} records, which have no classes to select from", path.display())]
+    #[error("{paths} holds {layout} records, which have no classes to select from")]
     #[diagnostic(
         code(prefold::data::no_classes),
-        help("a number per class needs records of the form {}", RecordKind::Classification.shape())
+        help("a number per class needs records of the form {}", Layout::Classification.shape())
     )]
     NoClasses {
-        /// The file.
-        path: PathBuf,
-        /// The file's kind.
-        kind: RecordKind,
+        /// The files.
+        paths: String,
+        /// Their layout.
+        layout: Layout,
+    },
+    /// An option makes no sense, alone or with these records.
+    #[error("data option `{option}` {reason}")]
+    #[diagnostic(code(prefold::data::option), help("{help}"))]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What is wrong with it, as the rest of a sentence.
+        reason: String,
+        /// What to do.
+        help: &'static str,
     },
 }
 

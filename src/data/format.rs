@@ -4,13 +4,15 @@ use minijinja::Environment;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::record::Prompt;
 use super::{Error, Record, Result};
 use crate::base::{ChatTemplate, Message, Tokenizer};
 
 /// The prompt of a classification record, as a Jinja template over `text`.
 pub const DEFAULT_TEMPLATE: &str = "{{ text }}\nlabel:";
 
-const TEMPLATE: &str = "prompt";
+const TEMPLATE: &str = "template";
+const PROMPT_TEMPLATE: &str = "prompt_template";
 
 /// How labels are spelled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -38,31 +40,70 @@ pub enum ChatUse {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FormatOptions {
-    /// The prompt of a classification record.
+    /// The prompt of a classification record, a Jinja template over `text`.
     pub template: String,
+    /// The prompt of a completion record, a Jinja template over `prompt`, or of an alpaca record, over `instruction` and
+    /// `input` (empty where there is none). Where not given, the prompt as it is, or instruction and input in lines of their
+    /// own.
+    pub prompt_template: Option<String>,
     /// How labels are spelled.
     pub labels: LabelText,
     /// When the chat template is used.
     pub chat: ChatUse,
     /// A system prompt: the first message where a conversation has none of its own, or a paragraph before a plain prompt.
     pub system: Option<String>,
+    /// The roles whose messages are learnt in a conversation, each with the token that ends its turn; where empty, the
+    /// assistant's last message alone.
+    pub train_on: Vec<String>,
+    /// Learn the prompt too, all but its first token.
+    pub train_on_prompt: bool,
 }
 
 impl Default for FormatOptions {
     fn default() -> Self {
-        Self { template: DEFAULT_TEMPLATE.into(), labels: LabelText::default(), chat: ChatUse::default(), system: None }
+        Self {
+            template: DEFAULT_TEMPLATE.into(),
+            prompt_template: None,
+            labels: LabelText::default(),
+            chat: ChatUse::default(),
+            system: None,
+            train_on: Vec::new(),
+            train_on_prompt: false,
+        }
     }
 }
 
 /// A prompt and what is learnt to follow it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Example {
     /// What is given; at least one token.
     pub prompt_ids: Vec<u32>,
+    /// Which tokens of the prompt are learnt too, such as earlier answers in a conversation: as many as `prompt_ids`, or
+    /// none where all are only given. The first is never learnt, because nothing predicts it.
+    pub prompt_mask: Vec<bool>,
     /// What is learnt; ends with the token that ends the turn or the text.
     pub completion_ids: Vec<u32>,
     /// The class as the file spells it, for a classification record.
     pub label: Option<String>,
+}
+
+impl Example {
+    /// Tokens in all.
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> usize {
+        self.prompt_ids.len() + self.completion_ids.len()
+    }
+
+    /// Every token, and whether it is learnt.
+    pub fn tokens(&self) -> impl Iterator<Item = (u32, bool)> {
+        let mask = self.prompt_mask.iter().copied().chain(std::iter::repeat(false));
+        self.prompt_ids.iter().copied().zip(mask).chain(self.completion_ids.iter().map(|&id| (id, true)))
+    }
+
+    /// Tokens that are learnt.
+    pub fn labelled(&self) -> usize {
+        self.completion_ids.len() + self.prompt_mask.iter().filter(|&&learnt| learnt).count()
+    }
 }
 
 /// Turns records into examples, and texts into the prompts that training saw.
@@ -70,10 +111,13 @@ pub struct Example {
 /// | record | with a chat template | without |
 /// |---|---|---|
 /// | classification | user: the template; assistant: the label | the template, then `" label"` |
-/// | completion | user: the prompt; assistant: the completion | the prompt, then the completion, both as they are |
-/// | chat | the messages; the last is learnt | an error |
+/// | completion, alpaca | user: the prompt; assistant: the completion | the prompt, then the completion, both as they are |
+/// | text | the text | the text |
+/// | messages, sharegpt | the messages; the last is learnt, or those of chosen roles | an error |
+/// | preference | two examples: the prompt with the chosen and with the rejected answer | the same, as texts |
 ///
-/// Prompt and completion are tokenised apart, so that a prompt has the same ids in training and in use.
+/// What is given and what is learnt are tokenised apart, so that no token holds both, and a prompt has the same ids in
+/// training and in use.
 #[derive(Debug)]
 pub struct Format<'t> {
     tokenizer: &'t Tokenizer,
@@ -86,11 +130,15 @@ impl<'t> Format<'t> {
     /// A format for a model with `vocab_size` embeddings.
     ///
     /// # Errors
-    /// When the template does not parse.
+    /// When a template does not parse.
     pub fn new(tokenizer: &'t Tokenizer, vocab_size: usize, options: FormatOptions) -> Result<Self> {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
-        environment.add_template_owned(TEMPLATE, options.template.clone()).map_err(template_error)?;
+        let sources = [(TEMPLATE, Some(&options.template)), (PROMPT_TEMPLATE, options.prompt_template.as_ref())];
+        for (name, source) in sources {
+            let Some(source) = source else { continue };
+            environment.add_template_owned(name, source.clone()).map_err(template_error(name))?;
+        }
         Ok(Self { tokenizer, vocab_size, options, environment })
     }
 
@@ -114,32 +162,54 @@ impl<'t> Format<'t> {
         self.tokenizer.pad().or(self.tokenizer.eos()).filter(|&id| (id as usize) < self.vocab_size).unwrap_or(0)
     }
 
-    /// A record in token ids, of whatever length.
+    /// A record in token ids, of whatever length: one example, two for a preference record (the chosen answer's first), or
+    /// none where the record holds nothing to learn.
     ///
     /// # Errors
     /// When a template refuses it, when it is a conversation and no chat template is used, or when a token is outside the
     /// model's vocabulary.
-    pub fn example(&self, record: &Record) -> Result<Example> {
-        match record {
+    pub fn examples(&self, record: &Record) -> Result<Vec<Example>> {
+        let mut examples = match record {
             Record::Classification { text, label } => {
                 let words = self.label_text(label);
                 let prompt = self.classification_text(text)?;
                 // Without a chat template nothing but this space parts the label from the prompt.
                 let plain = format!(" {words}");
-                let (prompt_ids, completion_ids) = self.pair(&prompt, &words, &plain)?;
-                Ok(Example { prompt_ids, completion_ids, label: Some(label.clone()) })
+                let example = self.pair(&prompt, None, &words, &plain)?;
+                vec![Example { label: Some(label.clone()), ..example }]
             }
-            Record::Completion { prompt, completion } => {
-                let (prompt_ids, completion_ids) = self.pair(prompt, completion, completion)?;
-                Ok(Example { prompt_ids, completion_ids, label: None })
+            Record::Completion { prompt, completion, system } => {
+                let prompt = self.prompt_text(prompt, || minijinja::context! { prompt })?;
+                vec![self.pair(&prompt, system.as_deref(), completion, completion)?]
             }
+            Record::Instruction { instruction, input, output, system } => {
+                let joined = if input.is_empty() { instruction.clone() } else { format!("{instruction}\n{input}") };
+                let prompt = self.prompt_text(&joined, || minijinja::context! { instruction, input })?;
+                let plain = if self.options.prompt_template.is_some() { output.clone() } else { format!("\n{output}") };
+                vec![self.pair(&prompt, system.as_deref(), output, &plain)?]
+            }
+            Record::Text { text } => self.whole_text(text)?.into_iter().collect(),
             Record::Chat { messages } => {
                 let template = self.chat().ok_or_else(|| self.no_chat_template())?;
-                let Some((last, before)) = messages.split_last() else { return Err(Error::EmptyPrompt) };
-                let (prompt_ids, completion_ids) = self.turn(template, before.to_vec(), &last.content)?;
-                Ok(Example { prompt_ids, completion_ids, label: None })
+                self.conversation(template, messages)?.into_iter().collect()
+            }
+            Record::Preference { prompt, chosen, rejected, system } => {
+                let answer = |answer: &str| match prompt {
+                    Prompt::Text(text) => self.pair(text, system.as_deref(), answer, answer),
+                    Prompt::Messages(messages) => {
+                        let template = self.chat().ok_or_else(|| self.no_chat_template())?;
+                        self.turn(template, &self.with_system(messages.clone(), None), answer)
+                    }
+                };
+                return Ok(vec![answer(chosen)?, answer(rejected)?]);
+            }
+        };
+        if self.options.train_on_prompt {
+            for example in &mut examples {
+                example.prompt_mask = (0..example.prompt_ids.len()).map(|index| index > 0).collect();
             }
         }
+        Ok(examples)
     }
 
     /// The prompt that a classification record with this text has.
@@ -156,8 +226,8 @@ impl<'t> Format<'t> {
     /// As [`example`](Self::example).
     pub fn completion_prompt(&self, prompt: &str) -> Result<Vec<u32>> {
         match self.chat() {
-            Some(template) => self.rendered_prompt(template, &self.with_system(vec![user(prompt)])).map(|(_, ids)| ids),
-            None => self.plain_prompt(prompt),
+            Some(template) => self.rendered_prompt(template, &self.with_system(vec![user(prompt)], None)),
+            None => self.plain_prompt(prompt, None),
         }
     }
 
@@ -167,7 +237,7 @@ impl<'t> Format<'t> {
     /// As [`example`](Self::example).
     pub fn chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let template = self.chat().ok_or_else(|| self.no_chat_template())?;
-        self.rendered_prompt(template, &self.with_system(messages.to_vec())).map(|(_, ids)| ids)
+        self.rendered_prompt(template, &self.with_system(messages.to_vec(), None))
     }
 
     /// A label as it is learnt.
@@ -191,89 +261,97 @@ impl<'t> Format<'t> {
     }
 
     fn classification_text(&self, text: &str) -> Result<String> {
-        let template = self.environment.get_template(TEMPLATE).map_err(template_error)?;
-        template.render(minijinja::context! { text }).map_err(template_error)
+        self.render(TEMPLATE, minijinja::context! { text })
     }
 
-    fn pair(&self, prompt: &str, answer: &str, plain: &str) -> Result<(Vec<u32>, Vec<u32>)> {
-        match self.chat() {
-            Some(template) => self.turn(template, vec![user(prompt)], answer),
-            None => Ok((self.plain_prompt(prompt)?, self.ended(self.continuation(plain)?))),
+    /// The prompt as it is, or as the template makes it.
+    fn prompt_text(&self, plain: &str, context: impl FnOnce() -> minijinja::Value) -> Result<String> {
+        match self.options.prompt_template {
+            Some(_) => self.render(PROMPT_TEMPLATE, context()),
+            None => Ok(plain.into()),
         }
     }
 
-    fn plain_prompt(&self, prompt: &str) -> Result<Vec<u32>> {
-        let text = match &self.options.system {
+    fn render(&self, name: &'static str, context: minijinja::Value) -> Result<String> {
+        let template = self.environment.get_template(name).map_err(template_error(name))?;
+        template.render(context).map_err(template_error(name))
+    }
+
+    /// A prompt and its answer, `plain` where there is no chat template.
+    fn pair(&self, prompt: &str, system: Option<&str>, answer: &str, plain: &str) -> Result<Example> {
+        match self.chat() {
+            Some(template) => self.turn(template, &self.with_system(vec![user(prompt)], system), answer),
+            None => {
+                let (prompt_ids, completion_ids) =
+                    (self.plain_prompt(prompt, system)?, self.ended(self.continuation(plain)?));
+                Ok(Example { prompt_ids, completion_ids, ..Example::default() })
+            }
+        }
+    }
+
+    fn plain_prompt(&self, prompt: &str, system: Option<&str>) -> Result<Vec<u32>> {
+        let text = match system.or(self.options.system.as_deref()) {
             Some(system) => format!("{system}\n\n{prompt}"),
             None => prompt.to_string(),
         };
-        let mut ids = self.tokenizer.encode(&text, true)?;
+        let ids = self.begun(&text)?;
+        self.checked_prompt(&text, ids)
+    }
+
+    /// The ids of a text that has a beginning and no end.
+    fn begun(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.tokenizer.encode(text, true)?;
         // A tokenizer that ends every text with a token would end the prompt before its completion.
         if ids.last().is_some_and(|&id| self.tokenizer.is_eos(id)) {
-            let bare = self.tokenizer.encode(&text, false)?;
+            let bare = self.tokenizer.encode(text, false)?;
             if bare.last() != ids.last() {
                 ids.pop();
             }
         }
-        self.checked_prompt(&text, ids)
+        Ok(ids)
     }
 
-    fn with_system(&self, mut messages: Vec<Message>) -> Vec<Message> {
+    /// A text of which all but the first token is learnt; `None` for an empty one.
+    fn whole_text(&self, text: &str) -> Result<Option<Example>> {
+        if text.trim().is_empty() {
+            return Ok(None);
+        }
+        let mut ids = self.begun(text)?;
+        self.tokenizer.check_vocabulary(text, &ids, self.vocab_size)?;
+        if ids.is_empty() {
+            return Ok(None);
+        }
+        let completion_ids = self.ended(ids.split_off(1));
+        Ok((!completion_ids.is_empty()).then(|| Example { prompt_ids: ids, completion_ids, ..Example::default() }))
+    }
+
+    /// The conversation with a system prompt: its own, else the record's, else the option's.
+    pub(super) fn with_system(&self, mut messages: Vec<Message>, system: Option<&str>) -> Vec<Message> {
         let has_own = messages.first().is_some_and(|message| message.role == "system");
-        if let Some(system) = self.options.system.as_ref().filter(|_| !has_own) {
+        if let Some(system) = system.or(self.options.system.as_deref()).filter(|_| !has_own) {
             messages.insert(0, Message::new("system", system));
         }
         messages
     }
 
-    /// A conversation's text and ids up to the answer.
-    fn rendered_prompt(&self, template: &ChatTemplate, messages: &[Message]) -> Result<(String, Vec<u32>)> {
-        let text = template.render(messages, true)?;
-        let ids = self.tokenizer.encode(&text, false)?;
-        let ids = self.checked_prompt(&text, ids)?;
-        Ok((text, ids))
+    /// A conversation's ids up to the answer.
+    fn rendered_prompt(&self, template: &ChatTemplate, messages: &[Message]) -> Result<Vec<u32>> {
+        self.rendered_ids(&template.render(messages, true)?)
     }
 
-    /// The prompt and the answer that follows it. The answer is what the whole conversation has beyond the prompt; where
-    /// a template writes an answered turn differently, it is the answer alone.
-    fn turn(&self, template: &ChatTemplate, before: Vec<Message>, answer: &str) -> Result<(Vec<u32>, Vec<u32>)> {
-        let mut messages = self.with_system(before);
-        let (prompt, prompt_ids) = self.rendered_prompt(template, &messages)?;
-        messages.push(Message::new("assistant", answer));
-        let whole = template.render(&messages, false)?;
-        let rest = whole.strip_prefix(&prompt).filter(|rest| rest.contains(answer.trim()));
-        let completion_ids = match rest {
-            Some(rest) => self.until_end_of_turn(rest)?,
-            None => self.ended(self.continuation(answer)?),
-        };
-        Ok((prompt_ids, completion_ids))
+    /// The ids of a rendered conversation, in which the template wrote every special token.
+    pub(super) fn rendered_ids(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.tokenizer.encode(text, false)?;
+        self.checked_prompt(text, ids)
     }
 
-    /// Cuts what a template writes after the token that ends the turn, such as a line break before the next one.
-    fn until_end_of_turn(&self, rest: &str) -> Result<Vec<u32>> {
-        let mut ids = self.continuation(rest)?;
-        if let Some(end) = ids.iter().rposition(|&id| self.tokenizer.is_eos(id)) {
-            let after = self.tokenizer.decode(ids.get(end + 1..).unwrap_or_default(), true)?;
-            if after.trim().is_empty() {
-                ids.truncate(end + 1);
-                return Ok(ids);
-            }
-        }
-        let ids = self.continuation(rest.trim_end())?;
-        match ids.last() {
-            // The turn ends with a token that the checkpoint does not list among those that end generation.
-            Some(&last) if self.tokenizer.is_special(last) => Ok(ids),
-            _ => Ok(self.ended(ids)),
-        }
-    }
-
-    fn continuation(&self, text: &str) -> Result<Vec<u32>> {
+    pub(super) fn continuation(&self, text: &str) -> Result<Vec<u32>> {
         let ids = self.tokenizer.encode_continuation(text)?;
         self.tokenizer.check_vocabulary(text, &ids, self.vocab_size)?;
         Ok(ids)
     }
 
-    fn ended(&self, mut ids: Vec<u32>) -> Vec<u32> {
+    pub(super) fn ended(&self, mut ids: Vec<u32>) -> Vec<u32> {
         ids.extend(self.tokenizer.eos());
         ids
     }
@@ -292,8 +370,14 @@ fn user(text: &str) -> Message {
     Message::new("user", text)
 }
 
-fn template_error(error: minijinja::Error) -> Error {
-    Error::Template { reason: error.to_string() }
+fn template_error(option: &'static str) -> impl Fn(minijinja::Error) -> Error {
+    move |error| {
+        let variables = match option {
+            TEMPLATE => "`text`",
+            _ => "`prompt`, or for alpaca records `instruction` and `input`",
+        };
+        Error::Template { option, reason: error.to_string(), variables }
+    }
 }
 
 #[cfg(test)]
@@ -305,10 +389,18 @@ mod tests {
         Record::Classification { text: "Where is it?".into(), label: "card_arrival".into() }
     }
 
+    fn completion(prompt: impl Into<String>, completion: impl Into<String>) -> Record {
+        Record::Completion { prompt: prompt.into(), completion: completion.into(), system: None }
+    }
+
+    fn single(format: &Format<'_>, record: &Record) -> Result<Example> {
+        format.examples(record).map(|mut examples| examples.remove(0))
+    }
+
     /// Prompt and completion as text, special tokens included.
     fn shown(tokenizer: &Tokenizer, options: FormatOptions, record: &Record) -> (String, String) {
         let format = Format::new(tokenizer, tokenizer.vocab_size(), options).unwrap();
-        let example = format.example(record).unwrap();
+        let example = single(&format, record).unwrap();
         let text = |ids: &[u32]| tokenizer.decode(ids, false).unwrap();
         (text(&example.prompt_ids), text(&example.completion_ids))
     }
@@ -324,7 +416,7 @@ mod tests {
         let expected = pair("<s>Where is it?\nlabel:", " card arrival</s>");
         assert_eq!(shown(&tokenizer, options.clone(), &classification()), expected);
         let format = Format::new(&tokenizer, 1000, options).unwrap();
-        let example = format.example(&classification()).unwrap();
+        let example = single(&format, &classification()).unwrap();
         assert_eq!(example.label.as_deref(), Some("card_arrival"));
         assert_eq!(example.prompt_ids, format.classification_prompt("Where is it?").unwrap());
     }
@@ -336,6 +428,7 @@ mod tests {
             labels: LabelText::Verbatim,
             chat: ChatUse::Never,
             system: Some("Sort.".into()),
+            ..FormatOptions::default()
         };
         let expected = pair("<s>Sort.\n\nQ: WHERE IS IT?", " card_arrival<|im_end|>");
         assert_eq!(shown(&ascii_tokenizer(Some(CHATML)), options, &classification()), expected);
@@ -343,7 +436,7 @@ mod tests {
             let options = FormatOptions { template: template.into(), ..FormatOptions::default() };
             let tokenizer = ascii_tokenizer(None);
             let format = Format::new(&tokenizer, 1000, options)?;
-            format.example(&classification())
+            single(&format, &classification())
         };
         assert!(matches!(error("{{ text"), Err(Error::Template { .. })));
         assert!(matches!(error("{{ txet }}"), Err(Error::Template { .. })), "an unknown name is no empty text");
@@ -355,9 +448,9 @@ mod tests {
         let user = "<|im_start|>user\nWhere is it?\nlabel:<|im_end|>\n<|im_start|>assistant\n";
         let expected = pair(user, "card arrival<|im_end|>");
         assert_eq!(shown(&tokenizer, FormatOptions::default(), &classification()), expected);
-        let completion = Record::Completion { prompt: "p".into(), completion: " c".into() };
+        let record = completion("p", " c");
         let expected = pair("<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n", " c<|im_end|>");
-        assert_eq!(shown(&tokenizer, FormatOptions::default(), &completion), expected);
+        assert_eq!(shown(&tokenizer, FormatOptions::default(), &record), expected);
     }
 
     #[test]
@@ -374,7 +467,7 @@ mod tests {
         assert_eq!(shown(&tokenizer, options, &turns("user")).0, added);
         let plain = ascii_tokenizer(None);
         let format = Format::new(&plain, 1000, FormatOptions::default()).unwrap();
-        assert!(matches!(format.example(&turns("user")), Err(Error::NoChatTemplate { .. })));
+        assert!(matches!(single(&format, &turns("user")), Err(Error::NoChatTemplate { .. })));
     }
 
     /// Templates need not write an answer as the prompt announced it, nor end it with a token.
@@ -393,10 +486,10 @@ mod tests {
     #[test]
     fn a_prompt_has_at_least_one_token_and_only_known_ones() {
         let tokenizer = ascii_tokenizer(None);
-        let empty = Record::Completion { prompt: String::new(), completion: "c".into() };
+        let empty = completion(String::new(), "c");
         assert_eq!(shown(&tokenizer, FormatOptions::default(), &empty), pair("<s>", "c</s>"));
         let format = Format::new(&tokenizer, 10, FormatOptions::default()).unwrap();
-        assert!(matches!(format.example(&empty), Err(Error::Base(crate::base::Error::Vocabulary { .. }))));
+        assert!(matches!(single(&format, &empty), Err(Error::Base(crate::base::Error::Vocabulary { .. }))));
         assert!(format.pad() < 10);
     }
 
@@ -406,8 +499,8 @@ mod tests {
         let Some(gguf) = smollm2() else { return };
         let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
         let format = Format::new(&tokenizer, 49152, FormatOptions::default()).unwrap();
-        let record = Record::Completion { prompt: "What is gravity?".into(), completion: "A force.".into() };
-        let example = format.example(&record).unwrap();
+        let record = completion("What is gravity?", "A force.");
+        let example = single(&format, &record).unwrap();
         // <|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n, after the default system message
         assert!(example.prompt_ids.ends_with(&[1, 4093, 198, 1780, 314, 9354, 47, 2, 198, 1, 520, 9531, 198]));
         assert_eq!(tokenizer.decode(&example.completion_ids, false).unwrap(), "A force.<|im_end|>");
@@ -419,8 +512,8 @@ mod tests {
         let Some(folder) = shared("models/stories260k") else { return };
         let tokenizer = Tokenizer::from_folder(&folder).unwrap();
         let format = Format::new(&tokenizer, 512, FormatOptions::default()).unwrap();
-        let record = Record::Completion { prompt: "Once upon".into(), completion: " a time".into() };
-        let example = format.example(&record).unwrap();
+        let record = completion("Once upon", " a time");
+        let example = single(&format, &record).unwrap();
         let joined = [example.prompt_ids, example.completion_ids].concat();
         assert_eq!(joined, [1, 403, 407, 261, 378, 2]);
     }

@@ -1,25 +1,47 @@
 //! Records to token batches.
 //!
-//! Owns the JSONL formats ([`Records`]), how a record becomes a prompt and a completion ([`Format`]), the examples that
-//! fit a length ([`Dataset`]), their order ([`Sampler`], [`Cursor`]) and their shape for a model ([`Batch`]).
-//! Knows tokenizers, but no models and no training.
+//! Owns the files of records and their layouts ([`Records`]), how a record becomes a prompt and a completion ([`Format`]), the
+//! examples that fit a length ([`Dataset`]), their order ([`Sampler`], [`Cursor`]) and their shape for a model ([`Batch`]).
+//! [`DataConfig`] holds the options of all. Knows tokenizers, but no models and no training.
 //!
 //! ```text
-//! records.jsonl ──► Records ──► Format ──► Dataset ──► Sampler ──► Batch
-//!                   limit, per class, holdout   │
-//!                                               └──► Report
+//! JSONL, JSON, CSV, Parquet, folders
+//!        │ source: rows         layout, parse
+//!        ▼
+//!     Records ──► Format ──► Dataset ──► Sampler ──► Batch
+//!     limit, per class,      truncation,             padded, or packed
+//!     holdout                packing, Report         with segments
 //! ```
+//!
+//! A preference record is two examples, which stay together as a group: orders count groups, and a batch holds their rows
+//! one after the other.
 
 mod batch;
+mod config;
 mod dataset;
 mod error;
 mod format;
+mod layout;
+mod packing;
+mod parse;
+mod place;
 mod record;
+mod report;
 mod sampler;
+mod source;
+mod truncation;
+mod turns;
 
 pub use batch::{Batch, IGNORED};
-pub use dataset::{Dataset, Lengths, Report};
+pub use config::{DataConfig, Paths};
+pub use dataset::{Dataset, DatasetOptions};
 pub use error::{Error, Result};
 pub use format::{ChatUse, DEFAULT_TEMPLATE, Example, Format, FormatOptions, LabelText};
-pub use record::{Entry, Holdout, Record, RecordKind, Records, read_jsonl};
+pub use layout::{Fields, Layout};
+pub use parse::ReadOptions;
+pub use place::{At, Place, nearest};
+pub use record::{Entry, Holdout, Prompt, Record, Records};
+pub use report::{Dropped, Lengths, Packed, Report, Truncated};
 pub use sampler::{Cursor, Sampler};
+pub use source::Split;
+pub use truncation::{Cut, DropReason, Truncation};

@@ -1,17 +1,19 @@
-//! Records and the files they come from.
+//! Records, and which of them are used.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
+use super::layout::Layout;
+use super::parse::{ReadOptions, layout_of, parse};
+use super::place::{Place, listed};
 use super::sampler::{Purpose, permutation};
+use super::source::{self, Split};
 use super::{Error, Result};
 use crate::base::Message;
-use crate::files;
 
 /// One thing to learn.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,81 +31,66 @@ pub enum Record {
         prompt: String,
         /// What is learnt.
         completion: String,
+        /// The record's own system prompt.
+        system: Option<String>,
     },
-    /// A conversation; its last message, the assistant's, is learnt.
+    /// An instruction and the answer to it.
+    Instruction {
+        /// What is to be done.
+        instruction: String,
+        /// What it is to be done with; often empty.
+        input: String,
+        /// What is learnt.
+        output: String,
+        /// The record's own system prompt.
+        system: Option<String>,
+    },
+    /// A text, all of which is learnt.
+    Text {
+        /// The text.
+        text: String,
+    },
+    /// A conversation; the assistant's last message is learnt, or the messages of chosen roles.
     Chat {
-        /// At least two messages.
+        /// At least one message.
         messages: Vec<Message>,
     },
+    /// A better and a worse answer to one prompt.
+    Preference {
+        /// What both answer.
+        prompt: Prompt,
+        /// The better answer.
+        chosen: String,
+        /// The worse answer.
+        rejected: String,
+        /// The record's own system prompt, where the prompt is a text.
+        system: Option<String>,
+    },
 }
 
-/// The kinds of [`Record`]; a file holds one kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RecordKind {
-    /// `{"text", "label"}`
-    Classification,
-    /// `{"prompt", "completion"}`
-    Completion,
-    /// `{"messages"}`
-    Chat,
-}
-
-impl RecordKind {
-    /// The shapes of all kinds, for help texts.
-    pub(super) const SHAPES: &str = "{\"text\": …, \"label\": …}, {\"prompt\": …, \"completion\": …} or \
-                                     {\"messages\": [{\"role\": …, \"content\": …}, …]}";
-
-    /// What a record of this kind looks like.
-    pub fn shape(self) -> &'static str {
-        match self {
-            Self::Classification => "{\"text\": \"…\", \"label\": \"…\"}",
-            Self::Completion => "{\"prompt\": \"…\", \"completion\": \"…\"}",
-            Self::Chat => {
-                "{\"messages\": [{\"role\": \"user\", \"content\": \"…\"}, {\"role\": \"assistant\", \"content\": \"…\"}]}"
-            }
-        }
-    }
-
-    fn fields(self) -> &'static [&'static str] {
-        match self {
-            Self::Classification => &["text", "label"],
-            Self::Completion => &["prompt", "completion"],
-            Self::Chat => &["messages"],
-        }
-    }
-
-    /// The first kind that any field speaks for.
-    fn detect(fields: &Map<String, Value>) -> Option<Self> {
-        let speaks = |kind: &Self| kind.fields().iter().any(|field| fields.contains_key(*field));
-        [Self::Chat, Self::Completion, Self::Classification].into_iter().find(speaks)
-    }
-}
-
-impl fmt::Display for RecordKind {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Classification => "classification",
-            Self::Completion => "completion",
-            Self::Chat => "chat",
-        })
-    }
+/// What an answer answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prompt {
+    /// A text.
+    Text(String),
+    /// A conversation, which the answer goes on with.
+    Messages(Vec<Message>),
 }
 
 /// A record and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The line in the file, counted from 1.
-    pub line: usize,
+    /// Where it stands.
+    pub place: Place,
     /// The record.
     pub record: Record,
 }
 
-/// The records of one file, all of one kind, in the file's order. Never empty.
+/// Records of one layout, in the order of their files. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Records {
-    path: PathBuf,
-    kind: RecordKind,
+    files: Vec<PathBuf>,
+    layout: Layout,
     entries: Vec<Entry>,
 }
 
@@ -142,17 +129,42 @@ impl fmt::Display for Holdout {
 }
 
 impl Records {
-    /// The file they come from.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The records of all files that `paths` name: files, or folders of shards.
+    ///
+    /// # Errors
+    /// Names the file, the line or record, and the field of the first thing that is not as it should be.
+    pub fn read(paths: &[PathBuf], split: Split, options: &ReadOptions) -> Result<Self> {
+        let files = source::files(paths, split)?;
+        let mut layout = None;
+        let mut entries = Vec::new();
+        for file in &files {
+            source::read(file, &mut |row| {
+                let layout = match layout {
+                    Some(layout) => layout,
+                    None => *layout.insert(layout_of(&row, options)?),
+                };
+                let record = parse(&row, layout, options)?;
+                entries.push(Entry { place: row.place, record });
+                Ok(())
+            })?;
+        }
+        match layout {
+            Some(layout) => Ok(Self { files, layout, entries }),
+            None => Err(Error::Empty { paths: listed(paths) }),
+        }
     }
 
-    /// What they all are.
-    pub fn kind(&self) -> RecordKind {
-        self.kind
+    /// The files they come from.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
-    /// The records with their lines.
+    /// What they all look like.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The records with their places.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }
@@ -179,7 +191,7 @@ impl Records {
         let mut chosen = Vec::new();
         for index in permutation(self.len(), seed, Purpose::Sample) {
             let Some(Entry { record: Record::Classification { label, .. }, .. }) = self.entries.get(index) else {
-                return Err(Error::NoClasses { path: self.path, kind: self.kind });
+                return Err(Error::NoClasses { paths: listed(&self.files), layout: self.layout });
             };
             let taken = seen.entry(label.clone()).or_default();
             if *taken < count.max(1) {
@@ -221,147 +233,6 @@ impl Records {
     }
 }
 
-/// Reads a JSONL file. Its first record decides the kind; unknown fields and empty lines are passed over.
-///
-/// # Errors
-/// Names the file, the line and the field of the first thing that is not as it should be.
-pub fn read_jsonl(path: &Path) -> Result<Records> {
-    let bytes = files::read(path)?;
-    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
-    let mut found: Option<RecordKind> = None;
-    let mut entries = Vec::new();
-    for (index, raw) in bytes.split(|&byte| byte == b'\n').enumerate() {
-        if raw.trim_ascii().is_empty() {
-            continue;
-        }
-        let place = Place { path, line: index + 1 };
-        let fields = place.object(raw)?;
-        let kind = match found {
-            Some(kind) => kind,
-            None => *found.insert(place.kind(&fields)?),
-        };
-        entries.push(Entry { line: place.line, record: place.record(&fields, kind)? });
-    }
-    match found {
-        Some(kind) => Ok(Records { path: path.into(), kind, entries }),
-        None => Err(Error::Empty { path: path.into() }),
-    }
-}
-
-/// A line of a file, for errors.
-struct Place<'a> {
-    path: &'a Path,
-    line: usize,
-}
-
-impl Place<'_> {
-    fn json(&self, reason: impl Into<String>) -> Error {
-        Error::Json { path: self.path.into(), line: self.line, reason: reason.into() }
-    }
-
-    fn field(&self, kind: RecordKind, field: impl Into<String>, reason: impl Into<String>) -> Error {
-        Error::Field { path: self.path.into(), line: self.line, field: field.into(), reason: reason.into(), kind }
-    }
-
-    fn object(&self, raw: &[u8]) -> Result<Map<String, Value>> {
-        let text = std::str::from_utf8(raw).map_err(|error| self.json(format!("the line is not UTF-8: {error}")))?;
-        match serde_json::from_str(text) {
-            Ok(Value::Object(fields)) => Ok(fields),
-            Ok(other) => Err(self.json(format!("expected a JSON object, found {}", describe(&other)))),
-            // The parser sees one line only, so its column is right and its line is not.
-            Err(error) => {
-                let reason = error.to_string();
-                let reason = reason.split(" at line ").next().unwrap_or(&reason);
-                Err(self.json(format!("not JSON: {reason} at column {}", error.column())))
-            }
-        }
-    }
-
-    fn kind(&self, fields: &Map<String, Value>) -> Result<RecordKind> {
-        RecordKind::detect(fields).ok_or_else(|| {
-            let names: Vec<&str> = fields.keys().take(10).map(String::as_str).collect();
-            let found = if names.is_empty() { "none".into() } else { names.join(", ") };
-            Error::UnknownKind { path: self.path.into(), line: self.line, found }
-        })
-    }
-
-    fn record(&self, fields: &Map<String, Value>, kind: RecordKind) -> Result<Record> {
-        let missing = kind.fields().iter().any(|field| !fields.contains_key(*field));
-        if let Some(found) = RecordKind::detect(fields).filter(|found| missing && *found != kind) {
-            return Err(Error::Mixed { path: self.path.into(), line: self.line, found, expected: kind });
-        }
-        let text = |name: &str| self.text(fields.get(name), name, kind);
-        Ok(match kind {
-            RecordKind::Classification => Record::Classification { text: text("text")?, label: self.label(fields)? },
-            RecordKind::Completion => Record::Completion { prompt: text("prompt")?, completion: text("completion")? },
-            RecordKind::Chat => Record::Chat { messages: self.messages(fields)? },
-        })
-    }
-
-    fn text(&self, value: Option<&Value>, field: &str, kind: RecordKind) -> Result<String> {
-        match value {
-            Some(Value::String(text)) => Ok(text.clone()),
-            Some(other) => Err(self.field(kind, field, format!("must be a string; it is {}", describe(other)))),
-            None => Err(self.field(kind, field, "is missing")),
-        }
-    }
-
-    fn label(&self, fields: &Map<String, Value>) -> Result<String> {
-        let kind = RecordKind::Classification;
-        match fields.get("label") {
-            Some(Value::String(label)) if !label.trim().is_empty() => Ok(label.clone()),
-            Some(Value::String(_)) => Err(self.field(kind, "label", "must not be empty")),
-            Some(Value::Number(number)) => Ok(number.to_string()),
-            Some(other) => {
-                Err(self.field(kind, "label", format!("must be a string or a number; it is {}", describe(other))))
-            }
-            None => Err(self.field(kind, "label", "is missing")),
-        }
-    }
-
-    fn messages(&self, fields: &Map<String, Value>) -> Result<Vec<Message>> {
-        let kind = RecordKind::Chat;
-        let values = match fields.get("messages") {
-            Some(Value::Array(values)) => values,
-            Some(other) => {
-                return Err(self.field(kind, "messages", format!("must be an array; it is {}", describe(other))));
-            }
-            None => return Err(self.field(kind, "messages", "is missing")),
-        };
-        let message = |(index, value): (usize, &Value)| {
-            let Some(fields) = value.as_object() else {
-                let reason = format!("must be an object with `role` and `content`; it is {}", describe(value));
-                return Err(self.field(kind, format!("messages[{index}]"), reason));
-            };
-            let part = |name: &str| self.text(fields.get(name), &format!("messages[{index}].{name}"), kind);
-            Ok(Message { role: part("role")?, content: part("content")? })
-        };
-        let messages = values.iter().enumerate().map(message).collect::<Result<Vec<_>>>()?;
-        match messages.last() {
-            None => Err(self.field(kind, "messages", "is empty")),
-            Some(last) if last.role != "assistant" => {
-                let reason = format!("must end with a message of the role `assistant`; the last is of `{}`", last.role);
-                Err(self.field(kind, "messages", reason))
-            }
-            Some(_) if messages.len() < 2 => {
-                Err(self.field(kind, "messages", "must have a message before the assistant's"))
-            }
-            Some(_) => Ok(messages),
-        }
-    }
-}
-
-fn describe(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    }
-}
-
 #[cfg(test)]
 pub(super) mod testing {
     use super::*;
@@ -371,13 +242,19 @@ pub(super) mod testing {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data.jsonl");
         std::fs::write(&path, content).unwrap();
-        read_jsonl(&path)
+        read(&path)
+    }
+
+    /// Reads a file with the default options.
+    pub(in crate::data) fn read(path: &std::path::Path) -> Result<Records> {
+        Records::read(&[path.into()], Split::Train, &ReadOptions::default())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::testing::records;
+    use super::super::place::At;
+    use super::testing::{read, records};
     use super::*;
 
     /// The error's text after the folder's name.
@@ -392,7 +269,11 @@ mod tests {
     }
 
     fn lines(records: &Records) -> Vec<usize> {
-        records.entries().iter().map(|entry| entry.line).collect()
+        let line = |entry: &Entry| match entry.place.at {
+            At::Line(line) => line,
+            At::Record(_) => panic!("{}", entry.place),
+        };
+        records.entries().iter().map(line).collect()
     }
 
     #[test]
@@ -400,11 +281,14 @@ mod tests {
         let read =
             records("\u{FEFF}{\"text\": \"a\", \"label\": 3, \"id\": 1}\r\n\n{\"text\": \"b\", \"label\": \"x\"}")
                 .unwrap();
-        assert_eq!(read.kind(), RecordKind::Classification);
+        assert_eq!(read.layout(), Layout::Classification);
         assert_eq!(lines(&read), [1, 3]);
         assert_eq!(read.entries()[0].record, Record::Classification { text: "a".into(), label: "3".into() });
         let read = records("{\"prompt\": \"p\", \"completion\": \"\", \"text\": 7}").unwrap();
-        assert_eq!(read.entries()[0].record, Record::Completion { prompt: "p".into(), completion: String::new() });
+        assert_eq!(
+            read.entries()[0].record,
+            Record::Completion { prompt: "p".into(), completion: String::new(), system: None }
+        );
         let chat =
             "{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}";
         let messages = vec![Message::new("user", "q"), Message::new("assistant", "a")];
@@ -418,8 +302,9 @@ mod tests {
         assert_eq!(error("\n \n"), " holds no records");
         assert_eq!(error("[1]"), ":1: expected a JSON object, found an array");
         assert!(error(&format!("{good}\n{{\"text\": ")).starts_with(":3: not JSON: EOF"));
-        assert_eq!(error("{\"a\": 1}"), ":1: the record is of no known kind; its fields are a");
-        assert_eq!(error("{\"text\": \"a\"}"), ":1: the field `label` is missing");
+        assert_eq!(error("{\"a\": 1}"), ":1: the record is of no known layout; its fields are a");
+        assert_eq!(error("{\"text\": null, \"label\": 1}"), ":1: the field `text` is missing");
+        assert_eq!(error(&format!("{good}{{\"text\": \"a\"}}")), ":2: the field `label` is missing");
         assert_eq!(error("{\"text\": 1, \"label\": 2}"), ":1: the field `text` must be a string; it is a number");
         let label = ":1: the field `label` must be a string or a number; it is a boolean";
         assert_eq!(error("{\"text\": \"a\", \"label\": true}"), label);
@@ -443,7 +328,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("d.jsonl");
         std::fs::write(&path, b"{\"text\": \"\xff\", \"label\": 1}").unwrap();
-        assert!(read_jsonl(&path).unwrap_err().to_string().contains("d.jsonl:1: the line is not UTF-8"));
+        assert!(read(&path).unwrap_err().to_string().contains("d.jsonl:1: the line is not UTF-8"));
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! What every dialect's graph has in common: inputs and outputs, embedding, projections, MLP, output projection.
+//! What every dialect's graph has in common: inputs and outputs, embedding, the wiring of a layer.
 
-use super::Result;
+use super::norm::{self, NormNode};
 use super::writer::GraphWriter;
-use crate::base::{Activation, Linear, NormSite, WeightRole};
-use crate::onnx::{DataType, Dim, NodeDef};
+use super::{Result, head, mlp};
+use crate::base::{Activation, Linear, NormSite, QkNormOver, WeightRole, Wiring};
+use crate::onnx::{DataType, Dim};
 
 /// Symbolic dimensions.
 pub(super) const BATCH: &str = "batch_size";
@@ -12,15 +13,8 @@ pub(super) const PAST: &str = "past_sequence_length";
 /// Past and new tokens together. An expression, so that shape inference can unify it with the sum.
 pub(super) const TOTAL: &str = "past_sequence_length + sequence_length";
 
-/// The residual stream between blocks: what is in it, and what the last block has yet to add.
-pub(super) struct Residual {
-    /// The stream, `[batch, sequence, hidden]`.
-    pub(super) stream: String,
-    /// A block's output that is not added yet.
-    pub(super) pending: Option<String>,
-}
-
-/// Projected queries, keys and values of a layer, `[batch, sequence, heads · head_dim]`, not yet rotated.
+/// Queries, keys and values of a layer, `[batch, sequence, heads · head_dim]`, normalised where the model does so, not yet
+/// rotated.
 pub(super) struct Projected {
     pub(super) query: String,
     pub(super) key: String,
@@ -29,55 +23,103 @@ pub(super) struct Projected {
 
 /// The operators in which dialects differ.
 pub(super) trait Operators {
-    /// Adds what all layers share: masks, rotary angles.
-    fn prepare(&mut self, graph: &mut GraphWriter) -> Result<()>;
+    /// Normalises `x` over its last dimension.
+    fn norm(&mut self, graph: &mut GraphWriter, node: &NormNode, x: &str) -> Result<String> {
+        norm::make(graph, node, x)
+    }
 
-    /// Adds what is pending to the stream and normalises it; returns the normalised tensor.
-    fn norm(
+    /// Adds `block` to `stream` and normalises the sum; returns the normalised tensor and the sum.
+    fn add_norm(
         &mut self,
         graph: &mut GraphWriter,
-        name: &str,
-        residual: &mut Residual,
-        role: WeightRole,
-    ) -> Result<String>;
+        node: &NormNode,
+        stream: &str,
+        block: &str,
+    ) -> Result<(String, String)> {
+        let sum = graph.node("Add", &format!("{}/Add_residual", node.name), &[stream, block]);
+        Ok((self.norm(graph, node, &sum)?, sum))
+    }
+
+    /// The nonlinearity of the MLP.
+    fn activation(&mut self, graph: &mut GraphWriter, name: &str, kind: Activation, x: &str) -> Result<String> {
+        mlp::activation(graph, name, kind, x)
+    }
 
     /// Rotates, attends with the cache (`past_key_values.N.*` → `present.N.*`), and returns the mixed values,
     /// `[batch, sequence, heads · head_dim]`.
     fn attention(&mut self, graph: &mut GraphWriter, layer: usize, projected: &Projected) -> Result<String>;
 
-    /// Logits of normalised hidden states, as the output named `logits`.
-    fn head(&mut self, graph: &mut GraphWriter, hidden: &str, weight: &str) -> Result<()>;
+    /// `[batch, sequence, width]` times the transposed `[vocab, width]` matrix, as the tensor `output`.
+    fn vocabulary(&mut self, graph: &mut GraphWriter, hidden: &str, matrix: &str, output: &str) -> Result<()>;
+}
+
+/// The residual stream, `[batch, sequence, hidden]`: what is in it, and what the last block has yet to add, which the next
+/// norm may do along the way.
+struct Stream {
+    sum: String,
+    pending: Option<String>,
+}
+
+impl Stream {
+    /// Adds a block's output under the name of the node that may be needed for it.
+    fn add(&mut self, graph: &mut GraphWriter, name: &str, block: String) -> Result<()> {
+        let scale = graph.spec().residual_scale;
+        let block = if scale == 1.0 {
+            block
+        } else {
+            let scale = graph.number(scale)?;
+            graph.node("Mul", &format!("{name}/Mul_residual"), &[&block, &scale])
+        };
+        self.settle(graph, &format!("{name}/Add_residual"));
+        self.pending = Some(block);
+        Ok(())
+    }
+
+    /// The sum.
+    fn settle(&mut self, graph: &mut GraphWriter, name: &str) -> &str {
+        if let Some(block) = self.pending.take() {
+            self.sum = graph.node("Add", name, &[&self.sum, &block]);
+        }
+        &self.sum
+    }
+
+    /// The sum normalised; the sum itself where there is no norm.
+    fn normed(
+        &mut self,
+        graph: &mut GraphWriter,
+        operators: &mut dyn Operators,
+        name: &str,
+        node: Option<&NormNode>,
+    ) -> Result<String> {
+        match (node, self.pending.take()) {
+            (None, pending) => {
+                self.pending = pending;
+                Ok(self.settle(graph, name).to_owned())
+            }
+            (Some(node), None) => operators.norm(graph, node, &self.sum),
+            (Some(node), Some(block)) => {
+                let (normed, sum) = operators.add_norm(graph, node, &self.sum, &block)?;
+                self.sum = sum;
+                Ok(normed)
+            }
+        }
+    }
 }
 
 /// Writes the whole decoder.
-pub(super) fn write(graph: &mut GraphWriter, mut operators: impl Operators) -> Result<()> {
-    let spec = graph.spec();
-    declare(graph);
-    operators.prepare(graph)?;
+pub(super) fn write(graph: &mut GraphWriter, operators: &mut dyn Operators) -> Result<()> {
     let embedding = graph.weight(WeightRole::Embedding)?;
-    let stream = graph.node("Gather", "/model/embed_tokens/Gather", &[&embedding, "input_ids"]);
-    let mut residual = Residual { stream, pending: None };
-    for layer in 0..spec.num_layers {
-        let at = |name: &str| format!("/model/layers.{layer}/{name}");
-        let role = WeightRole::Norm(layer, NormSite::Attention);
-        let normed = operators.norm(graph, &at("input_layernorm"), &mut residual, role)?;
-        let projected = Projected {
-            query: linear(graph, layer, Linear::Query, &normed)?,
-            key: linear(graph, layer, Linear::Key, &normed)?,
-            value: linear(graph, layer, Linear::Value, &normed)?,
-        };
-        let mixed = operators.attention(graph, layer, &projected)?;
-        residual.pending = Some(linear(graph, layer, Linear::AttentionOutput, &mixed)?);
-        let role = WeightRole::Norm(layer, NormSite::Mlp);
-        let normed = operators.norm(graph, &at("post_attention_layernorm"), &mut residual, role)?;
-        residual.pending = Some(mlp(graph, layer, &normed)?);
+    let mut stream = Stream { sum: embed(graph, &embedding)?, pending: None };
+    for layer in 0..graph.spec().num_layers {
+        write_layer(graph, operators, layer, &mut stream)?;
     }
-    let hidden = operators.norm(graph, "/model/norm", &mut residual, WeightRole::FinalNorm)?;
-    let head = if spec.head.tied { embedding } else { graph.weight(WeightRole::Head)? };
-    operators.head(graph, &hidden, &head)
+    let last = NormNode::last(graph);
+    let hidden = stream.normed(graph, operators, "/model/Add_residual", last.as_ref())?;
+    head::make(graph, operators, &hidden, &embedding)
 }
 
-fn declare(graph: &mut GraphWriter) {
+/// Inputs and outputs.
+pub(super) fn declare(graph: &mut GraphWriter) {
     let (spec, float) = (graph.spec(), graph.data_type());
     let kv = |length: &str| -> [Dim; 4] {
         let (heads, width) = (spec.attention.num_kv_heads as i64, spec.attention.head_dim as i64);
@@ -95,111 +137,114 @@ fn declare(graph: &mut GraphWriter) {
     }
 }
 
-fn linear(graph: &mut GraphWriter, layer: usize, linear: Linear, x: &str) -> Result<String> {
-    let name = format!("/model/layers.{layer}/{}", linear.module().replace('.', "/"));
-    let weight = graph.transposed_weight(WeightRole::Weight(layer, linear))?;
-    let product = graph.node("MatMul", &format!("{name}/MatMul"), &[x, &weight]);
-    if !graph.spec().has_bias(linear) {
-        return Ok(product);
+/// A table of learned positions is written from position 0 on; a position beyond it is the runtime's own error, as a token
+/// id beyond the vocabulary is.
+fn embed(graph: &mut GraphWriter, table: &str) -> Result<String> {
+    let embedding = graph.spec().embedding.clone();
+    let at = |name: &str| format!("/model/embed_tokens/{name}");
+    let mut x = graph.node("Gather", &at("Gather"), &[table, "input_ids"]);
+    if embedding.width.is_some() {
+        x = mlp::matmul(graph, "/model/project_in", WeightRole::EmbeddingProjection, &x)?;
     }
-    let bias = graph.weight(WeightRole::Bias(layer, linear))?;
-    Ok(graph.node("Add", &format!("{name}/Add"), &[&product, &bias]))
-}
-
-fn mlp(graph: &mut GraphWriter, layer: usize, x: &str) -> Result<String> {
-    let at = |name: &str| format!("/model/layers.{layer}/mlp/{name}");
-    let gate = linear(graph, layer, Linear::Gate, x)?;
-    let up = linear(graph, layer, Linear::Up, x)?;
-    let gate = activation(graph, &at("act_fn"), graph.spec().mlp.activation, &gate)?;
-    let product = graph.node("Mul", &at("Mul"), &[&gate, &up]);
-    linear(graph, layer, Linear::Down, &product)
-}
-
-/// Composed from operators of opset 17: `Gelu` came with opset 20.
-fn activation(graph: &mut GraphWriter, name: &str, activation: Activation, x: &str) -> Result<String> {
-    let at = |op: &str| format!("{name}/{op}");
-    let product = |graph: &mut GraphWriter, op: &str, a: &str, b: &str| graph.node("Mul", &at(op), &[a, b]);
-    Ok(match activation {
-        Activation::Relu => graph.node("Relu", &at("Relu"), &[x]),
-        Activation::Silu => {
-            let sigmoid = graph.node("Sigmoid", &at("Sigmoid"), &[x]);
-            product(graph, "Mul", x, &sigmoid)
-        }
-        Activation::Gelu => {
-            let root_half = graph.number(&at("root_half"), std::f64::consts::FRAC_1_SQRT_2)?;
-            let scaled = product(graph, "Mul_scale", x, &root_half);
-            let erf = graph.node("Erf", &at("Erf"), &[&scaled]);
-            half_of_one_plus(graph, name, x, &erf)?
-        }
-        Activation::GeluTanh => {
-            let (cubic, root) = (graph.number(&at("cubic"), 0.044_715)?, (2.0 / std::f64::consts::PI).sqrt());
-            let root = graph.number(&at("root_two_over_pi"), root)?;
-            let square = product(graph, "Mul_square", x, x);
-            let cube = product(graph, "Mul_cube", &square, x);
-            let cube = product(graph, "Mul_cubic", &cube, &cubic);
-            let sum = graph.node("Add", &at("Add_cubic"), &[x, &cube]);
-            let scaled = product(graph, "Mul_scale", &sum, &root);
-            let tanh = graph.node("Tanh", &at("Tanh"), &[&scaled]);
-            half_of_one_plus(graph, name, x, &tanh)?
-        }
-    })
-}
-
-/// `x · 0.5 · (1 + y)`.
-fn half_of_one_plus(graph: &mut GraphWriter, name: &str, x: &str, y: &str) -> Result<String> {
-    let at = |op: &str| format!("{name}/{op}");
-    let (one, half) = (graph.number(&at("one"), 1.0)?, graph.number(&at("half"), 0.5)?);
-    let sum = graph.node("Add", &at("Add"), &[y, &one]);
-    let product = graph.node("Mul", &at("Mul"), &[x, &sum]);
-    Ok(graph.node("Mul", &at("Mul_half"), &[&product, &half]))
-}
-
-/// Key positions `0..total` and query positions `past..total`, compared: `[1, 1, sequence, total]`, true where the key
-/// is not in the query's future; and the mask's own `[batch, 1, 1, total]`. Returns the bias that hides the rest,
-/// `[batch, 1, sequence, total]`.
-pub(super) fn attention_bias(graph: &mut GraphWriter, causal: bool) -> Result<String> {
-    let at = |name: &str| format!("/model/mask/{name}");
-    let float = graph.data_type();
-    // half of float16's range, so that a sum with a score stays finite; its exponential is zero all the same
-    let lowest = if float == DataType::Float16 { -32752.0 } else { f64::from(f32::MIN) };
-    let (zero, lowest) = (graph.number(&at("zero"), 0.0)?, graph.number(&at("lowest"), lowest)?);
-    let padding_axes = graph.integers(&at("padding_axes"), &[1, 2]);
-    let real = NodeDef::new("Cast", at("Cast_real")).attr_int("to", DataType::Bool.code().into());
-    let real = graph.node_with(real, &at("Cast_real"), &["attention_mask"]);
-    let mut visible = graph.node("Unsqueeze", &at("Unsqueeze_real"), &[&real, &padding_axes]);
-    if causal {
-        let query = query_index(graph, &at)?;
-        let length = dimension(graph, &at("total"), "attention_mask", 1);
-        let keys = range(graph, &at("keys"), None, &length);
-        let causal = graph.node("LessOrEqual", &at("LessOrEqual"), &[&keys, &query]);
-        visible = graph.node("And", &at("And"), &[&visible, &causal]);
+    if let Some(scale) = embedding.scale {
+        let scale = graph.number(scale)?;
+        x = graph.node("Mul", &at("Mul_scale"), &[&x, &scale]);
     }
-    let bias = graph.node("Where", &at("Where"), &[&visible, &zero, &lowest]);
-    Ok(bias)
+    if let Some(learned) = embedding.positions {
+        let table = graph.weight_from(WeightRole::Positions, learned.offset)?;
+        let positions = graph.node("Gather", "/model/embed_positions/Gather", &[&table, "position_ids"]);
+        x = graph.node("Add", "/model/embed_positions/Add", &[&x, &positions]);
+    }
+    Ok(x)
 }
 
-/// `past..total` as a column, `[sequence, 1]`.
-fn query_index(graph: &mut GraphWriter, at: &impl Fn(&str) -> String) -> Result<String> {
-    let past = dimension(graph, &at("past"), "past_key_values.0.key", 2);
-    let total = dimension(graph, &at("end"), "attention_mask", 1);
-    let range = range(graph, &at("queries"), Some(&past), &total);
-    let axis = graph.integers(&at("column"), &[1]);
-    Ok(graph.node("Unsqueeze", &at("Unsqueeze_queries"), &[&range, &axis]))
+fn write_layer(
+    graph: &mut GraphWriter,
+    operators: &mut dyn Operators,
+    layer: usize,
+    stream: &mut Stream,
+) -> Result<()> {
+    let at = |name: &str| format!("/model/layers.{layer}/{name}");
+    let (to_attention, to_mlp) = (at("self_attn/Add_input"), at("mlp/Add_input"));
+    let norm_at = |graph: &GraphWriter, site| NormNode::of_layer(graph, layer, site);
+    let (first, second) = (norm_at(graph, NormSite::Attention), norm_at(graph, NormSite::Mlp));
+    match graph.spec().wiring {
+        Wiring::PreNorm | Wiring::PostNorm | Wiring::SandwichNorm => {
+            let x = stream.normed(graph, operators, &to_attention, first.as_ref())?;
+            let mixed = attention(graph, operators, layer, &x)?;
+            let mixed = output_norm(graph, operators, layer, NormSite::AttentionOutput, mixed)?;
+            stream.add(graph, &at("self_attn"), mixed)?;
+            let x = stream.normed(graph, operators, &to_mlp, second.as_ref())?;
+            let fed = mlp::make(graph, operators, layer, &x)?;
+            let fed = output_norm(graph, operators, layer, NormSite::MlpOutput, fed)?;
+            stream.add(graph, &at("mlp"), fed)
+        }
+        Wiring::SumNorm => {
+            let mixed = attention(graph, operators, layer, &stream.sum)?;
+            stream.add(graph, &at("self_attn"), mixed)?;
+            stream.sum = stream.normed(graph, operators, &to_mlp, first.as_ref())?;
+            let fed = mlp::make(graph, operators, layer, &stream.sum)?;
+            stream.add(graph, &at("mlp"), fed)?;
+            stream.sum = stream.normed(graph, operators, &at("Add_output"), second.as_ref())?;
+            Ok(())
+        }
+        Wiring::Parallel | Wiring::ParallelSharedNorm => {
+            let x = stream.normed(graph, operators, &to_attention, first.as_ref())?;
+            let mixed = attention(graph, operators, layer, &x)?;
+            let x = match &second {
+                Some(norm) => operators.norm(graph, norm, &stream.sum)?,
+                None => x,
+            };
+            let fed = mlp::make(graph, operators, layer, &x)?;
+            stream.add(graph, &at("self_attn"), mixed)?;
+            stream.add(graph, &at("mlp"), fed)
+        }
+    }
 }
 
-/// One dimension of a tensor as a scalar.
-pub(super) fn dimension(graph: &mut GraphWriter, name: &str, tensor: &str, axis: i64) -> String {
-    let shape = graph.node("Shape", &format!("{name}/Shape"), &[tensor]);
-    let index = graph.integer(&format!("{name}/axis"), axis);
-    let gather = NodeDef::new("Gather", format!("{name}/Gather")).attr_int("axis", 0);
-    graph.node_with(gather, &format!("{name}/Gather"), &[&shape, &index])
+fn output_norm(
+    graph: &mut GraphWriter,
+    operators: &mut dyn Operators,
+    layer: usize,
+    site: NormSite,
+    x: String,
+) -> Result<String> {
+    match NormNode::of_layer(graph, layer, site) {
+        Some(node) => operators.norm(graph, &node, &x),
+        None => Ok(x),
+    }
 }
 
-fn range(graph: &mut GraphWriter, name: &str, start: Option<&str>, end: &str) -> String {
-    let start = match start {
-        Some(start) => start.to_owned(),
-        None => graph.integer(&format!("{name}/start"), 0),
-    };
-    let step = graph.integer(&format!("{name}/step"), 1);
-    graph.node("Range", &format!("{name}/Range"), &[&start, end, &step])
+fn attention(graph: &mut GraphWriter, operators: &mut dyn Operators, layer: usize, x: &str) -> Result<String> {
+    let query = mlp::linear(graph, layer, Linear::Query, x)?;
+    let key = mlp::linear(graph, layer, Linear::Key, x)?;
+    let value = mlp::linear(graph, layer, Linear::Value, x)?;
+    let (heads, kv_heads) = (graph.spec().attention.num_heads, graph.spec().attention.num_kv_heads);
+    let query = qk_norm(graph, operators, layer, (NormSite::Query, heads), query)?;
+    let key = qk_norm(graph, operators, layer, (NormSite::Key, kv_heads), key)?;
+    let mixed = operators.attention(graph, layer, &Projected { query, key, value })?;
+    mlp::linear(graph, layer, Linear::AttentionOutput, &mixed)
+}
+
+/// Queries or keys normalised where the model does so:
+/// ```text
+/// x ─ Reshape [B, S, heads, head_dim] ─ norm ─ Reshape [B, S, heads · head_dim]
+/// ```
+/// without reshaping where the norm is over the whole projection.
+fn qk_norm(
+    graph: &mut GraphWriter,
+    operators: &mut dyn Operators,
+    layer: usize,
+    (site, heads): (NormSite, usize),
+    x: String,
+) -> Result<String> {
+    let attention = &graph.spec().attention;
+    let (Some(node), Some(qk)) = (NormNode::of_layer(graph, layer, site), attention.qk_norm) else { return Ok(x) };
+    if qk.over == QkNormOver::Projection {
+        return operators.norm(graph, &node, &x);
+    }
+    let (heads, width) = (heads as i64, attention.head_dim as i64);
+    let split = graph.reshape(&format!("{}/Reshape_split", node.name), &x, &[0, 0, heads, width]);
+    let normed = operators.norm(graph, &node, &split)?;
+    Ok(graph.reshape(&format!("{}/Reshape_merge", node.name), &normed, &[0, 0, heads * width]))
 }

@@ -15,6 +15,17 @@ pub enum Error {
     #[error(transparent)]
     #[diagnostic(transparent)]
     Onnx(#[from] crate::onnx::Error),
+    /// A weight has another shape than the decoder's description says.
+    #[error("`{tensor}` has shape {found:?} where the decoder needs {expected:?}")]
+    #[diagnostic(code(prefold::export::shape), help("take weights and description from the same model"))]
+    Shape {
+        /// The weight.
+        tensor: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that it should have.
+        expected: Vec<usize>,
+    },
     /// A weight could not be converted.
     #[error("candle failed while converting `{tensor}`: {source}")]
     #[diagnostic(code(prefold::export::convert))]

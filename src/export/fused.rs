@@ -1,24 +1,31 @@
 //! The `ort` dialect: ONNX Runtime's fused operators.
 //!
 //! ```text
-//! q ─ RotaryEmbedding ─┐ query
-//! k ─ RotaryEmbedding ─┼─ GroupQueryAttention ─► o_proj
-//! v ───────────────────┤        │
-//! past, lengths, bias ─┘     present
+//! q ─ (RotaryEmbedding) ─┐ query
+//! k ─ (RotaryEmbedding) ─┼─ GroupQueryAttention ─► o_proj
+//! v ─────────────────────┤        │
+//! past, lengths, bias ───┘     present
 //! ```
 //!
 //! Rotation stands before the attention operator (`do_rotary` = 0), so that the rotated query is a tensor of the graph and
-//! positions come from `position_ids`. GroupQueryAttention by itself knows only rows that end in padding; here every row
-//! counts as full length and padding on either side is hidden by the operator's `attention_bias`.
+//! positions come from `position_ids`. Its tables hold the angles of the pass's own tokens, row by row, so that no position
+//! is beyond them. GroupQueryAttention by itself knows only rows that end in padding; here every row counts as full length
+//! and padding on either side is hidden by the operator's `attention_bias`. It takes several rows only without a past or
+//! one token at a time, and heads whose width is a multiple of 8; where the width is not, attention is written in standard
+//! operators, as in the portable dialect.
 //!
 //! `SimplifiedLayerNormalization` has no schema under `com.microsoft`, and the one that ONNX Runtime keeps in `ai.onnx` is
 //! refused by the official checker. So the graph calls `com.microsoft.SimplifiedLayerNormalization` and defines it as a
 //! model-local function, which ONNX Runtime inlines and fuses to its kernel.
 
-use super::decoder::{Operators, Projected, Residual, attention_bias, dimension};
+use super::attention::Composed;
+use super::decoder::{Operators, Projected};
+use super::mask::Mask;
+use super::norm::{self, NormNode};
+use super::rotary::Angles;
 use super::writer::GraphWriter;
-use super::{OPSET, Result};
-use crate::base::WeightRole;
+use super::{OPSET, Result, mlp};
+use crate::base::{Activation, DecoderSpec, NormKind};
 use crate::onnx::{DataType, FunctionDef, NodeDef, TensorDef};
 
 /// The operator set of the fused operators.
@@ -26,12 +33,125 @@ pub(super) const DOMAIN: &str = "com.microsoft";
 
 const NORM: &str = "SimplifiedLayerNormalization";
 
-/// Tensors that all layers share, by name.
-#[derive(Debug, Default)]
+/// What GroupQueryAttention asks of the width of a head.
+const HEAD_MULTIPLE: usize = 8;
+
+/// Fused operators.
+#[derive(Debug)]
 pub(super) struct Fused {
-    /// `[max_positions, head_dim / 2]`.
-    cos: String,
-    sin: String,
+    attention: Attention,
+    /// The epsilon of the function [`NORM`], where the decoder has such a norm.
+    norm_epsilon: Option<f64>,
+}
+
+#[derive(Debug)]
+enum Attention {
+    Grouped(Grouped),
+    Composed(Composed),
+}
+
+impl Fused {
+    pub(super) fn new(graph: &mut GraphWriter) -> Result<Self> {
+        let spec = graph.spec();
+        let norm_epsilon = root_mean_square_epsilon(spec);
+        if let Some(epsilon) = norm_epsilon {
+            graph.function(norm_function(epsilon as f32));
+        }
+        let attention = if spec.attention.head_dim.is_multiple_of(HEAD_MULTIPLE) {
+            Attention::Grouped(Grouped::new(graph)?)
+        } else {
+            Attention::Composed(Composed::new(graph)?)
+        };
+        Ok(Self { attention, norm_epsilon })
+    }
+
+    /// Whether the function [`NORM`] and its skip form compute the norm.
+    fn is_simplified(&self, node: &NormNode) -> bool {
+        let norm = &node.norm;
+        norm.kind == NormKind::Rms && !norm.bias && node.one_weight && self.norm_epsilon == Some(norm.epsilon)
+    }
+}
+
+/// The epsilon of the stream's norm, or else of that of queries and keys.
+fn root_mean_square_epsilon(spec: &DecoderSpec) -> Option<f64> {
+    let norms = std::iter::once(spec.norm).chain(spec.attention.qk_norm.map(|qk| qk.norm));
+    norms.into_iter().find(|norm| norm.kind == NormKind::Rms).map(|norm| norm.epsilon)
+}
+
+impl Operators for Fused {
+    fn norm(&mut self, graph: &mut GraphWriter, node: &NormNode, x: &str) -> Result<String> {
+        if !self.is_simplified(node) {
+            return norm::make(graph, node, x);
+        }
+        let weight = node.weight(graph)?;
+        let name = format!("{}/{NORM}", node.name);
+        Ok(graph.node_with(NodeDef::new(NORM, name.as_str()).domain(DOMAIN), &name, &[x, &weight]))
+    }
+
+    fn add_norm(
+        &mut self,
+        graph: &mut GraphWriter,
+        node: &NormNode,
+        stream: &str,
+        block: &str,
+    ) -> Result<(String, String)> {
+        let op = match node.norm.kind {
+            NormKind::Rms if self.is_simplified(node) => "SkipSimplifiedLayerNormalization",
+            NormKind::Layer if node.one_weight => "SkipLayerNormalization",
+            _ => {
+                let sum = graph.node("Add", &format!("{}/Add_residual", node.name), &[stream, block]);
+                return Ok((norm::make(graph, node, &sum)?, sum));
+            }
+        };
+        let name = format!("{}/{op}", node.name);
+        let (normed, sum) = (format!("{name}/output_0"), format!("{name}/output_3"));
+        let (weight, bias) = (node.weight(graph)?, node.bias(graph)?);
+        graph.add(
+            NodeDef::new(op, name)
+                .domain(DOMAIN)
+                .attr_float("epsilon", node.norm.epsilon as f32)
+                .inputs([stream, block, &weight])
+                .inputs(bias)
+                .outputs([normed.as_str(), "", "", &sum]),
+        );
+        Ok((normed, sum))
+    }
+
+    /// `QuickGelu` with `alpha` 1 is `x · sigmoid(x)`; `FastGelu` is the tanh form.
+    fn activation(&mut self, graph: &mut GraphWriter, name: &str, kind: Activation, x: &str) -> Result<String> {
+        let op = match kind {
+            Activation::Silu => "QuickGelu",
+            Activation::Gelu => "Gelu",
+            Activation::GeluTanh => "FastGelu",
+            Activation::Relu => return mlp::activation(graph, name, kind, x),
+        };
+        let name = format!("{name}/{op}");
+        let node = NodeDef::new(op, name.as_str()).domain(DOMAIN);
+        let node = if kind == Activation::Silu { node.attr_float("alpha", 1.0) } else { node };
+        Ok(graph.node_with(node, &name, &[x]))
+    }
+
+    fn attention(&mut self, graph: &mut GraphWriter, layer: usize, projected: &Projected) -> Result<String> {
+        match &self.attention {
+            Attention::Grouped(grouped) => Ok(grouped.make(graph, layer, projected)),
+            Attention::Composed(composed) => composed.make(graph, layer, projected),
+        }
+    }
+
+    fn vocabulary(&mut self, graph: &mut GraphWriter, hidden: &str, matrix: &str, output: &str) -> Result<()> {
+        let node = NodeDef::new("FusedMatMul", "/lm_head/FusedMatMul").domain(DOMAIN).attr_int("transB", 1);
+        graph.add(node.inputs([hidden, matrix]).outputs([output]));
+        Ok(())
+    }
+}
+
+/// GroupQueryAttention; tensors that all layers share, by name.
+#[derive(Debug)]
+struct Grouped {
+    /// By rotary embedding.
+    angles: Vec<Angles>,
+    /// The row of [`Angles`] for each token, `int64[batch, sequence]`; empty where nothing is rotated.
+    rows: String,
     /// `[batch, 1, sequence, total]`.
     bias: String,
     /// Tokens of each row but one, `int32[batch]`.
@@ -40,113 +160,82 @@ pub(super) struct Fused {
     total: String,
 }
 
-impl Operators for Fused {
-    fn prepare(&mut self, graph: &mut GraphWriter) -> Result<()> {
-        graph.function(norm_function(graph.spec().norm.epsilon as f32));
-        self.bias = self.padding_bias(graph)?;
-        self.total = self.total_length(graph);
-        self.lengths = row_lengths(graph, &self.total);
-        (self.cos, self.sin) = rotary_caches(graph)?;
-        Ok(())
+impl Grouped {
+    fn new(graph: &mut GraphWriter) -> Result<Self> {
+        let rotary = &graph.spec().attention.rotary;
+        let bias = padding_bias(graph)?;
+        let total = graph.dimension("/model/lengths/total", "attention_mask", 1);
+        let total = graph.cast_always("/model/lengths/Cast_total", &total, DataType::Int32);
+        let lengths = row_lengths(graph, &total);
+        let rows = if rotary.is_empty() { String::new() } else { token_rows(graph) };
+        let angles = rotary.iter().enumerate().map(|(index, rotary)| Angles::by_pair(graph, index, rotary)).collect();
+        Ok(Self { angles, rows, bias, lengths, total })
     }
 
-    fn norm(
-        &mut self,
-        graph: &mut GraphWriter,
-        name: &str,
-        residual: &mut Residual,
-        role: WeightRole,
-    ) -> Result<String> {
-        let weight = graph.weight(role)?;
-        let Some(pending) = residual.pending.take() else {
-            let name = format!("{name}/{NORM}");
-            let norm = NodeDef::new(NORM, name.as_str()).domain(DOMAIN);
-            return Ok(graph.node_with(norm, &name, &[&residual.stream, &weight]));
-        };
-        let name = format!("{name}/SkipSimplifiedLayerNormalization");
-        let (normed, sum) = (format!("{name}/output_0"), format!("{name}/output_3"));
-        graph.add(
-            NodeDef::new("SkipSimplifiedLayerNormalization", name)
-                .domain(DOMAIN)
-                .attr_float("epsilon", graph.spec().norm.epsilon as f32)
-                .inputs([residual.stream.as_str(), &pending, &weight])
-                .outputs([normed.as_str(), "", "", &sum]),
-        );
-        residual.stream = sum;
-        Ok(normed)
-    }
-
-    fn attention(&mut self, graph: &mut GraphWriter, layer: usize, projected: &Projected) -> Result<String> {
+    fn make(&self, graph: &mut GraphWriter, layer: usize, projected: &Projected) -> String {
         let attention = &graph.spec().attention;
         let at = |op: &str| format!("/model/layers.{layer}/self_attn/{op}");
         let (heads, kv_heads) = (attention.num_heads as i64, attention.num_kv_heads as i64);
-        let query = self.rotate(graph, &at("q_rotary/RotaryEmbedding"), &projected.query, heads);
-        let key = self.rotate(graph, &at("k_rotary/RotaryEmbedding"), &projected.key, kv_heads);
+        let query = self.rotate(graph, &at("q_rotary/RotaryEmbedding"), layer, &projected.query, heads);
+        let key = self.rotate(graph, &at("k_rotary/RotaryEmbedding"), layer, &projected.key, kv_heads);
         let cache = |side: &str, part: &str| format!("{side}.{layer}.{part}");
         let mixed = at("GroupQueryAttention/output_0");
+        let mut node = NodeDef::new("GroupQueryAttention", at("GroupQueryAttention"))
+            .domain(DOMAIN)
+            .attr_int("num_heads", heads)
+            .attr_int("kv_num_heads", kv_heads)
+            .attr_float("scale", attention.scale as f32)
+            .attr_int("do_rotary", 0);
+        if let Some(cap) = attention.softcap {
+            node = node.attr_float("softcap", cap as f32);
+        }
+        if let Some(window) = graph.spec().layers.get(layer).and_then(|layer| layer.window) {
+            node = node.attr_int("local_window_size", i64::from(i32::try_from(window).unwrap_or(i32::MAX)));
+        }
         graph.add(
-            NodeDef::new("GroupQueryAttention", at("GroupQueryAttention"))
-                .domain(DOMAIN)
-                .attr_int("num_heads", heads)
-                .attr_int("kv_num_heads", kv_heads)
-                .attr_float("scale", attention.scale as f32)
-                .attr_int("do_rotary", 0)
-                .inputs([&query, &key, &projected.value])
+            node.inputs([&query, &key, &projected.value])
                 .inputs([cache("past_key_values", "key"), cache("past_key_values", "value")])
                 .inputs([&self.lengths, &self.total])
                 .inputs(["", "", ""]) // rotary caches and positions: rotated already
                 .inputs([&self.bias])
                 .outputs([mixed.clone(), cache("present", "key"), cache("present", "value")]),
         );
-        Ok(mixed)
+        mixed
     }
 
-    fn head(&mut self, graph: &mut GraphWriter, hidden: &str, weight: &str) -> Result<()> {
-        graph.add(
-            NodeDef::new("FusedMatMul", "/lm_head/FusedMatMul")
-                .domain(DOMAIN)
-                .attr_int("transB", 1)
-                .inputs([hidden, weight])
-                .outputs(["logits"]),
-        );
-        Ok(())
+    fn rotate(&self, graph: &mut GraphWriter, name: &str, layer: usize, x: &str, heads: i64) -> String {
+        let spec = graph.spec();
+        let index = spec.layers.get(layer).and_then(|layer| layer.rotary);
+        let found = index.and_then(|index| Some((spec.attention.rotary.get(index)?, self.angles.get(index)?)));
+        let Some((rotary, angles)) = found else { return x.to_owned() };
+        let mut node = NodeDef::new("RotaryEmbedding", name)
+            .domain(DOMAIN)
+            .attr_int("num_heads", heads)
+            .attr_int("interleaved", i64::from(rotary.interleaved));
+        if rotary.dim < spec.attention.head_dim {
+            node = node.attr_int("rotary_embedding_dim", rotary.dim as i64);
+        }
+        graph.node_with(node, name, &[x, &self.rows, &angles.cos, &angles.sin])
     }
 }
 
-impl Fused {
-    fn rotate(&self, graph: &mut GraphWriter, name: &str, x: &str, heads: i64) -> String {
-        let node = NodeDef::new("RotaryEmbedding", name).domain(DOMAIN).attr_int("num_heads", heads);
-        let node = node.attr_int("interleaved", 0);
-        graph.node_with(node, name, &[x, "position_ids", &self.cos, &self.sin])
-    }
-
-    /// Hides padding only: the operator is causal by itself. The sequence dimension is written out because the operator
-    /// does not broadcast it.
-    fn padding_bias(&self, graph: &mut GraphWriter) -> Result<String> {
-        let bias = attention_bias(graph, false)?;
-        let at = |name: &str| format!("/model/mask/{name}");
-        let sequence = dimension(graph, &at("sequence"), "input_ids", 1);
-        let axis = graph.integers(&at("as_list"), &[0]);
-        let sequence = graph.node("Unsqueeze", &at("Unsqueeze_sequence"), &[&sequence, &axis]);
-        let ones = graph.integers(&at("ones"), &[1, 1]);
-        let one = graph.integers(&at("one"), &[1]);
-        let concat = NodeDef::new("Concat", at("Concat")).attr_int("axis", 0);
-        let shape = graph.node_with(concat, &at("Concat"), &[&ones, &sequence, &one]);
-        Ok(graph.node("Expand", &at("Expand"), &[&bias, &shape]))
-    }
-
-    fn total_length(&self, graph: &mut GraphWriter) -> String {
-        let total = dimension(graph, "/model/lengths/total", "attention_mask", 1);
-        to_int32(graph, "/model/lengths/Cast_total", &total)
-    }
+/// Hides padding only: the operator is causal by itself. The sequence dimension is written out because the operator does not
+/// broadcast it.
+fn padding_bias(graph: &mut GraphWriter) -> Result<String> {
+    let bias = Mask::padding(graph)?;
+    let at = |name: &str| format!("/model/mask/{name}");
+    let sequence = graph.dimension(&at("sequence"), "input_ids", 1);
+    let sequence = graph.unsqueeze(&at("Unsqueeze_sequence"), &sequence, &[0]);
+    let (ones, one) = (graph.integers(&[1, 1]), graph.integers(&[1]));
+    let shape = graph.concat(&at("Concat"), 0, &[&ones, &sequence, &one]);
+    Ok(graph.node("Expand", &at("Expand"), &[&bias, &shape]))
 }
 
 /// Every row counts as full: `total − 1`, once for each row.
 fn row_lengths(graph: &mut GraphWriter, total: &str) -> String {
     let at = |name: &str| format!("/model/lengths/{name}");
-    let batch = dimension(graph, &at("batch"), "input_ids", 0);
-    let axis = graph.integers(&at("as_list"), &[0]);
-    let batch = graph.node("Unsqueeze", &at("Unsqueeze"), &[&batch, &axis]);
+    let batch = graph.dimension(&at("batch"), "input_ids", 0);
+    let batch = graph.unsqueeze(&at("Unsqueeze"), &batch, &[0]);
     let one = NodeDef::new("Constant", at("one"))
         .attr_tensor("value", TensorDef::inline("", DataType::Int32, &[], 1i32.to_le_bytes().to_vec()));
     let one = graph.node_with(one, &at("one"), &[]);
@@ -154,22 +243,15 @@ fn row_lengths(graph: &mut GraphWriter, total: &str) -> String {
     graph.node("Expand", &at("Expand"), &[&last, &batch])
 }
 
-fn to_int32(graph: &mut GraphWriter, name: &str, x: &str) -> String {
-    graph.node_with(NodeDef::new("Cast", name).attr_int("to", DataType::Int32.code().into()), name, &[x])
+/// `0..batch · sequence` in the shape of `input_ids`.
+fn token_rows(graph: &mut GraphWriter) -> String {
+    let at = |name: &str| format!("/model/rotary_emb/{name}");
+    let shape = graph.node("Shape", &at("Shape"), &["input_ids"]);
+    let count = graph.node("Size", &at("Size"), &["input_ids"]);
+    let (zero, one) = (graph.integer(0), graph.integer(1));
+    let rows = graph.node("Range", &at("Range"), &[&zero, &count, &one]);
+    graph.node("Reshape", &at("Reshape"), &[&rows, &shape])
 }
-
-/// Cosines and sines of every position that the model was trained for.
-fn rotary_caches(graph: &mut GraphWriter) -> Result<(String, String)> {
-    let spec = graph.spec();
-    let positions = u32::try_from(spec.max_positions).unwrap_or(u32::MAX);
-    let (cos, sin) = spec.attention.rotary[0].cos_sin(&(0..positions).collect::<Vec<_>>());
-    let width = spec.attention.head_dim / 2;
-    Ok((
-        graph.table("/model/rotary_emb/cos_cache", cos, width)?,
-        graph.table("/model/rotary_emb/sin_cache", sin, width)?,
-    ))
-}
-
 /// `x / sqrt(mean(x²) + epsilon) · scale`, computed in float32, in the pattern that ONNX Runtime fuses.
 fn norm_function(epsilon: f32) -> FunctionDef {
     let node =

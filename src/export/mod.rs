@@ -9,23 +9,31 @@
 //!                 [batch, kv_heads, past, head_dim]
 //! ```
 //!
-//! `decoder.rs` writes what all dialects share; `portable.rs` and `fused.rs` each write norms and attention in their
-//! operators. Weights are streamed from the mapped checkpoint, one at a time. Knows no training and no adapter.
+//! `decoder.rs` wires what all dialects share. `norm.rs`, `rotary.rs`, `mask.rs`, `attention.rs`, `mlp.rs` and `head.rs` each
+//! write one part in standard operators; a dialect, `portable.rs` or `fused.rs`, takes these or its own. Weights are streamed
+//! from the mapped checkpoint, one at a time. Knows no training and no adapter.
 
+mod attention;
 mod decoder;
 mod error;
 mod fused;
+mod head;
+mod mask;
+mod mlp;
+mod norm;
 mod portable;
+mod rotary;
 mod writer;
 
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use error::{Error, Result};
 
-use crate::base::Checkpoint;
+use crate::base::{self, Checkpoint, DecoderSpec, WeightShape};
 use crate::files::{FileFact, Manifest};
 use crate::onnx::{DataType, MODEL_NAME, ModelBuilder};
 
@@ -42,8 +50,8 @@ pub enum Dialect {
     /// Standard operators of opset 17 only: runs in every ONNX runtime, with symbolic dimensions in tract.
     #[default]
     Portable,
-    /// Fused operators of `com.microsoft`: GroupQueryAttention, RotaryEmbedding, SimplifiedLayerNormalization and its skip
-    /// form. For ONNX Runtime.
+    /// Fused operators of `com.microsoft`: GroupQueryAttention, RotaryEmbedding, the norms' skip forms, the forms of GELU. For
+    /// ONNX Runtime.
     Ort,
 }
 
@@ -132,15 +140,37 @@ impl Default for ExportOptions {
 /// # Errors
 /// When a weight cannot be read or a file cannot be written.
 pub fn export(checkpoint: &Checkpoint, options: &ExportOptions, folder: &Path) -> Result<PathBuf> {
-    let mut graph = writer::GraphWriter::new(checkpoint, options, folder)?;
+    let path = export_weights(checkpoint.spec(), |weight| checkpoint.weight(weight.role), options, folder)?;
+    write_companions(checkpoint, folder)?;
+    write_manifest(checkpoint, options, folder)?;
+    Ok(path)
+}
+
+/// Writes `model.onnx` and its data alone, with whatever `weight` gives: tensors of the asked shape on the CPU, in any float
+/// type.
+///
+/// # Errors
+/// Those of `weight`; when a tensor has another shape, or a file cannot be written.
+pub fn export_weights(
+    spec: &DecoderSpec,
+    weight: impl Fn(&WeightShape) -> base::Result<Tensor>,
+    options: &ExportOptions,
+    folder: &Path,
+) -> Result<PathBuf> {
+    let mut graph = writer::GraphWriter::new(spec, &weight, options, folder)?;
+    decoder::declare(&mut graph);
     match options.dialect {
-        Dialect::Portable => decoder::write(&mut graph, portable::Portable::default())?,
-        Dialect::Ort => decoder::write(&mut graph, fused::Fused::default())?,
+        Dialect::Portable => {
+            let mut operators = portable::Portable::new(&mut graph)?;
+            decoder::write(&mut graph, &mut operators)?;
+        }
+        Dialect::Ort => {
+            let mut operators = fused::Fused::new(&mut graph)?;
+            decoder::write(&mut graph, &mut operators)?;
+        }
     }
     let path = folder.join(MODEL_NAME);
     graph.finish()?.save(&path)?;
-    write_companions(checkpoint, folder)?;
-    write_manifest(checkpoint, options, folder)?;
     Ok(path)
 }
 

@@ -1,38 +1,51 @@
 //! A graph under construction, with its weights on their way to disk.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
 use super::{DATA_NAME, Error, ExportOptions, Result, new_builder};
-use crate::base::{Checkpoint, DecoderSpec, WeightRole};
+use crate::base::{self, DecoderSpec, WeightRole, WeightShape};
 use crate::onnx::{DataType, Dim, ExternalWriter, FunctionDef, Model, ModelBuilder, NodeDef, TensorDef, ValueDef};
 
 /// Tensors of fewer bytes stay inline even where the weights are external: shapes, norms, constants.
 const SMALL: usize = 1024;
 
+/// Where weights come from.
+pub(super) type Weights<'a> = &'a dyn Fn(&WeightShape) -> base::Result<Tensor>;
+
 /// Collects nodes and weights of one decoder.
 pub(super) struct GraphWriter<'a> {
-    checkpoint: &'a Checkpoint,
+    spec: &'a DecoderSpec,
+    weights: Weights<'a>,
     options: &'a ExportOptions,
     builder: ModelBuilder,
     external: Option<ExternalWriter>,
+    /// Names of the constants written so far.
+    constants: BTreeSet<String>,
 }
 
 impl<'a> GraphWriter<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, options: &'a ExportOptions, folder: &Path) -> Result<Self> {
-        let bytes = (checkpoint.spec().num_parameters() * options.precision.dtype().size_in_bytes()) as u64;
+    pub(super) fn new(
+        spec: &'a DecoderSpec,
+        weights: Weights<'a>,
+        options: &'a ExportOptions,
+        folder: &Path,
+    ) -> Result<Self> {
+        let bytes = (spec.num_parameters() * options.precision.dtype().size_in_bytes()) as u64;
         let external = if bytes > options.external_data_threshold {
             Some(ExternalWriter::create(folder, DATA_NAME)?)
         } else {
             None
         };
-        Ok(Self { checkpoint, options, builder: new_builder(options.dialect), external })
+        let builder = new_builder(options.dialect);
+        Ok(Self { spec, weights, options, builder, external, constants: BTreeSet::new() })
     }
 
     pub(super) fn spec(&self) -> &'a DecoderSpec {
-        self.checkpoint.spec()
+        self.spec
     }
 
     /// The type of weights and activations.
@@ -69,49 +82,125 @@ impl<'a> GraphWriter<'a> {
         output
     }
 
-    /// A shape or list of axes as an initializer.
-    pub(super) fn integers(&mut self, name: &str, values: &[i64]) -> String {
-        self.builder.initializer(TensorDef::from_i64s(name, &[values.len() as i64], values));
-        name.to_owned()
+    /// A cast; none where the graph's type is float32, in which norms, angles and positions are computed anyway.
+    pub(super) fn cast(&mut self, name: &str, x: &str, to: DataType) -> String {
+        if self.data_type() == DataType::Float { x.to_owned() } else { self.cast_always(name, x, to) }
     }
 
-    /// One integer without dimensions.
-    pub(super) fn integer(&mut self, name: &str, value: i64) -> String {
-        self.builder.initializer(TensorDef::from_i64s(name, &[], &[value]));
-        name.to_owned()
+    pub(super) fn cast_always(&mut self, name: &str, x: &str, to: DataType) -> String {
+        self.node_with(NodeDef::new("Cast", name).attr_int("to", to.code().into()), name, &[x])
     }
 
-    /// A float32 constant.
-    pub(super) fn floats(&mut self, name: &str, dims: &[i64], values: &[f32]) -> String {
-        self.builder.initializer(TensorDef::from_f32s(name, dims, values));
-        name.to_owned()
+    pub(super) fn concat(&mut self, name: &str, axis: i64, inputs: &[&str]) -> String {
+        self.node_with(NodeDef::new("Concat", name).attr_int("axis", axis), name, inputs)
     }
 
-    /// One number in the graph's type.
-    pub(super) fn number(&mut self, name: &str, value: f64) -> Result<String> {
-        let tensor = Tensor::new(value, &candle_core::Device::Cpu);
-        self.tensor(name, tensor)
+    pub(super) fn transpose(&mut self, name: &str, x: &str, permutation: &[i64]) -> String {
+        self.node_with(NodeDef::new("Transpose", name).attr_ints("perm", permutation), name, &[x])
     }
 
-    /// Rows of `width` numbers in the graph's type.
-    pub(super) fn table(&mut self, name: &str, values: Vec<f64>, width: usize) -> Result<String> {
-        let rows = values.len() / width.max(1);
-        self.tensor(name, Tensor::from_vec(values, (rows, width), &candle_core::Device::Cpu))
+    pub(super) fn reshape(&mut self, name: &str, x: &str, shape: &[i64]) -> String {
+        let shape = self.integers(shape);
+        self.node("Reshape", name, &[x, &shape])
     }
 
-    /// A checkpoint's weight as it stands there.
+    pub(super) fn unsqueeze(&mut self, name: &str, x: &str, axes: &[i64]) -> String {
+        let axes = self.integers(axes);
+        self.node("Unsqueeze", name, &[x, &axes])
+    }
+
+    /// One dimension of a tensor as an int64 without dimensions.
+    pub(super) fn dimension(&mut self, name: &str, tensor: &str, axis: i64) -> String {
+        let shape = self.node("Shape", &format!("{name}/Shape"), &[tensor]);
+        let index = self.integer(axis);
+        let gather = NodeDef::new("Gather", format!("{name}/Gather")).attr_int("axis", 0);
+        self.node_with(gather, &format!("{name}/Gather"), &[&shape, &index])
+    }
+
+    /// A shape or list of axes, written once for all that use it.
+    pub(super) fn integers(&mut self, values: &[i64]) -> String {
+        let listed: Vec<String> = values.iter().map(i64::to_string).collect();
+        let name = format!("/model/constants/int64_[{}]", listed.join(","));
+        self.constant(name, |name| TensorDef::from_i64s(name, &[values.len() as i64], values))
+    }
+
+    /// One integer without dimensions, written once.
+    pub(super) fn integer(&mut self, value: i64) -> String {
+        self.constant(format!("/model/constants/int64_{value}"), |name| TensorDef::from_i64s(name, &[], &[value]))
+    }
+
+    /// One float32, written once.
+    pub(super) fn float(&mut self, value: f32) -> String {
+        self.constant(format!("/model/constants/float_{value:e}"), |name| TensorDef::from_f32s(name, &[], &[value]))
+    }
+
+    /// One float64, written once.
+    pub(super) fn double(&mut self, value: f64) -> String {
+        self.doubles(&format!("/model/constants/double_{value:e}"), &[], &[value])
+    }
+
+    /// A float32 constant of its own name.
+    pub(super) fn floats(&mut self, name: &str, values: &[f32]) -> String {
+        self.constant(name.into(), |name| TensorDef::from_f32s(name, &[values.len() as i64], values))
+    }
+
+    /// A float64 constant of its own name.
+    pub(super) fn doubles(&mut self, name: &str, dims: &[i64], values: &[f64]) -> String {
+        let bytes = || values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.constant(name.into(), |name| TensorDef::inline(name, DataType::Double, dims, bytes()))
+    }
+
+    /// One number in the graph's type, written once.
+    pub(super) fn number(&mut self, value: f64) -> Result<String> {
+        let name = format!("/model/constants/number_{value:e}");
+        if self.constants.insert(name.clone()) {
+            return self.tensor(&name, Tensor::new(value, &Device::Cpu));
+        }
+        Ok(name)
+    }
+
+    fn constant(&mut self, name: String, tensor: impl FnOnce(&str) -> TensorDef) -> String {
+        if self.constants.insert(name.clone()) {
+            self.builder.initializer(tensor(&name));
+        }
+        name
+    }
+
+    /// A weight as the decoder describes it.
     pub(super) fn weight(&mut self, role: WeightRole) -> Result<String> {
-        let name = role.name();
-        let tensor = self.checkpoint.weight(role)?;
-        self.tensor(&name, Ok(tensor))
+        let tensor = self.read(role)?;
+        self.tensor(&role.name(), Ok(tensor))
     }
 
-    /// A checkpoint's `[out, in]` matrix as the `[in, out]` right-hand side of a MatMul.
+    /// A weight with a number added to each element, before it is rounded to the graph's type.
+    pub(super) fn shifted_weight(&mut self, role: WeightRole, by: f64) -> Result<String> {
+        let tensor = self.read(role)?;
+        let shifted = if by == 0.0 { Ok(tensor) } else { tensor.to_dtype(DType::F64).and_then(|t| t + by) };
+        self.tensor(&role.name(), shifted)
+    }
+
+    /// The rows of a weight from `start` on.
+    pub(super) fn weight_from(&mut self, role: WeightRole, start: usize) -> Result<String> {
+        let tensor = self.read(role)?;
+        let rows = tensor.dim(0).and_then(|rows| tensor.narrow(0, start, rows.saturating_sub(start)));
+        self.tensor(&role.name(), rows)
+    }
+
+    /// An `[out, in]` matrix as the `[in, out]` right-hand side of a MatMul.
     pub(super) fn transposed_weight(&mut self, role: WeightRole) -> Result<String> {
         let name = role.name();
-        let tensor = self.checkpoint.weight(role)?;
+        let tensor = self.read(role)?;
         let stem = name.strip_suffix(".weight").unwrap_or(&name);
         self.tensor(&format!("{stem}.MatMul.weight"), tensor.t())
+    }
+
+    fn read(&self, role: WeightRole) -> Result<Tensor> {
+        let weight = WeightShape { role, name: role.name(), shape: self.spec.weight_shape(role) };
+        let tensor = (self.weights)(&weight)?;
+        if tensor.dims() == weight.shape {
+            return Ok(tensor);
+        }
+        Err(Error::Shape { tensor: weight.name, found: tensor.dims().to_vec(), expected: weight.shape })
     }
 
     /// A tensor in the graph's type, inline or in the data file.
@@ -141,7 +230,6 @@ impl<'a> GraphWriter<'a> {
         Ok(self.builder.build()?)
     }
 }
-
 /// Writes a contiguous CPU tensor as little-endian bytes.
 fn write_bytes(tensor: &Tensor, out: &mut dyn Write) -> std::io::Result<()> {
     let (storage, layout) = tensor.storage_and_layout();

@@ -15,7 +15,7 @@ pub use cache::cache_folder;
 pub use hash::{sha256_bytes, sha256_file};
 pub use manifest::{FileFact, MANIFEST_NAME, Manifest};
 pub use map::MappedFile;
-pub use staged::StagedFolder;
+pub use staged::{StagedFolder, sync};
 pub use wheel::{Member, Wheel, run_python};
 
 /// What can go wrong with a file or folder.

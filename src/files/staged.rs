@@ -42,6 +42,24 @@ impl StagedFolder {
         self.staging.path()
     }
 
+    /// As [`commit`](Self::commit), but what was written is on the disk before the folder appears, and the folder's name
+    /// before this returns: it outlives a loss of power.
+    ///
+    /// # Errors
+    /// Those of [`commit`](Self::commit), and when the system cannot write to the disk.
+    pub fn commit_synced(self) -> Result<PathBuf> {
+        let entries = std::fs::read_dir(self.path()).map_err(Error::io("read", self.path()))?;
+        for entry in entries.flatten() {
+            sync(&entry.path())?;
+        }
+        sync(self.path())?;
+        let target = self.commit()?;
+        if let Some(parent) = target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            sync(parent)?;
+        }
+        Ok(target)
+    }
+
     /// Moves the folder to its final place. With `overwrite`, what was there is replaced only now.
     ///
     /// # Errors
@@ -71,6 +89,20 @@ impl StagedFolder {
         }
         Ok(target)
     }
+}
+
+/// Waits until the disk has a file's content, or a folder's list of names; folders are passed over on Windows, which does
+/// this itself.
+///
+/// # Errors
+/// When the file cannot be opened or written.
+pub fn sync(path: &Path) -> Result<()> {
+    if cfg!(windows) && path.is_dir() {
+        return Ok(());
+    }
+    // Windows writes through handles that may write only
+    let file = std::fs::OpenOptions::new().read(true).write(cfg!(windows)).open(path);
+    file.and_then(|file| file.sync_all()).map_err(Error::io("write to disk", path))
 }
 
 /// Whether a path holds something that a new folder would replace.

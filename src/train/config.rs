@@ -4,19 +4,25 @@ use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{AdamWConfig, Error, Result, Schedule};
+use super::{AdamWConfig, DpoConfig, Error, EvalBy, ObjectiveKind, Result, Schedule, SimpoConfig};
 
 /// The options of a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
+    /// What is minimised.
+    pub objective: ObjectiveKind,
+    /// Constants of `objective = "dpo"`.
+    pub dpo: DpoConfig,
+    /// Constants of `objective = "simpo"`.
+    pub simpo: SimpoConfig,
     /// Highest learning rate. Prefix-Tuning+ wants lower rates than LoRA: too high a rate stalls without a NaN.
     pub learning_rate: f64,
     /// Passes over the training data.
     pub epochs: usize,
     /// Optimizer steps, in place of `epochs`.
     pub max_steps: Option<usize>,
-    /// Sequences in a forward pass.
+    /// Examples in a forward pass: sequences, or pairs of sequences with `dpo` and `simpo`.
     pub batch_size: usize,
     /// Forward passes in an optimizer step.
     pub gradient_accumulation: usize,
@@ -32,8 +38,25 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between evaluations on the held-out part; 0 for one at the end.
     pub eval_every: usize,
+    /// How classes are predicted when held-out classification records are evaluated.
+    pub eval_by: EvalBy,
     /// Steps between checkpoints; 0 for none.
     pub save_every: usize,
+    /// Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more time.
+    pub checkpoint_activations: bool,
+    /// How many checkpoints are kept, the newest ones; all where not given. The best one is kept apart.
+    pub save_limit: Option<usize>,
+    /// Which held-out figure says what the best adapter is; it is kept in `best/`. The loss where `patience` or
+    /// `load_best_at_end` needs one and none is given.
+    pub best_by: Option<BestBy>,
+    /// Whether the run ends with the best adapter in place of the last.
+    pub load_best_at_end: bool,
+    /// Evaluations in a row without a better figure after which training stops; never where not given.
+    pub patience: Option<usize>,
+    /// By how much a figure must be better to count.
+    pub min_delta: f64,
+    /// Whether TensorBoard event files are written, to `tensorboard/` in the run folder.
+    pub tensorboard: bool,
     /// The type that the frozen model computes in. The adapter and the optimizer are float32.
     pub dtype: ComputeType,
 }
@@ -41,6 +64,9 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
+            objective: ObjectiveKind::Sft,
+            dpo: DpoConfig::default(),
+            simpo: SimpoConfig::default(),
             learning_rate: 3e-4,
             epochs: 3,
             max_steps: None,
@@ -52,7 +78,15 @@ impl Default for TrainConfig {
             adamw: AdamWConfig::default(),
             seed: 0,
             eval_every: 0,
+            eval_by: EvalBy::Text,
             save_every: 100,
+            checkpoint_activations: false,
+            save_limit: None,
+            best_by: None,
+            load_best_at_end: false,
+            patience: None,
+            min_delta: 0.0,
+            tensorboard: false,
             dtype: ComputeType::F32,
         }
     }
@@ -60,6 +94,28 @@ impl Default for TrainConfig {
 
 /// Largest batch and largest number of batches in a step.
 const MOST: usize = 1 << 20;
+
+/// The held-out figure that tells a better adapter from a worse one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum BestBy {
+    /// The lowest loss.
+    Loss,
+    /// The highest accuracy: of classes or whole completions, or of preferences.
+    Accuracy,
+}
+
+impl std::str::FromStr for BestBy {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "loss" => Ok(Self::Loss),
+            "accuracy" => Ok(Self::Accuracy),
+            other => Err(format!("`{other}` is neither loss nor accuracy")),
+        }
+    }
+}
 
 /// A float type to compute in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -140,18 +196,54 @@ impl TrainConfig {
                 return fail(field, format!("is {value}, but must be between 0 and 1"));
             }
         }
-        if !(self.max_grad_norm.is_finite() && self.max_grad_norm >= 0.0) {
-            return fail("max_grad_norm", format!("is {}, but must be 0 or more", self.max_grad_norm));
+        for (field, value) in
+            [("max_grad_norm", self.max_grad_norm), ("min_delta", self.min_delta), ("simpo.gamma", self.simpo.gamma)]
+        {
+            if !(value.is_finite() && value >= 0.0) {
+                return fail(field, format!("is {value}, but must be 0 or more"));
+            }
         }
-        Ok(())
+        for (field, value) in [("dpo.beta", self.dpo.beta), ("simpo.beta", self.simpo.beta)] {
+            if !(value.is_finite() && value > 0.0) {
+                return fail(field, format!("is {value}, but must be positive"));
+            }
+        }
+        if !(0.0..0.5).contains(&self.dpo.label_smoothing) {
+            let why = format!("is {}, but must be at least 0 and below 0.5", self.dpo.label_smoothing);
+            return fail("dpo.label_smoothing", why);
+        }
+        for (field, value) in [("patience", self.patience), ("save_limit", self.save_limit)] {
+            if value == Some(0) {
+                return fail(field, "is 0, but must be at least 1".into());
+            }
+        }
+        match self.needs_best() {
+            Some(field) if self.eval_every == 0 => fail(field, "needs `eval_every`, which is 0".into()),
+            _ => Ok(()),
+        }
     }
 
-    /// Batches in a pass over `examples` examples; the last may be smaller.
+    /// The figure that is watched, if any is.
+    pub fn watched(&self) -> Option<BestBy> {
+        self.needs_best().map(|_| self.best_by.unwrap_or(BestBy::Loss))
+    }
+
+    /// The option, if any, that asks for the best adapter.
+    pub(super) fn needs_best(&self) -> Option<&'static str> {
+        let asking = [
+            ("patience", self.patience.is_some()),
+            ("load_best_at_end", self.load_best_at_end),
+            ("best_by", self.best_by.is_some()),
+        ];
+        asking.into_iter().find(|(_, asks)| *asks).map(|(field, _)| field)
+    }
+
+    /// Batches in a pass over `examples` examples, or pairs; the last may be smaller.
     pub fn batches_per_epoch(&self, examples: usize) -> usize {
         examples.div_ceil(self.batch_size)
     }
 
-    /// Optimizer steps over `examples` examples.
+    /// Optimizer steps over `examples` examples, or pairs.
     pub fn total_steps(&self, examples: usize) -> usize {
         let batches = self.batches_per_epoch(examples) * self.epochs;
         self.max_steps.unwrap_or_else(|| batches.div_ceil(self.gradient_accumulation))

@@ -42,23 +42,55 @@ pub enum Error {
         help("all records were dropped: raise --max-seq-len, or look at the data")
     )]
     NoExamples,
-    /// The loss or the gradient is no longer a number.
+    /// The loss or the gradient is no longer a number, or makes no sense any more.
     #[error("training diverged at step {step}: the {what} is {value}")]
     #[diagnostic(
         code(prefold::train::diverged),
         help(
-            "lower --learning-rate (now {learning_rate}), or lengthen the warm-up; checkpoints written before stay as they are"
+            "lower --learning-rate (now {learning_rate}; try a third of it), or lengthen the warm-up or set \
+             --max-grad-norm 1{}; {}",
+            if *half { "; or compute in bf16 or f32, float16 overflows" } else { "" },
+            checkpoint.as_ref().map_or("no checkpoint had been written".into(), |path| {
+                format!("the last checkpoint is kept: {}", path.display())
+            })
         )
     )]
     Diverged {
         /// The step, counted from 1.
         step: usize,
-        /// `loss` or `gradient norm`.
+        /// `loss`, `smoothed loss` or `gradient norm`.
         what: &'static str,
         /// What it was.
         value: f64,
         /// The highest rate of the schedule.
         learning_rate: f64,
+        /// Whether the model computes in float16.
+        half: bool,
+        /// The newest checkpoint.
+        checkpoint: Option<PathBuf>,
+    },
+    /// The data are not what the objective needs.
+    #[error("objective `{objective}` needs {needs}, but the training records are {found}")]
+    #[diagnostic(
+        code(prefold::train::objective),
+        help(
+            "sft learns completions, labels and conversations; dpo and simpo learn records {{\"prompt\", \"chosen\", \"rejected\"}}"
+        )
+    )]
+    ObjectiveData {
+        /// The objective's name.
+        objective: &'static str,
+        /// What it needs.
+        needs: &'static str,
+        /// What there is.
+        found: &'static str,
+    },
+    /// An option needs held-out records.
+    #[error("training option `{field}` needs records to evaluate on")]
+    #[diagnostic(code(prefold::train::no_held_out), help("give --eval or --holdout"))]
+    NoHeldOut {
+        /// The option.
+        field: &'static str,
     },
     /// There is nothing to resume.
     #[error("{} holds no run to resume", path.display())]
@@ -66,6 +98,32 @@ pub enum Error {
     NothingToResume {
         /// The run folder.
         path: PathBuf,
+    },
+    /// A checkpoint is damaged.
+    #[error("the checkpoint {} is damaged: {why}", path.display())]
+    #[diagnostic(
+        code(prefold::train::checkpoint),
+        help("remove this folder to go on from the checkpoint before it, or from the start where there is none")
+    )]
+    Checkpoint {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A checkpoint has another layout.
+    #[error("the checkpoint {} has layout {found}, this prefold reads {expected}", path.display())]
+    #[diagnostic(
+        code(prefold::train::checkpoint_version),
+        help("go on with the version of prefold that the run was started with")
+    )]
+    CheckpointVersion {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Its layout.
+        found: String,
+        /// The layout that this version reads.
+        expected: u64,
     },
     /// A checkpoint cannot be continued.
     #[error("the checkpoint {} cannot be resumed: {why}", path.display())]

@@ -1,21 +1,47 @@
-//! Training an adapter: objective, optimizer, schedule, checkpoints, the loop.
+//! Training an adapter: objectives, optimizer, schedule, checkpoints, the loop.
 //!
 //! Knows no ONNX and prints nothing: progress goes to an [`Observer`].
+//!
+//! ```text
+//! Trainer::run ──► step (step.rs): batches ──► Objective ──► gradients ──► AdamW
+//!      │
+//!      ├── evaluate/      held-out loss, accuracy, classes
+//!      ├── control.rs     best adapter, patience, a loss that explodes
+//!      ├── checkpoint.rs  state of the run, whole or not at all
+//!      └── run_folder.rs  metrics.jsonl, report.html (curves.rs), tensorboard/ (tensorboard.rs)
+//! ```
 
+mod checkpoint;
 mod config;
+mod control;
+mod curves;
 mod error;
+mod estimate;
 mod evaluate;
+mod fingerprint;
+mod gradients;
 mod objective;
 mod optimizer;
 mod run_folder;
 mod schedule;
+mod step;
+mod tensorboard;
 mod trainer;
 
-pub use config::{ComputeType, TrainConfig};
+pub use config::{BestBy, ComputeType, TrainConfig};
+pub use control::Best;
+pub use curves::REPORT_NAME;
 pub use error::{Error, Result};
-pub use evaluate::{Evaluation, evaluate};
-pub use objective::{CompletionLoss, batch_input, completion_loss};
+pub use estimate::{MemoryEstimate, Workload};
+pub use evaluate::{ClassScore, Classification, Confusion, EvalBy, Evaluation, Evaluator, Scores};
+pub use fingerprint::Fingerprint;
+pub use gradients::{BatchGradients, batch_gradients};
+pub use objective::{
+    BatchLoss, CompletionLoss, DpoConfig, Objective, ObjectiveKind, Sft, SimpoConfig, batch_input, completion_loss,
+};
 pub use optimizer::{AdamW, AdamWConfig, clip_gradients};
-pub use run_folder::{METRICS_NAME, RunFolder};
+pub use run_folder::{EVALUATION_NAME, METRICS_NAME, RunFolder};
 pub use schedule::Schedule;
-pub use trainer::{Observer, Outcome, Silent, StepReport, Trainer};
+pub use step::StepReport;
+pub use tensorboard::EventWriter;
+pub use trainer::{Ended, Inputs, Observer, Outcome, Silent, Trainer, check_data};

@@ -3,7 +3,11 @@
 //! ```text
 //! out/
 //! ├── metrics.jsonl                      one line per step and per evaluation
+//! ├── evaluation.json                    the last evaluation, with every class
+//! ├── report.html                        the curves
+//! ├── tensorboard/                       event files, where asked for
 //! ├── checkpoints/step-000100/           adapter, optimizer.safetensors, state.json
+//! ├── best/                              the best checkpoint, where one is looked for
 //! ├── adapter_config.json                the trained adapter, written last
 //! └── adapter_model.safetensors
 //! ```
@@ -11,32 +15,21 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use super::{AdamW, Error, Result, TrainConfig};
+use super::checkpoint::{self, Saved, State};
+use super::{AdamW, Error, Evaluation, Result};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
-use crate::data::Cursor;
-use crate::files::{self, StagedFolder};
+use crate::files;
 
 /// File name of the metrics.
 pub const METRICS_NAME: &str = "metrics.jsonl";
+/// File name of the last evaluation.
+pub const EVALUATION_NAME: &str = "evaluation.json";
 const CHECKPOINTS: &str = "checkpoints";
-const OPTIMIZER_NAME: &str = "optimizer.safetensors";
-const STATE_NAME: &str = "state.json";
-
-/// What a checkpoint holds besides tensors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct State {
-    /// Optimizer steps done.
-    pub(super) step: usize,
-    /// Where in the training data the next batch begins.
-    pub(super) cursor: Cursor,
-    /// SHA-256 over the token ids of the training examples.
-    pub(super) data: String,
-    /// The options of the run.
-    pub(super) config: TrainConfig,
-}
+const BEST: &str = "best";
+/// What folders under construction begin with.
+const PARTIAL: &str = ".prefold-";
 
 /// The folder that a run writes to.
 #[derive(Debug)]
@@ -63,13 +56,20 @@ impl RunFolder {
     }
 
     /// Opens the folder of a run to go on with it: from its newest checkpoint, or from the start where it was stopped
-    /// before the first.
+    /// before the first. What a killed process left half written is removed.
     ///
     /// # Errors
     /// When it holds no run.
     pub fn resume(path: &Path) -> Result<Self> {
-        if !is_run(path) {
+        if !is_run(path) && !path.join(BEST).exists() {
             return Err(Error::NothingToResume { path: path.into() });
+        }
+        for folder in [path.to_path_buf(), path.join(CHECKPOINTS)] {
+            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+            let is_partial = |entry: &std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(PARTIAL);
+            for entry in entries.flatten().filter(is_partial) {
+                remove(&entry.path());
+            }
         }
         Ok(Self { path: path.into(), created: false })
     }
@@ -81,8 +81,8 @@ impl RunFolder {
 
     /// Removes the folder where this run made it and has not come to a checkpoint.
     pub fn discard_without_checkpoint(&self) {
-        if self.created && self.newest_checkpoint().is_none() && std::fs::remove_dir_all(&self.path).is_err() {
-            tracing::warn!("could not remove {}", self.path.display());
+        if self.created && self.checkpoints().is_empty() && !self.path.join(BEST).exists() {
+            remove(&self.path);
         }
     }
 
@@ -99,7 +99,21 @@ impl RunFolder {
             .append(true)
             .open(&path)
             .map_err(files::Error::io("open", &path))?;
-        Ok(writeln!(file, "{json}").map_err(files::Error::io("write", &path))?)
+        Ok(file.write_all(format!("{json}\n").as_bytes()).map_err(files::Error::io("write", &path))?)
+    }
+
+    /// Writes an evaluation with everything about its classes.
+    pub(super) fn write_evaluation(&self, step: usize, evaluation: &Evaluation) -> Result<()> {
+        #[derive(Serialize)]
+        struct Full<'a> {
+            step: usize,
+            #[serde(flatten)]
+            evaluation: &'a Evaluation,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            classification: Option<&'a super::Classification>,
+        }
+        let full = Full { step, evaluation, classification: evaluation.classification.as_ref() };
+        self.replace(EVALUATION_NAME, |path| Ok(files::write_json(path, "an evaluation", &full)?))
     }
 
     /// Writes the trained adapter. Its configuration, which makes the folder an adapter, comes last.
@@ -107,19 +121,34 @@ impl RunFolder {
     /// # Errors
     /// When a file cannot be written.
     pub fn finish(&self, adapter: &Adapter) -> Result<()> {
-        let staged = tempfile::tempdir_in(&self.path).map_err(files::Error::io("create a folder in", &self.path))?;
+        let staged = tempfile::Builder::new()
+            .prefix(PARTIAL)
+            .tempdir_in(&self.path)
+            .map_err(files::Error::io("create a folder in", &self.path))?;
         adapter.save(staged.path())?;
         for name in [WEIGHTS_NAME, CONFIG_NAME] {
+            files::sync(&staged.path().join(name))?;
             let target = self.path.join(name);
             std::fs::rename(staged.path().join(name), &target).map_err(files::Error::io("write", &target))?;
         }
-        Ok(())
+        Ok(files::sync(&self.path)?)
+    }
+
+    /// Writes a file under another name and puts it in place of the old one.
+    ///
+    /// # Errors
+    /// Those of `write`, and when the file cannot be renamed.
+    pub(super) fn replace(&self, name: &str, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let (partial, target) = (self.path.join(format!("{PARTIAL}{name}")), self.path.join(name));
+        write(&partial)?;
+        Ok(std::fs::rename(&partial, &target).map_err(files::Error::io("write", &target))?)
     }
 
     /// Drops the metrics of steps after `step`, all of them for none: a killed run may have logged more than it saved.
     pub(super) fn rewind_metrics(&self, step: Option<usize>) -> Result<()> {
         let path = self.path.join(METRICS_NAME);
-        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+        let Ok(text) = std::fs::read(&path) else { return Ok(()) };
+        let text = String::from_utf8_lossy(&text);
         let kept = text.lines().filter(|line| {
             let step_of = |v: serde_json::Value| v.get("step").and_then(serde_json::Value::as_u64);
             serde_json::from_str(line)
@@ -128,35 +157,83 @@ impl RunFolder {
                 .is_some_and(|s| step.is_some_and(|step| s as usize <= step))
         });
         let kept: String = kept.flat_map(|line| [line, "\n"]).collect();
-        Ok(std::fs::write(&path, kept).map_err(files::Error::io("write", &path))?)
+        self.replace(METRICS_NAME, |path| Ok(std::fs::write(path, kept).map_err(files::Error::io("write", path))?))
     }
 
-    fn newest_checkpoint(&self) -> Option<PathBuf> {
-        let entries = std::fs::read_dir(self.path.join(CHECKPOINTS)).ok()?;
+    /// The checkpoints with their steps, the newest last.
+    fn checkpoints(&self) -> Vec<(usize, PathBuf)> {
+        let Ok(entries) = std::fs::read_dir(self.path.join(CHECKPOINTS)) else { return Vec::new() };
         let step = |path: &Path| path.file_name()?.to_string_lossy().strip_prefix("step-")?.parse::<usize>().ok();
-        entries.flatten().filter_map(|e| Some((step(&e.path())?, e.path()))).max().map(|(_, path)| path)
+        let mut found: Vec<_> = entries.flatten().filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
+        found.sort();
+        found
     }
 
-    /// Writes a checkpoint, whole or not at all.
-    pub(super) fn save(&self, adapter: &Adapter, optimizer: &AdamW, state: &State) -> Result<PathBuf> {
+    /// The newest checkpoint's path.
+    pub fn newest_checkpoint(&self) -> Option<PathBuf> {
+        self.checkpoints().pop().map(|(_, path)| path)
+    }
+
+    /// Writes a checkpoint, and removes old ones so that `limit` are left.
+    pub(super) fn save(
+        &self,
+        adapter: &Adapter,
+        optimizer: &AdamW,
+        state: &State,
+        limit: Option<usize>,
+    ) -> Result<PathBuf> {
         let target = self.path.join(CHECKPOINTS).join(format!("step-{:06}", state.step));
-        let staged = StagedFolder::new(&target, true)?;
-        adapter.save(staged.path())?;
-        let tensors: std::collections::HashMap<String, candle_core::Tensor> = optimizer.state().into_iter().collect();
-        let path = staged.path().join(OPTIMIZER_NAME);
-        candle_core::safetensors::save(&tensors, &path).map_err(Error::candle("saving the optimizer"))?;
-        files::write_json(&staged.path().join(STATE_NAME), "a training state", state)?;
-        Ok(staged.commit()?)
+        checkpoint::write(&target, adapter, optimizer, state)?;
+        let older: Vec<PathBuf> =
+            self.checkpoints().into_iter().filter(|(step, _)| *step < state.step).map(|(_, path)| path).collect();
+        let surplus = limit.map_or(0, |limit| (older.len() + 1).saturating_sub(limit));
+        for path in &older[..surplus.min(older.len())] {
+            // out of sight first: a half removed checkpoint is none
+            let aside = path.with_file_name(format!("{PARTIAL}removed"));
+            if std::fs::rename(path, &aside).is_ok() {
+                remove(&aside);
+            }
+        }
+        Ok(target)
     }
 
-    /// Reads the newest checkpoint.
+    /// Writes the best checkpoint so far in place of the one before.
+    pub(super) fn save_best(&self, adapter: &Adapter, optimizer: &AdamW, state: &State) -> Result<()> {
+        checkpoint::write(&self.path.join(BEST), adapter, optimizer, state)
+    }
+
+    /// Reads the best checkpoint, which must be that of `step`.
+    pub(super) fn load_best(&self, step: usize) -> Result<Adapter> {
+        let path = self.path.join(BEST);
+        let saved = checkpoint::read(&path)?;
+        if saved.state.step != step {
+            let why = format!("it is of step {}, but the run's best was step {step}", saved.state.step);
+            return Err(Error::Checkpoint { path, why });
+        }
+        Ok(saved.adapter)
+    }
+
+    /// Reads the newest checkpoint that is whole; damaged ones are passed over with a warning.
+    ///
+    /// # Errors
+    /// When there are checkpoints and none can be read, or one is of another version.
     pub(super) fn load(&self) -> Result<Option<Saved>> {
-        let Some(path) = self.newest_checkpoint() else { return Ok(None) };
-        let optimizer = path.join(OPTIMIZER_NAME);
-        let moments = candle_core::safetensors::load(&optimizer, &Device::Cpu)
-            .map_err(|e| Error::Resume { path: path.clone(), why: format!("{OPTIMIZER_NAME}: {e}") })?;
-        let state = files::read_json(&path.join(STATE_NAME), "a training state")?;
-        Ok(Some(Saved { adapter: Adapter::open(&path)?, moments, state, path }))
+        let mut failure = None;
+        for (_, path) in self.checkpoints().into_iter().rev() {
+            match checkpoint::read(&path) {
+                Ok(saved) => {
+                    if let Some(error) = failure {
+                        tracing::warn!("{error}; going on from {}", path.display());
+                    }
+                    return Ok(Some(saved));
+                }
+                Err(error @ Error::Checkpoint { .. }) => {
+                    failure.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        failure.map_or(Ok(None), Err)
     }
 }
 
@@ -165,10 +242,9 @@ fn is_run(path: &Path) -> bool {
     [METRICS_NAME, CHECKPOINTS, CONFIG_NAME].iter().any(|name| path.join(name).exists())
 }
 
-/// A checkpoint that was read back.
-pub(super) struct Saved {
-    pub(super) path: PathBuf,
-    pub(super) adapter: Adapter,
-    pub(super) moments: std::collections::HashMap<String, candle_core::Tensor>,
-    pub(super) state: State,
+fn remove(path: &Path) {
+    let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    if let Err(error) = removed {
+        tracing::warn!("could not remove {}: {error}", path.display());
+    }
 }

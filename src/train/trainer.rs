@@ -1,42 +1,22 @@
 //! The training loop.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::path::Path;
 
 use candle_core::DType;
 use serde::Serialize;
 
-use super::optimizer::accumulate;
-use super::run_folder::State;
+use super::checkpoint::{Saved, State};
+use super::control::Progress;
+use super::curves;
 use super::{
-    AdamW, Error, Evaluation, Result, RunFolder, Schedule, TrainConfig, batch_input, clip_gradients, completion_loss,
-    evaluate,
+    AdamW, Best, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, Result, RunFolder, Schedule,
+    StepReport, TrainConfig,
 };
 use crate::adapter::Adapter;
 use crate::base::{Decoder, SiteHook};
-use crate::data::{Batch, Cursor, Dataset, Example, Sampler};
+use crate::data::{Cursor, Dataset, Sampler};
 
-/// One optimizer step, as it is logged and shown.
-#[derive(Clone, Debug, Serialize)]
-pub struct StepReport {
-    /// Optimizer steps done.
-    pub step: usize,
-    /// Mean loss of the step's completion tokens, in nats.
-    pub loss: f64,
-    /// The rate that was used.
-    pub learning_rate: f64,
-    /// Global L2 norm of the gradients before clipping.
-    pub grad_norm: f64,
-    /// Tokens that went through the model, padding not counted.
-    pub tokens: usize,
-    /// Of these, tokens that carried loss.
-    pub completion_tokens: usize,
-    /// Wall time of the step.
-    pub seconds: f64,
-}
-
-/// Is told how a run goes.
+/// Is told how a run goes, and may end it.
 pub trait Observer {
     /// A step is done, out of `total`.
     fn step(&mut self, report: &StepReport, total: usize);
@@ -44,6 +24,10 @@ pub trait Observer {
     fn evaluation(&mut self, step: usize, evaluation: &Evaluation);
     /// A checkpoint was written.
     fn checkpoint(&mut self, path: &Path);
+    /// Whether the run is to stop; asked after every step. A checkpoint is then written.
+    fn should_stop(&self) -> bool {
+        false
+    }
 }
 
 /// Hears nothing.
@@ -56,101 +40,140 @@ impl Observer for Silent {
     fn checkpoint(&mut self, _: &Path) {}
 }
 
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// All steps are done.
+    Completed,
+    /// The held-out figure did not get better any more.
+    Exhausted,
+    /// The observer wanted it; a checkpoint of the last step is there, unless no step was done.
+    Stopped,
+}
+
 /// How a run ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The trained adapter, on the CPU.
+    /// The trained adapter, on the CPU; the best one with `load_best_at_end`.
     pub adapter: Adapter,
     /// Optimizer steps done in all.
     pub steps: usize,
     /// Mean loss of the last step.
     pub loss: f64,
-    /// The held-out part before the first step of a new run.
+    /// The held-out part before the first step.
     pub before: Option<Evaluation>,
     /// The held-out part after the last step.
     pub after: Option<Evaluation>,
+    /// The best evaluation, where one is watched.
+    pub best: Option<Best>,
+    /// Why it ended.
+    pub ended: Ended,
+}
+
+/// What a run starts from.
+pub struct Inputs<'a> {
+    /// The frozen model.
+    pub decoder: &'a Decoder,
+    /// Which model that is; checked when a run is resumed.
+    pub base: Fingerprint,
+    /// The adapter at the start.
+    pub adapter: &'a Adapter,
+    /// The options.
+    pub config: TrainConfig,
+    /// What is trained on.
+    pub train: &'a Dataset,
+    /// What is evaluated on.
+    pub held_out: Option<&'a Dataset>,
+    /// Where the run is written.
+    pub folder: &'a RunFolder,
 }
 
 /// A training run: what is trained, on what, how, and where it is written.
 ///
 /// What it computes follows from its seed, data and options: a checkpoint holds the adapter, the optimizer's moments, the
-/// step and the data cursor, and a run that goes on from it ends in the same bytes.
+/// step, the data cursor and the figures that decide when the run ends, and a run that goes on from it ends in the same
+/// bytes.
 pub struct Trainer<'a> {
-    decoder: &'a Decoder,
-    config: TrainConfig,
-    train: &'a Dataset,
+    pub(super) decoder: &'a Decoder,
+    pub(super) config: TrainConfig,
+    pub(super) objective: Box<dyn Objective>,
+    pub(super) train: &'a Dataset,
+    pub(super) folder: &'a RunFolder,
+    pub(super) hook: Box<dyn SiteHook>,
+    pub(super) optimizer: AdamW,
+    pub(super) schedule: Schedule,
+    pub(super) sampler: Sampler,
+    pub(super) cursor: Cursor,
+    pub(super) progress: Progress,
     held_out: Option<&'a Dataset>,
-    folder: &'a RunFolder,
+    base: Fingerprint,
     adapter: Adapter,
-    hook: Box<dyn SiteHook>,
-    optimizer: AdamW,
-    schedule: Schedule,
     data_hash: String,
     start: usize,
-    sampler: Sampler,
-    cursor: Cursor,
+    events: Option<EventWriter>,
+}
+
+/// How far a run came.
+struct Course {
+    done: usize,
+    loss: f64,
+    after: Option<Evaluation>,
+    ended: Ended,
 }
 
 impl<'a> Trainer<'a> {
-    /// Prepares a run from `adapter`, or from the folder's newest checkpoint where it has one.
+    /// Prepares a run from its adapter, or from the folder's newest checkpoint where it has one.
     ///
     /// # Errors
-    /// When the options make no sense, nothing is left to train on, the adapter does not fit the model, or a checkpoint
-    /// belongs to another run.
-    pub fn new(
-        decoder: &'a Decoder,
-        adapter: &Adapter,
-        config: TrainConfig,
-        train: &'a Dataset,
-        held_out: Option<&'a Dataset>,
-        folder: &'a RunFolder,
-    ) -> Result<Self> {
+    /// When the options make no sense, nothing is left to train on, the data do not fit the objective, the adapter does
+    /// not fit the model, or a checkpoint belongs to another run.
+    pub fn new(inputs: Inputs<'a>) -> Result<Self> {
+        let Inputs { decoder, base, adapter, config, train, held_out, folder } = inputs;
         config.check()?;
-        if train.examples().is_empty() {
-            return Err(Error::NoExamples);
-        }
-        let data_hash = hash_of(train.examples());
+        check_data(&config, train, held_out)?;
+        let data_hash = train.digest();
         let saved = folder.load()?;
         if let Some(saved) = &saved {
-            check_resumable(
-                &saved.path,
-                &saved.state,
-                &config,
-                &data_hash,
-                saved.adapter.config() == adapter.config(),
-            )?;
+            check_resumable(saved, &config, &data_hash, &base, adapter)?;
         }
         let start_from = saved.as_ref().map_or(adapter, |s| &s.adapter);
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(decoder.spec(), decoder.device())?;
         let mut optimizer = AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?;
-        let (mut start, mut cursor) = (0, Cursor::default());
-        if let Some(saved) = saved {
-            (start, cursor) = (saved.state.step, saved.state.cursor);
-            if optimizer.restore(&saved.moments, start).is_none() {
+        let (mut start, mut cursor, mut progress) = (0, Cursor::default(), Progress::default());
+        let resumed = saved.is_some();
+        if let Some(Saved { path, moments, state, .. }) = saved {
+            (start, cursor, progress) = (state.step, state.cursor, state.progress);
+            if optimizer.restore(&moments, start).is_none() {
                 let why = "its optimizer state does not fit the adapter".into();
-                return Err(Error::Resume { path: saved.path, why });
+                return Err(Error::Checkpoint { path, why });
             }
-            folder.rewind_metrics(Some(start))?;
-        } else {
-            folder.rewind_metrics(None)?;
         }
-        let schedule = config.schedule(config.total_steps(train.len()));
-        let sampler = Sampler::new(train.len(), config.batch_size, config.seed);
+        folder.rewind_metrics(resumed.then_some(start))?;
+        let events = match config.tensorboard {
+            true => Some(EventWriter::create(&folder.path().join("tensorboard"), resumed.then_some(start))?),
+            false => None,
+        };
+        let objective = config.objective.objective(&config);
         Ok(Self {
             decoder,
+            schedule: config.schedule(config.total_steps(train.len())),
+            sampler: train.sampler(config.batch_size, config.seed),
             config,
+            objective,
             train,
-            held_out,
             folder,
-            adapter,
             hook,
             optimizer,
-            schedule,
+            cursor,
+            progress,
+            held_out,
+            base,
+            adapter,
             data_hash,
             start,
-            sampler,
-            cursor,
+            events,
         })
     }
 
@@ -167,82 +190,108 @@ impl<'a> Trainer<'a> {
     /// Trains to the end and returns the adapter.
     ///
     /// # Errors
-    /// When the loss or gradient is not finite, or a file cannot be written.
+    /// When the loss or gradient is not finite or has exploded, or a file cannot be written.
     pub fn run(mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        let course = self.steps(observer);
+        // the curves of a run that diverged are wanted most
+        let written = curves::write(self.folder);
+        let Course { done, loss, after, ended } = course?;
+        written?;
+        let adapter = self.result(ended)?;
+        let Progress { before, best, .. } = self.progress;
+        Ok(Outcome { adapter, steps: done, loss, before, after, best, ended })
+    }
+
+    fn steps(&mut self, observer: &mut dyn Observer) -> Result<Course> {
         let total = self.schedule.total_steps;
-        let before = if self.start == 0 { self.evaluate_held_out(0, observer)? } else { None };
-        let mut after = None;
-        let mut loss = f64::NAN;
+        if self.start == 0 {
+            self.progress.before = self.evaluate_held_out(0, observer)?;
+        }
+        let mut course = Course { done: self.start, loss: f64::NAN, after: None, ended: Ended::Completed };
+        let mut saved = self.start;
         for step in self.start..total {
+            if observer.should_stop() {
+                course.ended = Ended::Stopped;
+                break;
+            }
             let report = self.step(step)?;
-            loss = report.loss;
-            self.folder.log(&report)?;
-            observer.step(&report, total);
             let done = step + 1;
+            (course.loss, course.done) = (report.loss, done);
+            self.folder.log(&report)?;
+            if let Some(events) = &mut self.events {
+                events.step(&report)?;
+            }
+            observer.step(&report, total);
             if done == total || is_due(done, self.config.eval_every) {
-                after = self.evaluate_held_out(done, observer)?;
+                course.after = self.evaluate_held_out(done, observer)?;
+                if let Some(evaluation) = &course.after {
+                    self.keep_if_best(done, evaluation)?;
+                }
+                if self.progress.is_exhausted(&self.config) {
+                    course.ended = Ended::Exhausted;
+                    break;
+                }
             }
             if done < total && is_due(done, self.config.save_every) {
-                observer.checkpoint(&self.save(done)?);
+                self.save(done, observer)?;
+                saved = done;
             }
         }
-        let adapter = Adapter::new(self.adapter.config().clone(), self.adapter.tensors().clone())?;
-        Ok(Outcome { adapter, steps: total, loss, before, after })
-    }
-
-    fn save(&self, step: usize) -> Result<PathBuf> {
-        let state = State { step, cursor: self.cursor, data: self.data_hash.clone(), config: self.config.clone() };
-        self.folder.save(&self.adapter, &self.optimizer, &state)
-    }
-
-    fn evaluate_held_out(&self, step: usize, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
-        let Some(held_out) = self.held_out else { return Ok(None) };
-        let evaluation = evaluate(self.decoder, self.hook.as_ref(), held_out, self.config.batch_size * 4)?;
-        #[derive(Serialize)]
-        struct Line {
-            step: usize,
-            held_out: Evaluation,
+        if course.ended == Ended::Stopped && course.done > saved {
+            self.save(course.done, observer)?;
         }
-        self.folder.log(&Line { step, held_out: evaluation })?;
+        Ok(course)
+    }
+
+    fn result(&self, ended: Ended) -> Result<Adapter> {
+        match self.progress.best {
+            Some(best) if self.config.load_best_at_end && ended != Ended::Stopped => self.folder.load_best(best.step),
+            _ => Ok(Adapter::new(self.adapter.config().clone(), self.adapter.tensors().clone())?),
+        }
+    }
+
+    fn state(&self, step: usize) -> State {
+        State {
+            step,
+            cursor: self.cursor,
+            data: self.data_hash.clone(),
+            base: self.base.clone(),
+            config: self.config.clone(),
+            progress: self.progress.clone(),
+        }
+    }
+
+    fn save(&self, step: usize, observer: &mut dyn Observer) -> Result<()> {
+        let limit = self.config.save_limit;
+        let path = self.folder.save(&self.adapter, &self.optimizer, &self.state(step), limit)?;
+        observer.checkpoint(&path);
+        Ok(())
+    }
+
+    fn keep_if_best(&mut self, step: usize, evaluation: &Evaluation) -> Result<()> {
+        if self.progress.note(&self.config, step, evaluation) {
+            self.folder.save_best(&self.adapter, &self.optimizer, &self.state(step))?;
+        }
+        Ok(())
+    }
+
+    fn evaluate_held_out(&mut self, step: usize, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
+        let Some(held_out) = self.held_out else { return Ok(None) };
+        let (objective, by, batch_size) = (self.objective.as_ref(), self.config.eval_by, self.config.batch_size * 4);
+        let evaluator = Evaluator::new(self.decoder, objective, held_out, Some(self.train), by, batch_size);
+        let evaluation = evaluator.run(self.hook.as_ref())?;
+        #[derive(Serialize)]
+        struct Line<'a> {
+            step: usize,
+            held_out: &'a Evaluation,
+        }
+        self.folder.log(&Line { step, held_out: &evaluation })?;
+        self.folder.write_evaluation(step, &evaluation)?;
+        if let Some(events) = &mut self.events {
+            events.evaluation(step, &evaluation)?;
+        }
         observer.evaluation(step, &evaluation);
         Ok(Some(evaluation))
-    }
-
-    fn step(&mut self, step: usize) -> Result<StepReport> {
-        let started = Instant::now();
-        let batches: Vec<Batch> = (0..self.config.gradient_accumulation).map(|_| self.next_batch()).collect();
-        let completion_tokens: usize = batches.iter().map(Batch::labelled).sum();
-        let mut gradients = BTreeMap::new();
-        let mut loss = 0.0;
-        for batch in &batches {
-            let found = completion_loss(self.decoder, self.hook.as_ref(), &batch_input(batch)?, &batch.labels)?;
-            // the mean over all completion tokens of the step, however they fall into micro-batches
-            let mean = (found.sum / completion_tokens as f64).map_err(Error::candle("computing the loss"))?;
-            let value = mean.to_dtype(DType::F64).and_then(|l| l.to_scalar::<f64>());
-            loss += value.map_err(Error::candle("reading the loss"))?;
-            let store = mean.backward().map_err(Error::candle("computing gradients"))?;
-            accumulate(&mut gradients, self.optimizer.vars(), &store).map_err(Error::candle("adding gradients"))?;
-        }
-        self.check_finite(step, "loss", loss)?;
-        let max_norm = (self.config.max_grad_norm > 0.0).then_some(self.config.max_grad_norm);
-        let grad_norm = clip_gradients(&mut gradients, max_norm).map_err(Error::candle("clipping gradients"))?;
-        self.check_finite(step, "gradient norm", grad_norm)?;
-        let learning_rate = self.schedule.rate(step);
-        self.optimizer.step(&gradients, learning_rate).map_err(Error::candle("updating the adapter"))?;
-        let tokens = batches.iter().map(Batch::tokens).sum();
-        let seconds = started.elapsed().as_secs_f64();
-        Ok(StepReport { step: step + 1, loss, learning_rate, grad_norm, tokens, completion_tokens, seconds })
-    }
-
-    fn check_finite(&self, step: usize, what: &'static str, value: f64) -> Result<()> {
-        if value.is_finite() {
-            return Ok(());
-        }
-        Err(Error::Diverged { step: step + 1, what, value, learning_rate: self.config.learning_rate })
-    }
-
-    fn next_batch(&mut self) -> Batch {
-        self.train.batch(&self.sampler.next(&mut self.cursor))
     }
 }
 
@@ -250,31 +299,57 @@ fn is_due(step: usize, every: usize) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
-fn hash_of(examples: &[Example]) -> String {
-    let bytes: Vec<u8> = examples
-        .iter()
-        .flat_map(|e| e.prompt_ids.iter().chain([&u32::MAX]).chain(&e.completion_ids).chain([&u32::MAX]))
-        .flat_map(|id| id.to_le_bytes())
-        .collect();
-    crate::files::sha256_bytes(&bytes)
+/// Whether options and data go together.
+///
+/// # Errors
+/// When there is nothing to train on, the records are not what the objective learns, or an option needs held-out records.
+pub fn check_data(config: &TrainConfig, train: &Dataset, held_out: Option<&Dataset>) -> Result<()> {
+    if train.examples().is_empty() {
+        return Err(Error::NoExamples);
+    }
+    let group = config.objective.objective(config).group_size();
+    let what = |group: usize| if group == 2 { "pairs of chosen and rejected" } else { "completions" };
+    for dataset in std::iter::once(train).chain(held_out) {
+        if dataset.group_size() != group {
+            let (needs, found) = (what(group), what(dataset.group_size()));
+            return Err(Error::ObjectiveData { objective: config.objective.name(), needs, found });
+        }
+    }
+    match (config.needs_best(), held_out) {
+        (Some(field), None) => Err(Error::NoHeldOut { field }),
+        _ => Ok(()),
+    }
 }
 
-fn check_resumable(path: &Path, state: &State, config: &TrainConfig, data: &str, same_adapter: bool) -> Result<()> {
-    let differs = |what: &str| Err(Error::Resume { path: path.into(), why: format!("{what} differs from the run's") });
-    if state.data != data {
-        return differs("the training data (or its tokenisation)");
+fn check_resumable(
+    saved: &Saved,
+    config: &TrainConfig,
+    data: &str,
+    base: &Fingerprint,
+    adapter: &Adapter,
+) -> Result<()> {
+    let refuse = |why: String| Err(Error::Resume { path: saved.path.clone(), why });
+    let state = &saved.state;
+    if let Some(difference) = state.base.difference(base) {
+        return refuse(difference);
     }
-    if !same_adapter {
-        return differs("the adapter's configuration");
+    if state.data != data {
+        return refuse("the training data (or its tokenisation) differs from the run's".into());
+    }
+    if saved.adapter.config() != adapter.config() {
+        return refuse("the adapter's configuration differs from the run's".into());
     }
     let fields = |c: &TrainConfig| serde_json::to_value(c).unwrap_or_default();
+    let is_free =
+        |field: &str| PACE_ONLY.contains(&field) && !(field.starts_with("eval") && config.needs_best().is_some());
     if let (serde_json::Value::Object(old), serde_json::Value::Object(new)) = (fields(&state.config), fields(config))
-        && let Some((field, _)) = old.iter().find(|(k, v)| !PACE_ONLY.contains(&k.as_str()) && new.get(*k) != Some(*v))
+        && let Some((field, _)) = old.iter().find(|(k, v)| !is_free(k) && new.get(*k) != Some(*v))
     {
-        return differs(&format!("option `{field}`"));
+        return refuse(format!("option `{field}` differs from the run's"));
     }
     Ok(())
 }
 
-/// Options that change when something is written or measured, not what is computed.
-const PACE_ONLY: [&str; 2] = ["eval_every", "save_every"];
+/// Options that change when something is written or measured, not what is computed. Those of the evaluation decide what is
+/// computed where the best adapter is looked for.
+const PACE_ONLY: [&str; 5] = ["eval_every", "eval_by", "save_every", "save_limit", "tensorboard"];

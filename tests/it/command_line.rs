@@ -109,19 +109,19 @@ fn records_that_cannot_be_learnt() {
         failure(at, &["-q", "train", "--model", arg(&model), "--data", "data.jsonl", "--out", "out", "--resume"]),
     ];
     insta::assert_snapshot!(errors.join("\n\n"), @r#"
-    prefold::data::empty × data.jsonl holds no records help: write one JSON object a line: {"text": …, "label": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}
+    prefold::data::empty × data.jsonl holds no records help: a record is one of {"text", "label"}, {"prompt", "completion"}, {"text"}, {"instruction", "input", "output"}, {"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]} or {"prompt", "chosen", "rejected"}
 
-    prefold::data::json × data.jsonl:1: not JSON: expected ident at column 2 help: every line is one JSON object: {"text": …, "label": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}
+    prefold::data::json × data.jsonl:1: not JSON: expected ident at column 2 help: every record is one JSON object: {"text", "label"}, {"prompt", "completion"}, {"text"}, {"instruction", "input", "output"}, {"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]} or {"prompt", "chosen", "rejected"}
 
-    prefold::data::field × data.jsonl:2: the field `label` is missing help: a classification record is {"text": "…", "label": "…"}
+    prefold::data::field × data.jsonl:2: the field `label` is missing help: a record of the layout `classification` is {"text": "…", "label": "…"}
 
-    prefold::data::mixed × data.jsonl:2: this is a completion record, but the file began with classification records help: keep one kind in a file: {"text": …, "label": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}
+    prefold::data::mixed × data.jsonl:2: this is a completion record, but the file began with classification records help: keep one layout in a data set; this one's is {"text": "…", "label": "…"}
 
     prefold::files::io × cannot read nowhere.jsonl: No such file or directory (os error 2) help: check the path
 
     × --model, --data and --out are needed help: give them on the command line or in --config
 
-    × run.toml: `train.learning_rat`: unknown field: found `learning_rat`, expected `one of │ `learning_rate`, `epochs`, `max_steps`, `batch_size`, `gradient_accumulation`, │ `max_grad_norm`, `warmup_fraction`, `final_rate_fraction`, `adamw`, `seed`, `eval_every`, │ `save_every`, `dtype`` help: see schemas/train.schema.json
+    × run.toml: there is no option `train.learning_rat` help: did you mean `train.learning_rate`?
 
     prefold::train::config × training option `epochs` is 0, but must be at least 1 and below 2³¹ help: see `prefold train --help`
 

@@ -3,10 +3,13 @@
 
 mod checkpoints;
 mod command_line;
+mod data;
+mod export;
 mod gradients;
 mod graphs;
 mod oracles;
 mod real_models;
+mod run_control;
 mod schemas;
 mod support;
 mod training;

@@ -9,17 +9,6 @@ use prefold::base::{Checkpoint, Decoder, Input, KvCache, LongContext, NoHook, Si
 
 use crate::support::{fixture, shared};
 
-/// The variants of the Llama family in `fixtures/oracles`.
-pub const VARIANTS: [&str; 5] =
-    ["llama_tied", "llama_bias", "llama_head_dim", "llama_rope_linear", "llama_rope_llama3"];
-
-/// The folders of the Llama oracles.
-pub fn folders() -> Vec<std::path::PathBuf> {
-    let ours = VARIANTS.iter().map(|name| fixture("oracles").join(name));
-    let workshop = ["llama_mha", "llama_gqa"].iter().filter_map(|name| shared(&format!("oracles/{name}")));
-    ours.chain(workshop).collect()
-}
-
 /// The folders of all oracles at hand, of every family.
 pub fn every_family() -> Vec<std::path::PathBuf> {
     let mut ours: Vec<_> = std::fs::read_dir(fixture("oracles")).unwrap().map(|entry| entry.unwrap().path()).collect();

@@ -5,16 +5,26 @@
 //! takes its weights as constants and returns that alone, in one pass over the rows. Where a weight is being trained
 //! ([`Tensor::track_op`](candle_core::Tensor::track_op)), the composed form is used instead.
 
+mod attention;
+mod cross_entropy;
+mod elu;
+mod head_linear;
 mod linear;
+mod matmul;
+mod mlp;
 mod norm;
+mod real;
 mod rope;
 mod rows;
-mod softmax;
 
+pub use attention::{Visibility, attention};
+pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
+pub use elu::elu;
+pub use head_linear::head_linear;
 pub use linear::linear;
+pub use mlp::GatedMlp;
 pub use norm::norm;
 pub use rope::rope;
-pub use softmax::{masked_softmax, softcap};
 
 #[cfg(test)]
 mod testing;

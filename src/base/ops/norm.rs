@@ -3,7 +3,8 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::rows::{Real, RowKernel, last_dim, run_rows};
+use super::real::{Real, sum, sum_pairs, vectorised};
+use super::rows::{RowKernel, last_dim, run_rows};
 use crate::base::{Norm, NormKind};
 
 /// Normalises `x` over its last dimension; see [`NormKind`]. A weight of several rows serves the rows of `x` in turn.
@@ -37,13 +38,14 @@ struct RowNorm {
 }
 
 /// What a row is shifted and scaled by.
+#[inline(always)]
 fn moments<T: Real>(x: &[T], norm: &Norm) -> (T, T) {
     let count = T::of(x.len() as f64);
     let mean = match norm.kind {
         NormKind::Rms => T::zero(),
-        NormKind::Layer => x.iter().copied().sum::<T>() / count,
+        NormKind::Layer => sum(x, |v| v) / count,
     };
-    let variance = x.iter().map(|v| (*v - mean) * (*v - mean)).sum::<T>() / count;
+    let variance = sum(x, |v| (v - mean) * (v - mean)) / count;
     (mean, (variance + T::of(norm.epsilon)).sqrt().recip())
 }
 
@@ -59,10 +61,12 @@ impl RowKernel for RowNorm {
         let offset = T::of(self.norm.weight_offset);
         let mut y = vec![T::zero(); x.len()];
         y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
-            let (mean, r) = moments(x, &self.norm);
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weights_of(weight, row, width)) {
-                *y = (*x - mean) * r * (*w + offset);
-            }
+            vectorised(|| {
+                let (mean, r) = moments(x, &self.norm);
+                for ((y, x), w) in y.iter_mut().zip(x).zip(weights_of(weight, row, width)) {
+                    *y = (*x - mean) * r * (*w + offset);
+                }
+            });
         });
         y
     }
@@ -97,22 +101,21 @@ impl RowKernel for RowNormGrad {
         let mut dx = vec![T::zero(); x.len()];
         let rows = dx.par_chunks_mut(width).zip(x.par_chunks(width)).zip(grad.par_chunks(width));
         rows.enumerate().for_each(|(row, ((dx, x), grad))| {
-            let (mean, r) = moments(x, &self.norm);
             let weight = weights_of(weight, row, width);
-            let (mut sum, mut dot) = (T::zero(), T::zero());
-            for ((x, g), w) in x.iter().zip(grad).zip(weight) {
-                let g = *g * (*w + offset);
-                sum = sum + g;
-                dot = dot + g * (*x - mean);
-            }
-            let shift = match self.norm.kind {
-                NormKind::Rms => T::zero(),
-                NormKind::Layer => sum / count,
-            };
-            let shrink = r * r * dot / count;
-            for (((dx, x), g), w) in dx.iter_mut().zip(x).zip(grad).zip(weight) {
-                *dx = r * (*g * (*w + offset) - shift - (*x - mean) * shrink);
-            }
+            vectorised(|| {
+                let (mean, r) = moments(x, &self.norm);
+                for ((dx, g), w) in dx.iter_mut().zip(grad).zip(weight) {
+                    *dx = *g * (*w + offset);
+                }
+                let shift = match self.norm.kind {
+                    NormKind::Rms => T::zero(),
+                    NormKind::Layer => sum(dx, |g| g) / count,
+                };
+                let shrink = r * r * sum_pairs(dx, x, |g, x| g * (x - mean)) / count;
+                for (dx, x) in dx.iter_mut().zip(x) {
+                    *dx = r * (*dx - shift - (*x - mean) * shrink);
+                }
+            });
         });
         dx
     }

@@ -3,9 +3,10 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::rows::{Real, RowKernel, last_dim, run_rows};
+use super::real::Real;
+use super::rows::{RowKernel, last_dim, run_rows};
 
-/// Turns pairs of `x`, `[batch, heads, seq, head_dim]`, by angles with the given cosines and sines, `[batch, seq, dim/2]`:
+/// Turns pairs of `x`, `[batch, seq, heads, head_dim]`, by angles with the given cosines and sines, `[batch, seq, dim/2]`:
 /// elements `2i` and `2i + 1` where `interleaved`, else `i` and `i + dim/2`. The elements after the first `dim` stay.
 ///
 /// # Errors
@@ -26,15 +27,12 @@ impl RowKernel for Rope {
     fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
         let (x, cos, sin, width) = (inputs[0], constants[0], constants[1], last_dim(shape));
         let half = last_dim(self.cos.shape());
-        let (heads, seq) = match shape.dims() {
-            [_, heads, seq, _] => (*heads, *seq),
-            _ => (1, 1),
-        };
+        let heads = shape.dims().get(2).copied().unwrap_or(1);
         let sign = if self.inverse { -T::one() } else { T::one() };
         let (step, apart) = if self.interleaved { (2, 1) } else { (1, half) };
         let mut y = x.to_vec();
         y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
-            let at = (row / (heads * seq) * seq + row % seq) * half;
+            let at = row / heads * half;
             for (i, (c, s)) in cos[at..at + half].iter().zip(&sin[at..at + half]).enumerate() {
                 let (c, s, first) = (*c, *s * sign, i * step);
                 y[first] = x[first] * c - x[first + apart] * s;
@@ -51,7 +49,7 @@ impl CustomOp1 for Rope {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (batch, _, seq, width) = layout.shape().dims4()?;
+        let (batch, seq, _, width) = layout.shape().dims4()?;
         let half = self.cos.dim(2)?;
         if self.cos.dims() != [batch, seq, half] || self.sin.dims() != self.cos.dims() || half == 0 || 2 * half > width
         {
@@ -82,7 +80,7 @@ mod tests {
         let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
         for interleaved in [false, true] {
             for width in [8, 12] {
-                check_gradient(&numbers(&[2, 2, 3, width], 0.0), |x| rope(x, &cos, &sin, interleaved));
+                check_gradient(&numbers(&[2, 3, 2, width], 0.0), |x| rope(x, &cos, &sin, interleaved));
             }
         }
     }

@@ -5,24 +5,8 @@ use std::borrow::Cow;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use half::{bf16, f16};
-use num_traits::Float;
 
-/// A float type that the row operations compute in.
-pub(super) trait Real: Float + Send + Sync + std::iter::Sum {
-    fn of(x: f64) -> Self;
-}
-
-impl Real for f32 {
-    fn of(x: f64) -> Self {
-        x as Self
-    }
-}
-
-impl Real for f64 {
-    fn of(x: f64) -> Self {
-        x
-    }
-}
+use super::real::Real;
 
 /// A contiguous CPU tensor as numbers to compute with; half types are widened to float32.
 enum Numbers<'a> {

@@ -2,14 +2,17 @@
 //!
 //! ```text
 //! query ─ (Mul scale) ─ (Reshape) ─┐
-//!                                  ├ MatMul ─ (Reshape | Mul scale | Div scale | Add mask | Cast)* ─ Softmax
-//! keysᵀ ───────────────────────────┘                                                                   │
-//!                                                                                  (Reshape | Cast)*
-//!                                                                                                      │
-//! values ──────────────────────────────────────────────────────────────────────────────────────── MatMul
-//!                                                                                                      │
+//!                                  ├ MatMul ─ (Reshape | Mul | Div | Tanh | Add mask | Cast)* ─ Softmax
+//! keysᵀ ───────────────────────────┘                                                               │
+//!                                                                                      (Reshape | Cast)*
+//!                                                                                                  │
+//! values ──────────────────────────────────────────────────────────────────────────────────── MatMul
+//!                                                                                                  │
 //!                                    o_proj ─ Reshape ─ Transpose(0, 2, 1, 3) ─ output ─ (Reshape | Cast)*
 //! ```
+//!
+//! `Mul` and `Div` by one number are the scale, and with `Tanh` between them the soft cap. What made the query does not matter:
+//! a norm, a rotation of all or part of it, or none.
 //!
 //! Query and output are `[batch, heads, seq, head_dim]`.
 
@@ -72,7 +75,7 @@ fn score_product<'g>(index: &Index<'g>, scores: &str) -> Option<&'g Node> {
     for _ in 0..MAX_STEPS {
         match node.op_type() {
             "MatMul" => return Some(node),
-            "Reshape" | "Cast" | "Div" => node = index.producer(node.input(0)?)?,
+            "Reshape" | "Cast" | "Div" | "Tanh" => node = index.producer(node.input(0)?)?,
             "Mul" => {
                 let side = usize::from(node.input(0).is_some_and(|t| is_scalar(index, t)));
                 node = index.producer(node.input(side)?)?;

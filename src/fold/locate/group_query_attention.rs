@@ -1,12 +1,13 @@
-//! `com.microsoft` GroupQueryAttention whose query is rotated before it.
+//! `com.microsoft` GroupQueryAttention whose query is rotated before it, or not at all.
 //!
 //! ```text
-//! RotaryEmbedding ─ query ─┐
-//! RotaryEmbedding ─ key ───┼ GroupQueryAttention(do_rotary = 0) ─ output ─ o_proj
-//! value ───────────────────┤
-//! past, lengths, (bias) ───┘
+//! (RotaryEmbedding) ─ query ─┐
+//! (RotaryEmbedding) ─ key ───┼ GroupQueryAttention(do_rotary = 0) ─ output ─ o_proj
+//! value ─────────────────────┤
+//! past, lengths, (bias) ─────┘
 //! ```
 //!
+//! Soft cap and window are attributes of the operator and do not touch the query.
 //! Query and output are `[batch, seq, heads · head_dim]`.
 
 use super::{Layout, Site, stopped};
@@ -29,9 +30,6 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
     let (Some(query), Some(_key), Some(output)) = (node.input(0), node.input(1), node.output(0)) else {
         return Err(stopped(node, "query, key and value are packed into one tensor", HELP));
     };
-    if !index.producer(query).is_some_and(|p| p.is(DOMAIN, "RotaryEmbedding")) {
-        return Err(stopped(node, format!("its query `{query}` does not come from RotaryEmbedding"), HELP));
-    }
     Ok(Site {
         layer: 0,
         shape: SHAPE,

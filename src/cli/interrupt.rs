@@ -1,0 +1,45 @@
+//! Ctrl-C while training: the first ends the run after its step, the second ends the process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use miette::{IntoDiagnostic, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+/// Listens for the wish to stop.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Interrupt {
+    asked: Arc<AtomicBool>,
+    signal: Arc<AtomicUsize>,
+}
+
+/// What a shell reports for a process that a signal ended.
+const fn exit_code(signal: i32) -> u8 {
+    128 + signal as u8
+}
+
+impl Interrupt {
+    /// Takes over SIGINT (Ctrl-C) and SIGTERM (what schedulers send before they kill) for the rest of the process.
+    pub(super) fn listen() -> Result<Self> {
+        let interrupt = Self::default();
+        for signal in [SIGINT, SIGTERM] {
+            // in this order: what ends the process asks whether a signal came before this one
+            let status = i32::from(exit_code(signal));
+            flag::register_conditional_shutdown(signal, status, interrupt.asked.clone()).into_diagnostic()?;
+            flag::register_usize(signal, interrupt.signal.clone(), signal as usize).into_diagnostic()?;
+            flag::register(signal, interrupt.asked.clone()).into_diagnostic()?;
+        }
+        Ok(interrupt)
+    }
+
+    /// Whether a signal came.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    /// The exit code that tells of the signal: 130 for Ctrl-C, 143 for SIGTERM.
+    pub(super) fn exit_code(&self) -> u8 {
+        exit_code(i32::try_from(self.signal.load(Ordering::Relaxed)).ok().filter(|s| *s > 0).unwrap_or(SIGINT))
+    }
+}

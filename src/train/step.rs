@@ -1,0 +1,99 @@
+//! One optimizer step.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::trainer::Trainer;
+use super::{BatchGradients, ComputeType, Error, Result, batch_gradients, clip_gradients};
+use crate::data::Batch;
+
+/// One optimizer step, as it is logged and shown.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepReport {
+    /// Optimizer steps done.
+    pub step: usize,
+    /// Mean loss of the step, in nats: of a completion token, or of a pair with a preference objective.
+    pub loss: f64,
+    /// The rate that was used.
+    pub learning_rate: f64,
+    /// Global L2 norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Tokens that went through the model, padding not counted.
+    pub tokens: usize,
+    /// Of these, tokens that carried loss.
+    pub completion_tokens: usize,
+    /// Wall time of the step.
+    pub seconds: f64,
+    /// The objective's further figures by name, means over the step: `rewards/margins`, ….
+    #[serde(flatten)]
+    pub figures: BTreeMap<String, f64>,
+}
+
+impl Trainer<'_> {
+    /// Runs the batches of step `step`, counted from 0, and moves the adapter.
+    pub(super) fn step(&mut self, step: usize) -> Result<StepReport> {
+        let started = Instant::now();
+        let batches: Vec<Batch> = (0..self.config.gradient_accumulation).map(|_| self.next_batch()).collect();
+        let units: usize = batches.iter().map(|batch| self.objective.units(batch)).sum();
+        let mut gradients = BTreeMap::new();
+        let mut figures = BTreeMap::<String, f64>::new();
+        let mut loss = 0.0;
+        for batch in &batches {
+            let of = BatchGradients {
+                decoder: self.decoder,
+                hook: self.hook.as_ref(),
+                vars: self.optimizer.vars(),
+                objective: self.objective.as_ref(),
+                checkpoint_activations: self.config.checkpoint_activations,
+            };
+            // the mean over all units of the step, however they fall into micro-batches
+            let found = batch_gradients(&of, batch, 1.0 / units as f64, &mut gradients)?;
+            loss += found.value().map_err(Error::candle("reading the loss"))? / units as f64;
+            for (name, sum) in &found.figures {
+                *figures.entry((*name).into()).or_default() += sum / units as f64;
+            }
+        }
+        self.check_finite(step, "loss", loss)?;
+        let max_norm = (self.config.max_grad_norm > 0.0).then_some(self.config.max_grad_norm);
+        let grad_norm = clip_gradients(&mut gradients, max_norm).map_err(Error::candle("clipping gradients"))?;
+        self.check_finite(step, "gradient norm", grad_norm)?;
+        let ignorance = (self.decoder.spec().vocab_size as f64).ln();
+        if let Some(smoothed) = self.progress.loss.exploded(loss, ignorance) {
+            return Err(self.diverged(step, "smoothed loss", smoothed));
+        }
+        let learning_rate = self.schedule.rate(step);
+        self.optimizer.step(&gradients, learning_rate).map_err(Error::candle("updating the adapter"))?;
+        Ok(StepReport {
+            step: step + 1,
+            loss,
+            learning_rate,
+            grad_norm,
+            tokens: batches.iter().map(Batch::tokens).sum(),
+            completion_tokens: batches.iter().map(Batch::labelled).sum(),
+            seconds: started.elapsed().as_secs_f64(),
+            figures,
+        })
+    }
+
+    fn check_finite(&self, step: usize, what: &'static str, value: f64) -> Result<()> {
+        if value.is_finite() { Ok(()) } else { Err(self.diverged(step, what, value)) }
+    }
+
+    fn diverged(&self, step: usize, what: &'static str, value: f64) -> Error {
+        Error::Diverged {
+            step: step + 1,
+            what,
+            value,
+            learning_rate: self.config.learning_rate,
+            half: self.config.dtype == ComputeType::F16,
+            checkpoint: self.folder.newest_checkpoint(),
+        }
+    }
+
+    /// The next rows: examples, or pairs of them.
+    fn next_batch(&mut self) -> Batch {
+        self.train.batch(&self.sampler.next(&mut self.cursor))
+    }
+}
