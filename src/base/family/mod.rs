@@ -252,6 +252,8 @@ mod tests {
             ("llama", json!({"rope_scaling": {"rope_type": "dynamic"}})),
             ("llama", json!({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}})),
             ("llama", json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}})),
+            ("llama", json!({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})),
+            ("llama", json!({"rope_theta": 1e-60})),
             ("llama", json!({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})),
             ("llama", json!({"partial_rotary_factor": 0.5})),
             ("mistral", json!({"layer_types": vec!["full_attention"; 32]})),
@@ -287,6 +289,8 @@ mod tests {
         llama c: `rope_scaling.factor` is missing
         llama c: `rope_scaling.short_factor` is missing
         llama c: `rope_scaling.short_factor` has 1 entries for 64 frequencies
+        llama c: `rope_scaling.rope_type` and the numbers beside it give frequencies that are not finite
+        llama c: `rope_parameters.rope_type` and the numbers beside it give frequencies that are not finite
         llama c: `rope_parameters.full_attention` is given
         llama c: `partial_rotary_factor` is 0.5
         mistral c: `layer_types` differs from sliding_window, which is 4096

@@ -104,7 +104,17 @@ impl Config<'_> {
             }
             Rule::Factors => Scaling::Factors(rope.positives("factors", dim / 2)?),
         };
-        Ok(Rotary::new(dim, theta, &scaling))
+        let rotary = Rotary::new(dim, theta, &scaling);
+        let beyond = rotary.frequencies(usize::MAX);
+        let finite = |frequencies: &[f32]| frequencies.iter().all(|frequency| frequency.is_finite());
+        if finite(&rotary.inv_freq) && finite(&beyond) && rotary.attention_factor.is_finite() {
+            return Ok(rotary);
+        }
+        rope.fail(
+            "rope_type",
+            "and the numbers beside it give frequencies that are not finite",
+            "correct these numbers",
+        )
     }
 
     fn rule(&self, rope: &Config, fields: &RopeFields) -> Result<Rule> {
