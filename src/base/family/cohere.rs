@@ -4,10 +4,9 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, QkNorm, QkNormOver, Result, Wiring};
-use super::llama::{self, Fields};
-use super::{Config, RopeFields};
+use super::{Config, Fields, RopeFields, llama};
 
-const FIELDS: Fields = Fields { rope: Some(RopeFields::WHOLE), ..Fields::LAYER_NORM };
+pub(super) const FIELDS: Fields = Fields { rope: Some(RopeFields::WHOLE), ..Fields::LAYER_NORM };
 
 pub(super) fn defaults() -> Value {
     json!({

@@ -3,8 +3,7 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, NormSite, Result, Wiring};
-use super::Config;
-use super::llama::{self, Fields};
+use super::{Config, Fields, llama};
 
 pub(super) const FIELDS: Fields = Fields { activation: "hidden_activation", ..Fields::LLAMA };
 

@@ -4,8 +4,7 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, QkNorm, QkNormOver, Result};
-use super::llama::Fields;
-use super::{Config, RopeFields, gemma2};
+use super::{Config, Fields, RopeFields, gemma2};
 
 const FULL: RopeFields = RopeFields::WHOLE;
 const SLIDING: RopeFields = RopeFields { theta: "rope_local_base_freq", ..RopeFields::WHOLE };

@@ -3,10 +3,9 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, Embedding, LearnedPositions, Linear, NormSite, Part, Result, WeightNames, WeightRole};
-use super::Config;
-use super::llama::{self, Fields};
+use super::{Config, Fields, llama};
 
-const FIELDS: Fields = Fields {
+pub(super) const FIELDS: Fields = Fields {
     hidden_size: "n_embd",
     intermediate_size: "n_inner",
     num_layers: "n_layer",

@@ -4,10 +4,9 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, Linear, NormSite, Part, Result, WeightNames, WeightRole, Wiring};
-use super::llama::{self, Fields};
-use super::{Config, RopeFields};
+use super::{Config, Fields, RopeFields, llama};
 
-const FIELDS: Fields = Fields {
+pub(super) const FIELDS: Fields = Fields {
     rope: Some(RopeFields { theta: "rotary_emb_base", partial: Some("rotary_pct"), ..RopeFields::WHOLE }),
     ..Fields::LAYER_NORM
 };

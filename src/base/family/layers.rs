@@ -21,7 +21,8 @@ impl Config<'_> {
         kinds.iter().map(kind).collect()
     }
 
-    /// The same where every so many layers one does not slide; the field that says how many counts only without `layer_types`.
+    /// The same where every so many layers one does not slide. The field that says how many counts only without
+    /// `layer_types`.
     pub(super) fn sliding_but_each(&self, layers: usize, interval: &str) -> Result<Vec<bool>> {
         let interval = if self.get("layer_types").is_some() { 1 } else { self.size(interval)? };
         self.sliding_layers(layers, |layer| !(layer + 1).is_multiple_of(interval))

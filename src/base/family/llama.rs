@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::super::{
     Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Norm, NormKind, Result, Rotary, WeightNames, Wiring,
 };
-use super::{Config, RopeFields};
+use super::{Config, Fields};
 
 pub(super) fn defaults() -> Value {
     json!({
@@ -22,35 +22,6 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
     (spec.attention.qkv_bias, spec.attention.output_bias) = (bias, bias);
     spec.mlp.bias = config.bool("mlp_bias")?;
     Ok(spec)
-}
-
-/// What a family calls the fields that all families have.
-pub(super) struct Fields {
-    pub(super) hidden_size: &'static str,
-    pub(super) intermediate_size: &'static str,
-    pub(super) num_layers: &'static str,
-    pub(super) num_heads: &'static str,
-    pub(super) max_positions: &'static str,
-    pub(super) activation: &'static str,
-    pub(super) epsilon: &'static str,
-    /// None where positions are learned, or each kind of layer has a rotary embedding of its own.
-    pub(super) rope: Option<RopeFields>,
-}
-
-impl Fields {
-    pub(super) const LLAMA: Self = Self {
-        hidden_size: "hidden_size",
-        intermediate_size: "intermediate_size",
-        num_layers: "num_hidden_layers",
-        num_heads: "num_attention_heads",
-        max_positions: "max_position_embeddings",
-        activation: "hidden_act",
-        epsilon: "rms_norm_eps",
-        rope: Some(RopeFields::WHOLE),
-    };
-    /// With LayerNorm, and part of a head turned.
-    pub(super) const LAYER_NORM: Self =
-        Self { epsilon: "layer_norm_eps", rope: Some(RopeFields::PARTIAL), ..Self::LLAMA };
 }
 
 /// The shape of Llama, without biases: each layer normalises by the root mean square before attention and before a gated

@@ -4,6 +4,7 @@
 
 mod cohere;
 mod config;
+mod fields;
 mod gemma2;
 mod gemma3;
 mod gemma3_text;
@@ -29,39 +30,52 @@ use serde_json::{Value, json};
 
 use super::{DecoderSpec, Error, Result};
 use config::Config;
-use rope::RopeFields;
+pub(super) use fields::Fields;
+use fields::RopeFields;
 
 /// A decoder family.
 struct Family {
     model_type: &'static str,
+    /// What its configuration calls the fields that all have.
+    fields: Fields,
     /// What its configuration class in transformers takes where `config.json` is silent.
     defaults: fn() -> Value,
     spec: fn(&Config) -> Result<DecoderSpec>,
 }
 
 const FAMILIES: &[Family] = &[
-    Family { model_type: "llama", defaults: llama::defaults, spec: llama::spec },
-    Family { model_type: "mistral", defaults: mistral::defaults, spec: mistral::spec },
-    Family { model_type: "qwen2", defaults: qwen2::defaults, spec: qwen2::spec },
-    Family { model_type: "qwen3", defaults: qwen3::defaults, spec: qwen3::spec },
-    Family { model_type: "gpt2", defaults: gpt2::defaults, spec: gpt2::spec },
-    Family { model_type: "gpt_neox", defaults: gpt_neox::defaults, spec: gpt_neox::spec },
-    Family { model_type: "phi", defaults: phi::defaults, spec: phi::spec },
-    Family { model_type: "phi3", defaults: phi3::defaults, spec: phi3::spec },
-    Family { model_type: "gemma2", defaults: gemma2::defaults, spec: gemma2::spec },
-    Family { model_type: "gemma3", defaults: gemma3::defaults, spec: gemma3::spec },
-    Family { model_type: "gemma3_text", defaults: gemma3_text::defaults, spec: gemma3_text::spec },
-    Family { model_type: "smollm3", defaults: smollm3::defaults, spec: smollm3::spec },
-    Family { model_type: "granite", defaults: granite::defaults, spec: granite::spec },
-    Family { model_type: "olmo2", defaults: olmo2::defaults, spec: olmo2::spec },
-    Family { model_type: "stablelm", defaults: stablelm::defaults, spec: stablelm::spec },
-    Family { model_type: "opt", defaults: opt::defaults, spec: opt::spec },
-    Family { model_type: "cohere", defaults: cohere::defaults, spec: cohere::spec },
+    Family { model_type: "llama", fields: Fields::LLAMA, defaults: llama::defaults, spec: llama::spec },
+    Family { model_type: "mistral", fields: Fields::LLAMA, defaults: mistral::defaults, spec: mistral::spec },
+    Family { model_type: "qwen2", fields: Fields::LLAMA, defaults: qwen2::defaults, spec: qwen2::spec },
+    Family { model_type: "qwen3", fields: Fields::LLAMA, defaults: qwen3::defaults, spec: qwen3::spec },
+    Family { model_type: "gpt2", fields: gpt2::FIELDS, defaults: gpt2::defaults, spec: gpt2::spec },
+    Family { model_type: "gpt_neox", fields: gpt_neox::FIELDS, defaults: gpt_neox::defaults, spec: gpt_neox::spec },
+    Family { model_type: "phi", fields: Fields::LAYER_NORM, defaults: phi::defaults, spec: phi::spec },
+    Family { model_type: "phi3", fields: phi3::FIELDS, defaults: phi3::defaults, spec: phi3::spec },
+    Family { model_type: "gemma2", fields: gemma2::FIELDS, defaults: gemma2::defaults, spec: gemma2::spec },
+    Family { model_type: "gemma3", fields: gemma2::FIELDS, defaults: gemma3::defaults, spec: gemma3::spec },
+    Family {
+        model_type: "gemma3_text",
+        fields: gemma2::FIELDS,
+        defaults: gemma3_text::defaults,
+        spec: gemma3_text::spec,
+    },
+    Family { model_type: "smollm3", fields: Fields::LLAMA, defaults: smollm3::defaults, spec: smollm3::spec },
+    Family { model_type: "granite", fields: Fields::LLAMA, defaults: granite::defaults, spec: granite::spec },
+    Family { model_type: "olmo2", fields: Fields::LLAMA, defaults: olmo2::defaults, spec: olmo2::spec },
+    Family { model_type: "stablelm", fields: Fields::LAYER_NORM, defaults: stablelm::defaults, spec: stablelm::spec },
+    Family { model_type: "opt", fields: opt::FIELDS, defaults: opt::defaults, spec: opt::spec },
+    Family { model_type: "cohere", fields: cohere::FIELDS, defaults: cohere::defaults, spec: cohere::spec },
 ];
 
 /// The `model_type`s that prefold knows.
 pub fn known() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.model_type)
+}
+
+/// What a family calls the fields that all have.
+pub(super) fn fields(model_type: &str) -> &'static Fields {
+    FAMILIES.iter().find(|family| family.model_type == model_type).map_or(&Fields::LLAMA, |family| &family.fields)
 }
 
 /// Maps a `config.json` to a [`DecoderSpec`]; `path` names the file in errors.
@@ -238,6 +252,8 @@ mod tests {
             ("llama", json!({"rope_scaling": {"rope_type": "dynamic"}})),
             ("llama", json!({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}})),
             ("llama", json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}})),
+            ("llama", json!({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})),
+            ("llama", json!({"rope_theta": 1e-60})),
             ("llama", json!({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})),
             ("llama", json!({"partial_rotary_factor": 0.5})),
             ("mistral", json!({"layer_types": vec!["full_attention"; 32]})),
@@ -273,6 +289,8 @@ mod tests {
         llama c: `rope_scaling.factor` is missing
         llama c: `rope_scaling.short_factor` is missing
         llama c: `rope_scaling.short_factor` has 1 entries for 64 frequencies
+        llama c: `rope_scaling.rope_type` and the numbers beside it give frequencies that are not finite
+        llama c: `rope_parameters.rope_type` and the numbers beside it give frequencies that are not finite
         llama c: `rope_parameters.full_attention` is given
         llama c: `partial_rotary_factor` is 0.5
         mistral c: `layer_types` differs from sliding_window, which is 4096
@@ -302,5 +320,22 @@ mod tests {
         opt c: `layer_norm_elementwise_affine` is false: norms have no weights
         cohere c: `logit_scale` is missing
         "#);
+    }
+
+    /// The text part as `google/gemma-3-4b-it` was published: what it does not say is the class's default. 3.88 billion
+    /// parameters without the 0.42 of the vision tower.
+    #[test]
+    fn a_sparse_published_configuration_is_completed() {
+        let text = json!({
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        });
+        let spec = with("gemma3", json!({"text_config": text})).unwrap();
+        assert_eq!(spec.num_parameters(), 3_880_263_168);
+        let rotary = &spec.attention.rotary;
+        assert_eq!((rotary[0].inv_freq[0], rotary[1].inv_freq[0]), (0.125, 1.0));
+        let full: Vec<usize> = (0..34).filter(|layer| spec.layers[*layer].window.is_none()).collect();
+        assert_eq!(full, [5, 11, 17, 23, 29]);
+        assert!(spec.layers.iter().all(|layer| layer.rotary == Some(usize::from(layer.window == Some(1024)))));
     }
 }

@@ -3,8 +3,7 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, NormSite, QkNorm, QkNormOver, Result, Wiring};
-use super::Config;
-use super::llama::{self, Fields};
+use super::{Config, Fields, llama};
 
 pub(super) fn defaults() -> Value {
     let mut defaults = llama::defaults();

@@ -6,10 +6,9 @@ use serde_json::{Value, json};
 use super::super::{
     DecoderSpec, Embedding, LearnedPositions, Linear, NormSite, Part, Result, WeightNames, WeightRole, Wiring,
 };
-use super::Config;
-use super::llama::{self, Fields};
+use super::{Config, Fields, llama};
 
-const FIELDS: Fields = Fields {
+pub(super) const FIELDS: Fields = Fields {
     intermediate_size: "ffn_dim",
     activation: "activation_function",
     epsilon: "layer_norm_eps",

@@ -4,11 +4,10 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, Linear, Part, Result};
-use super::llama::{self, Fields};
-use super::rope::Rule;
-use super::{Config, RopeFields};
+use super::fields::Rule;
+use super::{Config, Fields, RopeFields, llama};
 
-const FIELDS: Fields = Fields {
+pub(super) const FIELDS: Fields = Fields {
     rope: Some(RopeFields {
         rules: &[
             ("default", Rule::Default),

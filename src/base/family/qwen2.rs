@@ -3,8 +3,7 @@
 use serde_json::{Value, json};
 
 use super::super::{DecoderSpec, Result};
-use super::Config;
-use super::llama::{self, Fields};
+use super::{Config, Fields, llama};
 
 pub(super) fn defaults() -> Value {
     json!({

@@ -6,47 +6,7 @@ use serde_json::json;
 use super::super::rotary::{Scaling, Yarn};
 use super::super::{Result, Rotary};
 use super::Config;
-
-/// Where a family's configuration keeps its rotary embedding.
-#[derive(Clone, Copy)]
-pub(super) struct RopeFields {
-    /// The base.
-    pub(super) theta: &'static str,
-    /// The part of a head that is turned, where a family can turn a part.
-    pub(super) partial: Option<&'static str>,
-    /// The scaling rules that the family knows, by their names.
-    pub(super) rules: &'static [(&'static str, Rule)],
-}
-
-/// A scaling rule.
-#[derive(Clone, Copy)]
-pub(super) enum Rule {
-    Default,
-    Linear,
-    Dynamic,
-    Yarn,
-    Longrope,
-    Llama3,
-    /// Divisors worked out already, as GGUF files store a rule.
-    Factors,
-}
-
-impl RopeFields {
-    pub(super) const WHOLE: Self = Self {
-        theta: "rope_theta",
-        partial: None,
-        rules: &[
-            ("default", Rule::Default),
-            ("linear", Rule::Linear),
-            ("dynamic", Rule::Dynamic),
-            ("yarn", Rule::Yarn),
-            ("longrope", Rule::Longrope),
-            ("llama3", Rule::Llama3),
-            ("factors", Rule::Factors),
-        ],
-    };
-    pub(super) const PARTIAL: Self = Self { partial: Some("partial_rotary_factor"), ..Self::WHOLE };
-}
+use super::fields::{RopeFields, Rule};
 
 const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
 
@@ -144,7 +104,17 @@ impl Config<'_> {
             }
             Rule::Factors => Scaling::Factors(rope.positives("factors", dim / 2)?),
         };
-        Ok(Rotary::new(dim, theta, &scaling))
+        let rotary = Rotary::new(dim, theta, &scaling);
+        let beyond = rotary.frequencies(usize::MAX);
+        let finite = |frequencies: &[f32]| frequencies.iter().all(|frequency| frequency.is_finite());
+        if finite(&rotary.inv_freq) && finite(&beyond) && rotary.attention_factor.is_finite() {
+            return Ok(rotary);
+        }
+        rope.fail(
+            "rope_type",
+            "and the numbers beside it give frequencies that are not finite",
+            "correct these numbers",
+        )
     }
 
     fn rule(&self, rope: &Config, fields: &RopeFields) -> Result<Rule> {

@@ -6,8 +6,7 @@ use serde_json::{Value, json};
 use super::super::{
     DecoderSpec, Norm, NormSite, Part, QkNorm, QkNormOver, Result, Source, WeightNames, WeightRole, Wiring,
 };
-use super::Config;
-use super::llama::{self, Fields};
+use super::{Config, Fields, llama};
 
 pub(super) fn defaults() -> Value {
     json!({

@@ -13,7 +13,6 @@ pub(super) struct Architecture {
     pub(super) model_type: &'static str,
     /// Its model class there.
     pub(super) class: &'static str,
-    pub(super) fields: Fields,
     pub(super) activation: &'static str,
     /// The metadata entry of the norms' epsilon.
     pub(super) epsilon: &'static str,
@@ -25,39 +24,6 @@ pub(super) struct Architecture {
     pub(super) own: fn(&Header, &Heads, &mut Value) -> Result<()>,
 }
 
-/// What the family calls fields in its `config.json`.
-pub(super) struct Fields {
-    pub(super) hidden_size: &'static str,
-    pub(super) intermediate_size: &'static str,
-    pub(super) num_layers: &'static str,
-    pub(super) num_heads: &'static str,
-    pub(super) max_positions: &'static str,
-    pub(super) activation: &'static str,
-    pub(super) epsilon: &'static str,
-    /// The rotary base; none where positions are learned.
-    pub(super) theta: Option<&'static str>,
-    /// The part of a head that is turned, where it may be a part.
-    pub(super) partial: Option<&'static str>,
-    /// Whether key-value heads and the width of a head are fields.
-    pub(super) own_heads: bool,
-}
-
-const LLAMA_FIELDS: Fields = Fields {
-    hidden_size: "hidden_size",
-    intermediate_size: "intermediate_size",
-    num_layers: "num_hidden_layers",
-    num_heads: "num_attention_heads",
-    max_positions: "max_position_embeddings",
-    activation: "hidden_act",
-    epsilon: "rms_norm_eps",
-    theta: Some("rope_theta"),
-    partial: None,
-    own_heads: true,
-};
-const GEMMA_FIELDS: Fields = Fields { activation: "hidden_activation", ..LLAMA_FIELDS };
-const LAYER_NORM_FIELDS: Fields = Fields { epsilon: "layer_norm_eps", ..LLAMA_FIELDS };
-const PARTIAL_FIELDS: Fields = Fields { partial: Some("partial_rotary_factor"), ..LAYER_NORM_FIELDS };
-
 const RMS: &str = "attention.layer_norm_rms_epsilon";
 const LAYER_NORM: &str = "attention.layer_norm_epsilon";
 
@@ -65,7 +31,6 @@ const LLAMA: Architecture = Architecture {
     name: "llama",
     model_type: "llama",
     class: "LlamaForCausalLM",
-    fields: LLAMA_FIELDS,
     activation: "silu",
     epsilon: RMS,
     permuted: true,
@@ -81,18 +46,6 @@ pub(super) const ALL: &[Architecture] = &[
         name: "gpt2",
         model_type: "gpt2",
         class: "GPT2LMHeadModel",
-        fields: Fields {
-            hidden_size: "n_embd",
-            intermediate_size: "n_inner",
-            num_layers: "n_layer",
-            num_heads: "n_head",
-            max_positions: "n_positions",
-            activation: "activation_function",
-            epsilon: "layer_norm_epsilon",
-            theta: None,
-            partial: None,
-            own_heads: false,
-        },
         activation: "gelu_new",
         epsilon: LAYER_NORM,
         own: nothing,
@@ -102,12 +55,6 @@ pub(super) const ALL: &[Architecture] = &[
         name: "gptneox",
         model_type: "gpt_neox",
         class: "GPTNeoXForCausalLM",
-        fields: Fields {
-            theta: Some("rotary_emb_base"),
-            partial: Some("rotary_pct"),
-            own_heads: false,
-            ..LAYER_NORM_FIELDS
-        },
         activation: "gelu",
         epsilon: LAYER_NORM,
         own: gpt_neox,
@@ -117,25 +64,16 @@ pub(super) const ALL: &[Architecture] = &[
         name: "phi2",
         model_type: "phi",
         class: "PhiForCausalLM",
-        fields: PARTIAL_FIELDS,
         activation: "gelu_new",
         epsilon: LAYER_NORM,
         own: nothing,
         ..PLAIN
     },
-    Architecture {
-        name: "phi3",
-        model_type: "phi3",
-        class: "Phi3ForCausalLM",
-        fields: Fields { partial: Some("partial_rotary_factor"), ..LLAMA_FIELDS },
-        own: phi3,
-        ..PLAIN
-    },
+    Architecture { name: "phi3", model_type: "phi3", class: "Phi3ForCausalLM", own: phi3, ..PLAIN },
     Architecture {
         name: "gemma2",
         model_type: "gemma2",
         class: "Gemma2ForCausalLM",
-        fields: GEMMA_FIELDS,
         activation: "gelu_pytorch_tanh",
         norm_offset: 1.0,
         own: gemma2,
@@ -145,7 +83,6 @@ pub(super) const ALL: &[Architecture] = &[
         name: "gemma3",
         model_type: "gemma3_text",
         class: "Gemma3ForCausalLM",
-        fields: GEMMA_FIELDS,
         activation: "gelu_pytorch_tanh",
         norm_offset: 1.0,
         own: gemma3,
@@ -158,7 +95,6 @@ pub(super) const ALL: &[Architecture] = &[
         name: "stablelm",
         model_type: "stablelm",
         class: "StableLmForCausalLM",
-        fields: PARTIAL_FIELDS,
         epsilon: LAYER_NORM,
         own: stablelm,
         ..PLAIN
@@ -167,7 +103,6 @@ pub(super) const ALL: &[Architecture] = &[
         name: "command-r",
         model_type: "cohere",
         class: "CohereForCausalLM",
-        fields: LAYER_NORM_FIELDS,
         epsilon: LAYER_NORM,
         own: cohere,
         ..PLAIN
@@ -215,9 +150,11 @@ fn gemma2(header: &Header, heads: &Heads, config: &mut Value) -> Result<()> {
     const LARGEST: u64 = 46;
     config["query_pre_attn_scalar"] = json!(gemma_scale(header, heads, LARGEST)?);
     config["sliding_window"] = json!(header.u64("attention.sliding_window")?.unwrap_or(4096));
-    let cap = |key: &str| header.f32(key).map(|cap| cap.map(decimal).filter(|cap| *cap > 0.0));
-    config["attn_logit_softcapping"] = json!(cap("attn_logit_softcapping")?);
-    config["final_logit_softcapping"] = json!(cap("final_logit_softcapping")?);
+    for cap in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(number) = header.f32(cap)? {
+            config[cap] = json!(Some(decimal(number)).filter(|number| *number > 0.0));
+        }
+    }
     sliding_pattern(header, config)
 }
 
@@ -337,7 +274,7 @@ mod tests {
             ("llama", ("expert_count", Entry::U32(8))),
             ("llama", ("rope.dimension_count", Entry::U32(12))),
             ("llama", ("attention.head_count", Entry::U32(0))),
-            ("gemma3", ("attention.sliding_window_pattern", Entry::String("6".into()))),
+            ("gemma2", ("attention.sliding_window_pattern", Entry::String("6".into()))),
             ("granite", ("rope.scaling.finetuned", Entry::Bool(false))),
             ("olmo2", ("attention.sliding_window", Entry::U32(4096))),
             ("stablelm", ("use_parallel_residual", Entry::U32(1))),
@@ -350,7 +287,7 @@ mod tests {
         the metadata entry `llama.expert_count` is 8: mixtures of experts are not supported
         the metadata entry `llama.rope.dimension_count` is 12, but a head has 24 dimensions: partial rotary is not supported
         the metadata entry `llama.attention.head_count` is 0
-        the metadata entry `gemma3.attention.sliding_window_pattern` must be a non-negative integer; it is a string
+        the metadata entry `gemma2.attention.sliding_window_pattern` must be a non-negative integer; it is a string
         the metadata entry `granite.rope.scaling.finetuned` is false: Granite without rotary positions is not supported
         the metadata entry `olmo2.attention.sliding_window` is 4096: OLMo 3 is not supported
         the metadata entry `stablelm.use_parallel_residual` must be a boolean; it is U32(1)
@@ -361,8 +298,19 @@ mod tests {
     fn every_architecture_is_of_a_family_and_reads_back_its_part_of_a_head() {
         for architecture in ALL {
             for dim in [2, 4, 6, 8, 14, 24] {
-                let dim = if architecture.fields.partial.is_some() { dim } else { 24 };
-                let config = config(architecture.name, &[("rope.dimension_count", Entry::U32(dim))]).unwrap();
+                let dim = if crate::base::family::fields(architecture.model_type)
+                    .rope
+                    .is_some_and(|rope| rope.partial.is_some())
+                {
+                    dim
+                } else {
+                    24
+                };
+                let config = config(
+                    architecture.name,
+                    &[("rope.dimension_count", Entry::U32(dim)), ("logit_scale", Entry::F32(0.5))],
+                )
+                .unwrap();
                 let spec = crate::base::family::spec_from_config(std::path::Path::new("c"), &config).unwrap();
                 assert_eq!(spec.family, architecture.model_type);
                 assert!(spec.attention.rotary.iter().all(|rotary| rotary.dim == dim as usize), "{}", architecture.name);

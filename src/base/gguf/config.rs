@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::architecture::{self, Architecture};
 use super::{Gguf, names};
+use crate::base::family::{self, Fields};
 use crate::base::{Error, Result};
 
 /// Writes the configuration that transformers would have, so that one mapping to a decoder serves both formats.
@@ -15,7 +16,7 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Value> {
     let (architecture, heads) = (header.architecture, header.heads()?);
     let vocab_size = gguf.shape("model.embed_tokens.weight")?.first().copied().unwrap_or(0);
     let epsilon = |key: &str| header.f32(key).map(|number| number.map(decimal));
-    let fields = &architecture.fields;
+    let fields = header.fields;
     let mut config = json!({
         "architectures": [architecture.class],
         "model_type": architecture.model_type,
@@ -31,16 +32,14 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Value> {
     config[fields.num_layers] = json!(header.required_u64("block_count")?);
     config[fields.num_heads] = json!(heads.query);
     config[fields.max_positions] = json!(header.required_u64("context_length")?);
-    if fields.own_heads {
-        config["num_key_value_heads"] = json!(heads.key_value);
-        config["head_dim"] = json!(heads.head_dim);
-    }
+    config["num_key_value_heads"] = json!(heads.key_value);
+    config["head_dim"] = json!(heads.head_dim);
     match epsilon(architecture.epsilon)? {
         Some(number) => config[fields.epsilon] = json!(number),
         None => return header.fail(architecture.epsilon, "is missing"),
     }
-    if let Some(theta) = fields.theta {
-        config[theta] = json!(decimal(header.f32("rope.freq_base")?.unwrap_or(10_000.0)));
+    if let Some(rope) = fields.rope {
+        config[rope.theta] = json!(decimal(header.f32("rope.freq_base")?.unwrap_or(10_000.0)));
         config["rope_scaling"] = rope_scaling(&header)?;
         set_rotary_part(&header, &heads, &mut config)?;
     }
@@ -52,6 +51,8 @@ pub(super) fn config_json(gguf: &Gguf) -> Result<Value> {
 pub(super) struct Header<'a> {
     pub(super) gguf: &'a Gguf,
     pub(super) architecture: &'static Architecture,
+    /// What the family calls the fields that all have.
+    fields: &'static Fields,
 }
 
 /// Sizes of the attention heads.
@@ -68,12 +69,17 @@ impl<'a> Header<'a> {
     pub(super) fn read(gguf: &'a Gguf) -> Result<Self> {
         let name = gguf.required("general.architecture", Gguf::string)?;
         match architecture::ALL.iter().find(|architecture| architecture.name == name) {
-            Some(architecture) => Ok(Self { gguf, architecture }),
+            Some(architecture) => Ok(Self { gguf, architecture, fields: family::fields(architecture.model_type) }),
             None => {
                 let supported = architecture::ALL.iter().map(|architecture| architecture.name).collect();
                 Err(Error::Architecture { path: gguf.path().into(), found: name.into(), supported })
             }
         }
+    }
+
+    /// The field of the part of a head that is turned, where the family can turn a part.
+    fn partial(&self) -> Option<&'static str> {
+        self.fields.rope.and_then(|rope| rope.partial)
     }
 
     fn key(&self, key: &str) -> String {
@@ -131,7 +137,7 @@ impl<'a> Header<'a> {
         let head_dim = self.u64("attention.key_length")?.unwrap_or(hidden_size / query);
         // The row order of q and k, and so `Gguf::tensor`, is known for full rotary embeddings only.
         let part = self.u64("rope.dimension_count")?.filter(|&dim| dim != head_dim);
-        if let Some(dim) = part.filter(|_| self.architecture.fields.partial.is_none()) {
+        if let Some(dim) = part.filter(|_| self.partial().is_none()) {
             let reason = format!("is {dim}, but a head has {head_dim} dimensions: partial rotary is not supported");
             return self.fail("rope.dimension_count", reason);
         }
@@ -141,7 +147,7 @@ impl<'a> Header<'a> {
 
 /// How much of a head is turned, as the part that transformers multiplies back and rounds down.
 fn set_rotary_part(header: &Header, heads: &Heads, config: &mut Value) -> Result<()> {
-    let (Some(field), Some(dim)) = (header.architecture.fields.partial, header.u64("rope.dimension_count")?) else {
+    let (Some(field), Some(dim)) = (header.partial(), header.u64("rope.dimension_count")?) else {
         return Ok(());
     };
     let head_dim = heads.head_dim as f64;
