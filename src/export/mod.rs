@@ -51,7 +51,7 @@ pub enum Dialect {
     #[default]
     Portable,
     /// Fused operators of `com.microsoft`: GroupQueryAttention, RotaryEmbedding, the norms' skip forms, the forms of GELU. For
-    /// ONNX Runtime.
+    /// ONNX Runtime, which takes several rows only from an empty cache or one token at a time.
     Ort,
 }
 

@@ -10,8 +10,7 @@ use prefold::base::{
     Checkpoint, Decoder, DecoderSpec, Input, LearnedPositions, LongContext, NoHook, Rotary, WeightRole, WeightShape,
 };
 use prefold::export::{Dialect, ExportOptions, Precision, export_weights};
-use prefold::fold::fold;
-use prefold::onnx::Model;
+use prefold::fold::fold_folder;
 use prefold::parity::{
     self, Budget, Candidate, CaseOptions, Check, Facts, NoOpPair, Open, Reference, generated_prompts, standard_cases,
 };
@@ -65,14 +64,14 @@ fn graphs(spec: &DecoderSpec, weights: &Weights<'_>, dialect: Dialect, precision
     let options = ExportOptions { dialect, precision, ..ExportOptions::default() };
     let base = folder.join("base");
     std::fs::create_dir_all(&base).unwrap();
-    let path = export_weights(spec, weights, &options, &base).unwrap();
-    let model = Model::open(&path).unwrap();
+    export_weights(spec, weights, &options, &base).unwrap();
     for (name, scale) in [("zero", 0.0), ("adapted", 0.3)] {
-        let folder = folder.join(name);
-        std::fs::create_dir(&folder).unwrap();
-        let (folded, facts) = fold(&model, &adapter(spec, scale), &folder).unwrap();
+        let (trained, folded) = (folder.join(format!("{name}_adapter")), folder.join(name));
+        std::fs::create_dir(&trained).unwrap();
+        std::fs::create_dir(&folded).unwrap();
+        adapter(spec, scale).save(&trained).unwrap();
+        let facts = fold_folder(&base, &trained, &folded).unwrap();
         assert_eq!(facts.sites.len(), spec.num_layers);
-        folded.save(&folder.join("model.onnx")).unwrap();
     }
 }
 
