@@ -15,14 +15,15 @@ use crate::base::DecoderSpec;
 /// weights      P · b
 /// adapter      A · 4                     float32
 /// optimizer    A · 4 · 4                 gradient, its sum over micro-batches, two moments
-/// activations  per layer from the lowest adapted one   b · (T · (8h + 4m + 8q + 4k) + 2 · rows · heads · seq²)
-///              of the labelled positions               3 · labelled · vocab · max(b, 4)
+/// activations  per layer from the lowest adapted one   b · T · (6h + 6q + 3k + 2m)      3m for an MLP without a gate
 ///              of the layer being computed             one layer's again
+///              of the labelled positions               2 · labelled · h · b
+///              with checkpoint_activations             b · T · h a layer, and two layers' as above
 /// ```
 ///
-/// The coefficients count the tensors that the decoder keeps for the backward pass. What is not in it: the process
-/// itself, and pages of the checkpoint that the system keeps mapped. On the demo's model, batches of 16 to 128 sequences, the
-/// peak that `prefold train` reports lies 70 to 85 MB above the estimate whatever the batch.
+/// The coefficients count the tensors that the decoder keeps for the backward pass; attention and the loss keep no scores
+/// and no logits. What is not in it: the process itself, temporaries of an evaluation, and pages of the checkpoint that the
+/// system keeps mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
     /// The frozen model.
@@ -57,18 +58,20 @@ impl MemoryEstimate {
         let wide = |n: usize| n as u64;
         let attention = &spec.attention;
         let (queries, keys) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
-        let per_token = 8 * spec.hidden_size + 4 * spec.mlp.intermediate_size + 8 * queries + 4 * keys;
-        let scores = 2 * wide(work.rows) * wide(attention.num_heads) * wide(work.seq) * wide(work.seq);
-        let layer = number * (wide(work.rows) * wide(work.seq) * wide(per_token) + scores);
+        let mlp = spec.mlp.intermediate_size * if spec.mlp.gated { 2 } else { 3 };
+        let positions = wide(work.rows) * wide(work.seq) * number;
+        let residual = positions * wide(spec.hidden_size);
+        let layer = positions * wide(6 * spec.hidden_size + 6 * queries + 3 * keys + mlp);
         let lowest = adapter.config().layers.iter().flatten().min().copied().unwrap_or(0);
-        let layers = wide(spec.num_layers.saturating_sub(lowest)) + 1;
-        let logits = 3 * wide(work.labelled) * wide(spec.vocab_size) * number.max(4);
+        let layers = wide(spec.num_layers.saturating_sub(lowest));
+        let kept = if config.checkpoint_activations { residual * layers + layer } else { layer * layers };
+        let labelled = 2 * wide(work.labelled) * wide(spec.hidden_size) * number;
         let adapted = wide(adapter.num_parameters());
         Self {
             weights: wide(spec.num_parameters()) * number,
             adapter: adapted * 4,
             optimizer: adapted * 16,
-            activations: layer * layers + logits,
+            activations: kept + layer + labelled,
         }
     }
 
