@@ -335,7 +335,8 @@ impl Decoder {
             candle_core::bail!("layer {index} has no {}", linear.module())
         };
         let output = affine.forward(x)?;
-        let map = LinearMap { layer: index, linear, input: x, weight: &affine.weight, output: &output };
+        let (weight, bias) = (&affine.weight, affine.bias.as_ref());
+        let map = LinearMap { layer: index, linear, input: x, weight, bias, output: &output };
         Ok(hook.linear(&map)?.unwrap_or(output))
     }
 
@@ -358,7 +359,8 @@ impl Decoder {
             None => Ok(x.clone()),
         };
         let unrotated = project(Linear::Query)?;
-        let (query, key, value) = (rotate(&unrotated)?, rotate(&project(Linear::Key)?)?, project(Linear::Value)?);
+        let unrotated_key = project(Linear::Key)?;
+        let (query, key, value) = (rotate(&unrotated)?, rotate(&unrotated_key)?, project(Linear::Value)?);
         let value = value.contiguous().map_err(&action)?;
         let (all_keys, all_values) = match cache {
             Some(cache) => cache.extend(index, key.clone(), value.clone())?,
@@ -368,7 +370,14 @@ impl Decoder {
         let bias = layer_spec.and_then(|spec| pass.biases.get(&spec.window)).and_then(Option::as_ref);
         let bias = bias.map(|bias| last_columns(bias, &all_keys)).transpose().map_err(&action)?;
         let mixed = self.mix(&query, &all_keys, &all_values, bias.as_ref()).map_err(&action)?;
-        let site = Site { layer: index, query: &query, unrotated: &unrotated, key: &key, value: &value };
+        let site = Site {
+            layer: index,
+            query: &query,
+            unrotated: &unrotated,
+            key: &key,
+            unrotated_key: &unrotated_key,
+            value: &value,
+        };
         let mixed = match pass.hook.term(&site).map_err(Error::candle("computing the adapter's term"))? {
             Some(term) => (mixed + term).map_err(&action)?,
             None => mixed,

@@ -14,13 +14,13 @@ use serde_json::{Map, Value, json};
 
 use super::progress::TrainingBar;
 use super::{Context, keep_apart, style, usage};
-use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME};
+use crate::adapter::{Adapter, AdapterOptions, CONFIG_NAME, MethodName, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, Tokenizer};
 use crate::data::{self, ChatUse, Dataset, Format, FormatOptions, Holdout, LabelText, Records};
 use crate::files::Manifest;
 use crate::train::{ComputeType, Outcome, RunFolder, TrainConfig, Trainer};
 
-/// Train a Prefix-Tuning+ adapter
+/// Train an adapter: Prefix-Tuning+, prefix tuning, LoRA, or the whole model
 ///
 /// Options come from the defaults, then from --config, then from the command line.
 #[derive(Args, Debug)]
@@ -123,6 +123,9 @@ struct TrainingArgs {
     /// Type of the frozen model: f64, f32, bf16 or f16
     #[arg(long)]
     dtype: Option<ComputeType>,
+    /// What to train: prefix_plus, prefix, lora or full [default: prefix_plus]; their options are in --config
+    #[arg(long)]
+    method: Option<MethodName>,
     /// Layers to adapt, comma-separated [default: all]
     #[arg(long, value_delimiter = ',')]
     layers: Option<Vec<usize>>,
@@ -179,14 +182,6 @@ impl Default for DataConfig {
             format: FormatOptions::default(),
         }
     }
-}
-
-/// What to train.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdapterOptions {
-    /// Layers to adapt; all where not given.
-    pub layers: Option<Vec<usize>>,
 }
 
 impl Train {
@@ -261,7 +256,7 @@ impl Train {
             ("save_every", json!(training.save_every)),
             ("dtype", json!(training.dtype)),
         ]);
-        let adapter = given([("layers", json!(training.layers))]);
+        let adapter = given([("method", json!(training.method)), ("layers", json!(training.layers))]);
         given([
             ("model", json!(self.model)),
             ("out", json!(self.out)),
@@ -313,10 +308,8 @@ pub(super) fn train(context: &Context, config: &RunConfig, resume: bool, overwri
     let checkpoint = context.checkpoint(model)?;
     let tokenizer = checkpoint.tokenizer()?;
     let (training, held_out) = datasets(&checkpoint, &tokenizer, config, data)?;
-    let mut adapter_config = AdapterConfig::prefix_plus(checkpoint.spec(), Some(checkpoint.display_name()));
-    adapter_config.layers.clone_from(&config.adapter.layers);
-    let adapter = Adapter::zeros(adapter_config)?;
     let decoder = Decoder::load(&checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
+    let adapter = config.adapter.start(&checkpoint, &decoder, config.train.seed)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
     let outcome = run(context, config, &decoder, &adapter, &training, held_out.as_ref(), &folder).and_then(|outcome| {
         folder.finish(&outcome.adapter)?;

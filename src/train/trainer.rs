@@ -77,6 +77,8 @@ pub struct Outcome {
 /// step and the data cursor, and a run that goes on from it ends in the same bytes.
 pub struct Trainer<'a> {
     decoder: &'a Decoder,
+    /// Of the adapter's own tensors, where they are the model's.
+    own: Option<Decoder>,
     config: TrainConfig,
     train: &'a Dataset,
     held_out: Option<&'a Dataset>,
@@ -123,6 +125,7 @@ impl<'a> Trainer<'a> {
         let start_from = saved.as_ref().map_or(adapter, |s| &s.adapter);
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(decoder.spec(), decoder.device())?;
+        let own = adapter.decoder(decoder.spec(), decoder.dtype())?;
         let mut optimizer = AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?;
         let (mut start, mut cursor) = (0, Cursor::default());
         if let Some(saved) = saved {
@@ -139,6 +142,7 @@ impl<'a> Trainer<'a> {
         let sampler = Sampler::new(train.len(), config.batch_size, config.seed);
         Ok(Self {
             decoder,
+            own,
             config,
             train,
             held_out,
@@ -197,7 +201,7 @@ impl<'a> Trainer<'a> {
 
     fn evaluate_held_out(&self, step: usize, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
         let Some(held_out) = self.held_out else { return Ok(None) };
-        let evaluation = evaluate(self.decoder, self.hook.as_ref(), held_out, self.config.batch_size * 4)?;
+        let evaluation = evaluate(self.decoder(), self.hook.as_ref(), held_out, self.config.batch_size * 4)?;
         #[derive(Serialize)]
         struct Line {
             step: usize,
@@ -215,7 +219,7 @@ impl<'a> Trainer<'a> {
         let mut gradients = BTreeMap::new();
         let mut loss = 0.0;
         for batch in &batches {
-            let found = completion_loss(self.decoder, self.hook.as_ref(), &batch_input(batch)?, &batch.labels)?;
+            let found = completion_loss(self.decoder(), self.hook.as_ref(), &batch_input(batch)?, &batch.labels)?;
             // the mean over all completion tokens of the step, however they fall into micro-batches
             let mean = (found.sum / completion_tokens as f64).map_err(Error::candle("computing the loss"))?;
             let value = mean.to_dtype(DType::F64).and_then(|l| l.to_scalar::<f64>());
@@ -232,6 +236,10 @@ impl<'a> Trainer<'a> {
         let tokens = batches.iter().map(Batch::tokens).sum();
         let seconds = started.elapsed().as_secs_f64();
         Ok(StepReport { step: step + 1, loss, learning_rate, grad_norm, tokens, completion_tokens, seconds })
+    }
+
+    fn decoder(&self) -> &Decoder {
+        self.own.as_ref().unwrap_or(self.decoder)
     }
 
     fn check_finite(&self, step: usize, what: &'static str, value: f64) -> Result<()> {
