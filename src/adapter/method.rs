@@ -155,7 +155,7 @@ pub trait AdapterMethod {
         Ok(Box::new(TermHook::new(terms, config.num_heads, tensors.clone())))
     }
 
-    /// Whether an adapter of zeros is the base model bit for bit.
+    /// Whether an adapter of zeros, folded into a graph, is the base graph bit for bit in every runtime.
     fn zeros_are_the_base(&self) -> bool {
         true
     }

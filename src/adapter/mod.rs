@@ -92,7 +92,7 @@ impl Adapter {
         self.tensors.values().map(Tensor::elem_count).sum()
     }
 
-    /// Whether an adapter of this kind with tensors of zeros is the base model bit for bit.
+    /// Whether an adapter of this kind with tensors of zeros, folded into a graph, is the base graph bit for bit.
     pub fn zeros_are_the_base(&self) -> bool {
         self.config.method.as_method().zeros_are_the_base()
     }

@@ -2,7 +2,8 @@
 
 use candle_core::Tensor;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::method::Base;
 use super::prefix_plus::Init;
@@ -20,11 +21,34 @@ pub struct AdapterOptions {
     /// The text that `init = prompt` starts from.
     pub prompt: Option<String>,
     /// Options of prefix_plus.
+    #[serde(deserialize_with = "strict")]
+    #[schemars(extend("unevaluatedProperties" = false))]
     pub prefix_plus: PrefixPlus,
     /// Options of prefix.
+    #[serde(deserialize_with = "strict")]
+    #[schemars(extend("unevaluatedProperties" = false))]
     pub prefix: Prefix,
     /// Options of lora.
+    #[serde(deserialize_with = "strict")]
+    #[schemars(extend("unevaluatedProperties" = false))]
     pub lora: Lora,
+}
+
+/// Options of which every one is known. In `adapter_config.json` they stand among the fields of the adapter, so their own type
+/// does not mind others.
+fn strict<'de, D: Deserializer<'de>, T: DeserializeOwned + JsonSchema>(
+    deserializer: D,
+) -> std::result::Result<T, D::Error> {
+    let given = serde_json::Value::deserialize(deserializer)?;
+    let schema = schemars::schema_for!(T);
+    let known = schema.get("properties").and_then(serde_json::Value::as_object);
+    let unknown =
+        given.as_object().and_then(|given| given.keys().find(|key| known.is_none_or(|k| !k.contains_key(*key))));
+    if let Some(key) = unknown {
+        let known = known.map(|known| known.keys().cloned().collect::<Vec<_>>().join("`, `")).unwrap_or_default();
+        return Err(D::Error::custom(format!("unknown field: found `{key}`, expected one of `{known}`")));
+    }
+    T::deserialize(given).map_err(D::Error::custom)
 }
 
 /// A method by name.

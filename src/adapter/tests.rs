@@ -213,7 +213,7 @@ fn a_prompt_s_memory_is_exact_for_linear_attention() {
         let mut all = json!({"feature_map": "elu_plus_one", "init": "prompt", "prompt_scale": 1.0});
         all.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let config = config(all);
-        let Method::PrefixPlus(method) = &config.method else { unreachable!() };
+        let Method::PrefixPlus(method) = &config.method else { panic!("another method") };
         let (key, value) = (noise("k", &[kv_heads, prompt + seq, d]), noise("v", &[kv_heads, prompt + seq, d]));
         let query = noise("q", &[1, heads, seq, d]);
         let part = |x: &Tensor| x.narrow(1, 0, prompt).unwrap().contiguous().unwrap();
@@ -286,7 +286,7 @@ fn lora_is_the_merged_weight() {
         all.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let config = config(all);
         let adapter = moved(&at_start(&config));
-        let Method::Lora(lora) = &config.method else { unreachable!() };
+        let Method::Lora(lora) = &config.method else { panic!("another method") };
         let merged = Decoder::from_weights(&spec(), |weight: &WeightShape| {
             let scale = if weight.shape.len() == 1 { 1.0 } else { 0.6 };
             let plain = (noise(&weight.name, &weight.shape) * scale).unwrap();
@@ -310,7 +310,7 @@ fn patterns_take_the_longest_end() {
         "method": "lora", "rank": 2, "alpha": 8.0, "rank_pattern": {"q_proj": 4, "layers.1.self_attn.q_proj": 1},
         "alpha_pattern": {"proj": 3.0},
     }));
-    let Method::Lora(lora) = &config.method else { unreachable!() };
+    let Method::Lora(lora) = &config.method else { panic!("another method") };
     let name = |layer| module_name(layer, Linear::Query);
     assert_eq!((lora.rank_of(&name(0)), lora.rank_of(&name(1)), lora.alpha_of(&name(0))), (4, 1, 8.0));
 }

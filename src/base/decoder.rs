@@ -456,7 +456,8 @@ fn prepend(hook: &dyn SiteHook, layer: usize, keys: Tensor, values: Tensor) -> c
     let batch = keys.dim(0)?;
     let join = |prefix: Tensor, own: Tensor| {
         let (heads, length, width) = prefix.dims3()?;
-        let prefix = prefix.to_dtype(own.dtype())?.unsqueeze(0)?.expand((batch, heads, length, width))?;
+        let prefix = prefix.to_dtype(own.dtype())?.unsqueeze(0)?;
+        let prefix = prefix.expand((batch, heads, length, width))?.contiguous()?;
         Tensor::cat(&[&prefix, &own], 2)
     };
     Ok((join(prefix_keys, keys)?, join(prefix_values, values)?))

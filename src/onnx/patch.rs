@@ -22,7 +22,6 @@ pub struct Patch {
     inputs: Vec<ValueDef>,
     outputs: Vec<ValueDef>,
     replaced: Vec<(usize, usize, String)>,
-    renamed: Vec<(usize, usize, String)>,
     opsets: Vec<(String, i64)>,
     metadata: Vec<(String, String)>,
 }
@@ -69,12 +68,6 @@ impl Patch {
         self
     }
 
-    /// Lets an output slot of a node make a tensor of another name; whoever read the old name reads what else makes it.
-    pub fn replace_output(&mut self, id: NodeId, slot: usize, tensor: impl Into<String>) -> &mut Self {
-        self.renamed.push((id.index(), slot, tensor.into()));
-        self
-    }
-
     /// Wants an operator set of at least this version: it is imported where it is missing; an older one is an error.
     pub fn require_opset(&mut self, domain: &str, version: i64) -> &mut Self {
         self.opsets.push((standard_domain(domain).to_owned(), version));
@@ -112,8 +105,7 @@ impl Patch {
     }
 
     fn edits_graph(&self) -> bool {
-        let nodes = self.before.is_empty() && self.appended.is_empty();
-        let nodes = nodes && self.replaced.is_empty() && self.renamed.is_empty();
+        let nodes = self.before.is_empty() && self.appended.is_empty() && self.replaced.is_empty();
         !(nodes && self.initializers.is_empty() && self.inputs.is_empty() && self.outputs.is_empty())
     }
 
@@ -148,8 +140,8 @@ impl Patch {
 
     fn edit_graph(&self, graph: &Graph) -> Result<Graph> {
         let count = graph.nodes().len();
-        let (mut replaced, mut renamed) = (by_slot(&self.replaced)?, by_slot(&self.renamed)?);
-        let named = self.before.keys().chain(replaced.keys()).chain(renamed.keys());
+        let mut replaced = self.replacements()?;
+        let named = self.before.keys().chain(replaced.keys());
         if let Some(&index) = { named }.find(|&&index| index >= count) {
             return Err(Error::NoNode { index, nodes: count });
         }
@@ -164,11 +156,9 @@ impl Patch {
             for new in self.before.get(&index).into_iter().flatten() {
                 fields.push(wrap(graph::MESSAGE, graph::NODE, &new.encode()?)?);
             }
-            match (replaced.remove(&index), renamed.remove(&index)) {
-                (None, None) => fields.push(field.clone()),
-                (inputs, outputs) => {
-                    fields.push(rewire(field, existing, &inputs.unwrap_or_default(), &outputs.unwrap_or_default())?);
-                }
+            match replaced.remove(&index) {
+                Some(slots) => fields.push(rewire(field, existing, &slots)?),
+                None => fields.push(field.clone()),
             }
             nodes.next();
         }
@@ -179,18 +169,18 @@ impl Patch {
         insert(&mut fields, message, graph::OUTPUT, self.outputs.iter().map(|value| Ok(value.encode())))?;
         Graph::from_fields(fields, 0)
     }
-}
 
-/// New names by node and slot.
-fn by_slot(names: &[(usize, usize, String)]) -> Result<BTreeMap<usize, BTreeMap<usize, &str>>> {
-    let mut slots: BTreeMap<usize, BTreeMap<usize, &str>> = BTreeMap::new();
-    for (index, slot, name) in names {
-        if let Some(first) = slots.entry(*index).or_default().insert(*slot, name) {
-            let (first, second) = (first.to_owned(), name.clone());
-            return Err(Error::ReplacedTwice { index: *index, slot: *slot, first, second });
+    /// New input names by node and slot.
+    fn replacements(&self) -> Result<BTreeMap<usize, BTreeMap<usize, &str>>> {
+        let mut replaced: BTreeMap<usize, BTreeMap<usize, &str>> = BTreeMap::new();
+        for (index, slot, name) in &self.replaced {
+            if let Some(first) = replaced.entry(*index).or_default().insert(*slot, name) {
+                let (first, second) = (first.to_owned(), name.clone());
+                return Err(Error::ReplacedTwice { index: *index, slot: *slot, first, second });
+            }
         }
+        Ok(replaced)
     }
-    Ok(slots)
 }
 
 fn check_edited(before: &Model, after: &Model) -> Result<()> {
@@ -222,35 +212,25 @@ fn insert(
     Ok(())
 }
 
-/// A node's field with some of its inputs and outputs replaced.
-fn rewire(
-    field: &Field,
-    existing: &Node,
-    inputs: &BTreeMap<usize, &str>,
-    outputs: &BTreeMap<usize, &str>,
-) -> Result<Field> {
-    for (slots, count) in [(inputs, existing.inputs().len()), (outputs, existing.outputs().len())] {
-        if let Some(&slot) = slots.keys().find(|&&slot| slot >= count) {
-            return Err(Error::NoSlot { node: existing.label(), slot, inputs: count });
-        }
+/// A node's field with some of its inputs replaced.
+fn rewire(field: &Field, existing: &Node, slots: &BTreeMap<usize, &str>) -> Result<Field> {
+    let inputs = existing.inputs().len();
+    if let Some(&slot) = slots.keys().find(|&&slot| slot >= inputs) {
+        return Err(Error::NoSlot { node: existing.label(), slot, inputs });
     }
     let mut encoder = Encoder::default();
-    let (mut input, mut output) = (0, 0);
+    let mut slot = 0;
     for part in Fields::new(node::MESSAGE, field.bytes()?) {
         let part = part?;
-        let (slots, slot) = match part.number {
-            node::INPUT => (inputs, &mut input),
-            node::OUTPUT => (outputs, &mut output),
-            _ => {
-                encoder.raw(&part);
-                continue;
-            }
-        };
-        match slots.get(slot) {
-            Some(name) => encoder.string(part.number, name),
+        if part.number != node::INPUT {
+            encoder.raw(&part);
+            continue;
+        }
+        match slots.get(&slot) {
+            Some(name) => encoder.string(node::INPUT, name),
             None => encoder.raw(&part),
         }
-        *slot += 1;
+        slot += 1;
     }
     wrap(graph::MESSAGE, graph::NODE, &encoder)
 }

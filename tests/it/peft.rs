@@ -193,7 +193,22 @@ fn what_changes_the_function_is_refused_and_the_rest_is_not() {
     ]
     .map(|(name, fields)| open(name, fields).unwrap_err().to_string());
     let messages: Vec<_> = messages.iter().map(|m| m.split_once("is a PEFT adapter, ").unwrap().1).collect();
-    insta::assert_snapshot!(messages.join("\n"), @"");
+    insta::assert_snapshot!(messages.join("\n"), @"
+    but its type is IA3
+    but `bias` is all: it changes biases
+    but `lora_bias` trains a bias of B, which prefold does not compute
+    but `modules_to_save` replaces whole modules, which prefold does not compute
+    but `init_lora_weights` is pissa, which changes the base weights
+    but `layer_replication` repeats layers, which prefold does not compute
+    but `model.layers.0.mlp.down_proj.lora_A` has shape [4, 48], the model and configuration ask for [5, 48]
+    but `r` is not a count
+    but it has tensors of `model.layers.0.mlp.down_proj`, which its configuration does not target
+    but `target_modules` is not an expression: Parsing error at position 7: Opening parenthesis without closing parenthesis
+    but it has tensors of `model.layers.0.mlp.down_proj`, which its configuration does not target
+    but `model.layers.0.mlp.down_proj` has no lora_magnitude_vector
+    but `prompt_embeddings` has shape [5, 64], its configuration asks for [4, 64]
+    but `token_dim` is 32, the model's is 16
+    ");
 
     let harmless =
         json!({"lora_dropout": 0.1, "init_lora_weights": "gaussian", "a_field_of_tomorrow": 3, "megatron_core": "x"});

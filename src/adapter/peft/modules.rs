@@ -65,7 +65,7 @@ impl ModulePart {
         if let Some(first) = shape.first_mut() {
             *first = self.rows;
         }
-        self.source.part_of(&[whole.clone()], &shape)?.contiguous()
+        self.source.part_of(std::slice::from_ref(whole), &shape)?.contiguous()
     }
 }
 

@@ -1,17 +1,13 @@
 //! Trained keys and values before those of the tokens, in a graph that prefold exported. The cache stays that of the tokens:
 //! what goes in and out of the graph does not hold the prefix.
 //!
-//! Standard operators:
 //! ```text
 //! prefix [1, kv, n, d] ─ Expand ─ Concat ─► what reads present.N.key | value
 //! present.N.key | value ────────────┘
 //! position_ids ─ Add n                       bias ─ Pad n columns of zero on the left ─► Add_bias
 //! ```
-//! GroupQueryAttention joins past and new keys itself, so the prefix comes before the past, and is cut off what it gives:
-//! ```text
-//! prefix ─ Expand ─ Concat ─ GroupQueryAttention ─ Slice n.. ─► present.N.key | value
-//! past_key_values.N ──┘      lengths, total: Add n; bias: Pad
-//! ```
+//! Not in GroupQueryAttention: it joins past and new keys itself, so that a prefix could only be a past, and ONNX Runtime takes
+//! a past together with several new tokens in batches of one row alone.
 
 use std::collections::BTreeMap;
 
@@ -20,26 +16,29 @@ use candle_core::{DType, Tensor};
 use super::Job;
 use crate::adapter::Prefix;
 use crate::fold::{Error, Result, Site};
-use crate::onnx::{DataType, Index, Node, NodeDef, NodeId, TensorDef};
+use crate::onnx::{Index, Node, NodeDef, NodeId};
 
 const DOMAIN: &str = "com.microsoft";
-const HELP: &str = "export the base model with `prefold export`; merge is not possible for this method";
+const HELP: &str = "export the base model with `prefold export`, in the portable dialect";
 
 pub(super) fn write(job: &mut Job, prefix: &Prefix) -> Result<()> {
     let model = job.model;
     let index = Index::new(model.graph());
     if model.metadata("prefold.dialect").is_none() || index.input("position_ids").is_none() {
-        return Err(not_folded("prefix tuning in a graph that prefold did not export"));
+        let what = "prefix tuning in a graph that prefold did not export".into();
+        return Err(Error::NotFolded { what, help: HELP });
     }
-    let windowed = |node: &Node| {
-        let size = node.attribute("local_window_size").and_then(|a| a.as_int());
-        size.is_some_and(|size| size > 0) || node.name().starts_with("/model/mask/window_")
-    };
+    let windowed = |node: &Node| node.name().starts_with("/model/mask/window_");
     if model.graph().nodes().iter().any(windowed) {
-        return Err(not_folded("prefix tuning of a model with sliding windows"));
+        let what = "prefix tuning of a model with sliding windows".into();
+        return Err(Error::NotFolded { what, help: "run it in candle: prefold generate --model … --adapter …" });
+    }
+    if model.graph().nodes().iter().any(|node| node.is(DOMAIN, "GroupQueryAttention")) {
+        let what = "prefix tuning in a graph with GroupQueryAttention".into();
+        return Err(Error::NotFolded { what, help: "export the base model with --dialect portable" });
     }
     let length = prefix.num_virtual_tokens as i64;
-    let mut writer = Writer { job, index: &index, length, shared: BTreeMap::new() };
+    let mut writer = Writer { job, index: &index, length, biases: BTreeMap::new() };
     writer.shift_positions();
     let batch = writer.batch_shape();
     for site in writer.job.sites {
@@ -50,17 +49,9 @@ pub(super) fn write(job: &mut Job, prefix: &Prefix) -> Result<()> {
         let Some(node) = node else { return Err(stopped(site, "its node is not in the graph")) };
         let key = writer.expanded(site.layer, "key", &key, &batch)?;
         let value = writer.expanded(site.layer, "value", &value, &batch)?;
-        if node.is(DOMAIN, "GroupQueryAttention") {
-            writer.grouped(site, node, &key, &value)?;
-        } else {
-            writer.composed(site, node, &key, &value)?;
-        }
+        writer.join(site, node, &key, &value)?;
     }
     Ok(())
-}
-
-fn not_folded(what: &str) -> Error {
-    Error::NotFolded { what: what.into(), help: HELP }
 }
 
 fn stopped(site: &Site, reason: &str) -> Error {
@@ -72,8 +63,8 @@ struct Writer<'a, 'j> {
     index: &'a Index<'a>,
     /// Positions of the prefix.
     length: i64,
-    /// Tensors that several layers read, by what they were before.
-    shared: BTreeMap<String, String>,
+    /// Padded biases by what they were before.
+    biases: BTreeMap<String, String>,
 }
 
 impl Writer<'_, '_> {
@@ -124,7 +115,7 @@ impl Writer<'_, '_> {
 
     /// A bias over the keys with columns of zero for the prefix.
     fn padded(&mut self, before: NodeId, bias: &str, rank: usize) -> Result<String> {
-        if let Some(padded) = self.shared.get(bias) {
+        if let Some(padded) = self.biases.get(bias) {
             return Ok(padded.clone());
         }
         let mut pads = vec![0; 2 * rank];
@@ -133,13 +124,13 @@ impl Writer<'_, '_> {
         }
         let pads = self.list(&format!("prefold/pads_{rank}"), &pads);
         let zero = self.job.constants.number(&mut self.job.patch, "prefold/number_0", 0.0)?;
-        let name = format!("/prefold/mask/Pad_{}", self.shared.len());
+        let name = format!("/prefold/mask/Pad_{}", self.biases.len());
         let padded = self.node(before, NodeDef::new("Pad", name), &[bias, &pads, &zero]);
-        self.shared.insert(bias.to_owned(), padded.clone());
+        self.biases.insert(bias.to_owned(), padded.clone());
         Ok(padded)
     }
 
-    fn composed(&mut self, site: &Site, softmax: &Node, key: &str, value: &str) -> Result<()> {
+    fn join(&mut self, site: &Site, softmax: &Node, key: &str, value: &str) -> Result<()> {
         let index = self.index;
         for (part, prefix) in [("key", key), ("value", value)] {
             let present = format!("present.{}.{part}", site.layer);
@@ -160,54 +151,5 @@ impl Writer<'_, '_> {
         let padded = self.padded(add.id(), bias, 5)?;
         self.job.patch.replace_input(add.id(), 1, padded);
         Ok(())
-    }
-
-    fn grouped(&mut self, site: &Site, node: &Node, key: &str, value: &str) -> Result<()> {
-        let slots = [(3, 1, "key", key), (4, 2, "value", value)];
-        let after = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index());
-        let Some(after) = after else { return Err(stopped(site, "nothing reads its output")) };
-        for (input, output, part, prefix) in slots {
-            let (Some(past), Some(present)) = (node.input(input), node.output(output)) else {
-                return Err(stopped(site, "it keeps no cache"));
-            };
-            let joined = self.concat(node.id(), site.layer, part, prefix, past);
-            self.job.patch.replace_input(node.id(), input, joined);
-            let whole = format!("/prefold/layers.{}/present_{part}", site.layer);
-            self.job.patch.replace_output(node.id(), output, whole.as_str());
-            let start = self.list("prefold/prefix_length", &[self.length]);
-            let end = self.list("prefold/end", &[i64::MAX]);
-            let axis = self.list("prefold/sequence_axis", &[2]);
-            let slice = NodeDef::new("Slice", format!("/prefold/layers.{}/Slice_{part}", site.layer));
-            let slice = slice.inputs([whole.as_str(), &start, &end, &axis]).outputs([present]);
-            self.job.patch.insert_before(after, slice);
-        }
-        for slot in [5, 6] {
-            let Some(count) = node.input(slot) else { return Err(stopped(site, "it is given no lengths")) };
-            let longer = self.longer(node.id(), count);
-            self.job.patch.replace_input(node.id(), slot, longer);
-        }
-        let Some(bias) = node.input(10).filter(|bias| !bias.is_empty()) else {
-            return Err(stopped(site, "no bias is added to its scores"));
-        };
-        let padded = self.padded(node.id(), bias, 4)?;
-        self.job.patch.replace_input(node.id(), 10, padded);
-        Ok(())
-    }
-
-    /// A count of tokens, `int32`, with the prefix.
-    fn longer(&mut self, before: NodeId, count: &str) -> String {
-        if let Some(longer) = self.shared.get(count) {
-            return longer.clone();
-        }
-        let name = "prefold/prefix_length_int32";
-        if !self.shared.contains_key(name) {
-            let bytes = i32::try_from(self.length).unwrap_or(i32::MAX).to_le_bytes().to_vec();
-            self.job.patch.add_initializer(TensorDef::inline(name, DataType::Int32, &[], bytes));
-            self.shared.insert(name.to_owned(), name.to_owned());
-        }
-        let node = NodeDef::new("Add", format!("/prefold/lengths/Add_{}", self.shared.len()));
-        let longer = self.node(before, node, &[count, name]);
-        self.shared.insert(count.to_owned(), longer.clone());
-        longer
     }
 }

@@ -95,3 +95,51 @@ fn is_turned(index: &Index, tensor: &str) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::testing::shared;
+    use crate::fold::locate;
+    use crate::onnx::{DataType, ModelBuilder, NodeDef, ValueDef};
+
+    /// transformers' `x · cos + rotate_half(x) · sin`, as torch's exporter writes it.
+    #[test]
+    fn the_query_before_an_exported_rotation_is_found() {
+        let Some(path) = shared("graphs/optimum_with_past/llama_gqa/model.onnx") else { return };
+        let model = Model::open(&path).unwrap();
+        let index = Index::new(model.graph());
+        for site in locate::sites(&model).unwrap() {
+            assert_eq!(index.producer(&site.query).unwrap().op_type(), "Add");
+            let (found, layout) = unrotated(&model, &site).unwrap();
+            assert_eq!(index.producer(&found).unwrap().op_type(), "Transpose");
+            assert_eq!(layout, Layout::HeadsFirst);
+        }
+    }
+
+    #[test]
+    fn an_unknown_rotation_is_an_error_that_names_its_node() {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).input(ValueDef::new("x", DataType::Float, [2.into()]));
+        builder.output(ValueDef::new("query", DataType::Float, [2.into()]));
+        builder.node(NodeDef::new("Sin", "turn").inputs(["x"]).outputs(["query"]));
+        let site = Site {
+            layer: 0,
+            shape: "decomposed",
+            anchor: "softmax".into(),
+            query: "query".into(),
+            query_layout: Layout::HeadsFirst,
+            output: "output".into(),
+            output_layout: Layout::HeadsFirst,
+            readers: Vec::new(),
+            num_heads: None,
+            head_dim: None,
+            num_kv_heads: None,
+            width: None,
+        };
+        let error = unrotated(&builder.build().unwrap(), &site).unwrap_err().to_string();
+        let expected =
+            "the attention around node `turn` cannot carry an adapter: the query before its rotation was not found";
+        assert_eq!(error, expected);
+    }
+}
