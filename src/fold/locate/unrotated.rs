@@ -55,9 +55,10 @@ fn leads_to(index: &Index, tensor: &str, x: &str) -> bool {
     for _ in 0..MAX_STEPS {
         let Some(node) = index.producer(tensor) else { return false };
         match (node.op_type(), node.input(0)) {
-            ("Concat" | "Neg" | "Split" | "Slice" | "Gather" | "Reshape" | "Transpose", Some(behind)) => {
-                tensor = behind
-            }
+            (
+                "Concat" | "Gather" | "Neg" | "Reshape" | "Slice" | "Split" | "Squeeze" | "Transpose" | "Unsqueeze",
+                Some(behind),
+            ) => tensor = behind,
             _ => return false,
         }
         if tensor == x {
@@ -106,7 +107,7 @@ mod tests {
     /// transformers' `x · cos + rotate_half(x) · sin`, as torch's exporter writes it.
     #[test]
     fn the_query_before_an_exported_rotation_is_found() {
-        let Some(path) = shared("graphs/optimum_with_past/llama_gqa/model.onnx") else { return };
+        let Some(path) = shared("graphs/torch_script17_eager/llama_gqa/model.onnx") else { return };
         let model = Model::open(&path).unwrap();
         let index = Index::new(model.graph());
         for site in locate::sites(&model).unwrap() {
