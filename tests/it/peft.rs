@@ -198,7 +198,7 @@ fn what_changes_the_function_is_refused_and_the_rest_is_not() {
     but `bias` is all: it changes biases
     but `lora_bias` trains a bias of B, which prefold does not compute
     but `modules_to_save` replaces whole modules, which prefold does not compute
-    but `init_lora_weights` is pissa, which changes the base weights
+    but `init_lora_weights` is pissa, which may have changed the base weights
     but `layer_replication` repeats layers, which prefold does not compute
     but `model.layers.0.mlp.down_proj.lora_A` has shape [4, 48], the model and configuration ask for [5, 48]
     but `r` is not a count

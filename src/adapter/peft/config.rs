@@ -13,7 +13,7 @@ pub(super) struct Config<'a> {
 }
 
 /// Fields that say nothing of the function, or what the tensors say too.
-const HARMLESS: [&str; 30] = [
+const HARMLESS: [&str; 28] = [
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -42,12 +42,10 @@ const HARMLESS: [&str; 30] = [
     "velora_config",
     "prefix_projection",
     "encoder_hidden_size",
-    "modules_to_tie",
-    "lora_magnitude_init",
 ];
 
 /// Fields that change the function unless they are empty, and what they do.
-const FOREIGN: [(&str, &str); 13] = [
+const FOREIGN: [(&str, &str); 11] = [
     ("alora_invocation_tokens", "activates only after certain tokens"),
     ("arrow_config", "routes between adapters"),
     ("kasa_config", "trains singular values"),
@@ -59,12 +57,10 @@ const FOREIGN: [(&str, &str); 13] = [
     ("trainable_token_indices", "trains token embeddings"),
     ("use_bdlora", "makes A or B block-diagonal"),
     ("use_qalora", "pools the inputs of A"),
-    ("router_config", "routes between adapters"),
-    ("prompt_tuning_init", "is prompt tuning"),
 ];
 
 /// Starts of A and B that leave the base weights alone.
-const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mini_lora"];
+const PLAIN_STARTS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 impl Config<'_> {
     pub(super) fn fail<T>(&self, why: impl Into<String>, help: impl Into<String>) -> Result<T> {
@@ -137,7 +133,7 @@ impl Config<'_> {
         }
         match self.get("init_lora_weights") {
             Some(Value::String(start)) if !PLAIN_STARTS.contains(&start.as_str()) => self.fail(
-                format!("`init_lora_weights` is {start}, which changes the base weights"),
+                format!("`init_lora_weights` is {start}, which may have changed the base weights"),
                 "save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA",
             ),
             _ => Ok(()),
