@@ -1,6 +1,6 @@
 //! What is trained: one file per method, the adapter's file format, and PEFT's.
 //!
-//! An adapter is a configuration and named tensors. It acts on a decoder through a [`SiteHook`](crate::base::SiteHook) and
+//! An adapter is a configuration and named tensors. It acts on a decoder through a [`SiteHook`] and
 //! knows neither ONNX nor training. A method is an [`AdapterMethod`]; one that adds a term at the attention sites says it
 //! as a [`Term`], which candle runs and `fold` writes.
 

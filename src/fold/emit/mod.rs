@@ -1,4 +1,4 @@
-//! Writing an adapter into a graph: [`term`] for every method that adds a term at the attention sites, and one file for
+//! Writing an adapter into a graph: `term` for every method that adds a term at the attention sites, and one file for
 //! each other way to act.
 
 mod constants;
