@@ -3,20 +3,19 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Result};
-use crate::base::DecoderSpec;
+use super::{AdapterMethod, Error, Full, Lora, Prefix, PrefixPlus, Result};
+use crate::base::{DecoderSpec, Linear};
 
 /// The layout of `adapter_config.json` that this version writes.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// What an adapter is. Only `method`, `num_layers`, `num_heads` and `head_dim` are required in a file.
+/// What an adapter is. Only `method`, `num_layers`, `num_heads` and `head_dim` are required in a file, for lora also
+/// `hidden_size` and `intermediate_size`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct AdapterConfig {
     /// Version of this layout.
     #[serde(default = "format_version")]
     pub format_version: u32,
-    /// The method.
-    pub method: Method,
     /// The model that the adapter was trained for, for people; shapes decide whether it fits.
     #[serde(default)]
     pub base_model: Option<String>,
@@ -29,71 +28,54 @@ pub struct AdapterConfig {
     pub num_kv_heads: Option<usize>,
     /// Width of a head.
     pub head_dim: usize,
-    /// φ in `φ(q)ᵀ M`.
+    /// Width of the residual stream.
     #[serde(default)]
-    pub feature_map: FeatureMap,
-    /// Which query φ sees.
+    pub hidden_size: Option<usize>,
+    /// Width between the projections of the MLP.
     #[serde(default)]
-    pub query: Query,
-    /// What shares an M.
-    #[serde(default)]
-    pub sharing: Sharing,
-    /// The rank of M where it is a product of two factors; full where not given.
-    #[serde(default)]
-    pub rank: Option<usize>,
-    /// A learned factor on the term.
-    #[serde(default)]
-    pub gate: Gate,
-    /// Whether the term is divided by a learned `φ(q)ᵀ k` (NTK-Attention, arXiv 2406.14036).
-    #[serde(default)]
-    pub normalizer: bool,
+    pub intermediate_size: Option<usize>,
     /// The layers that are adapted; all where not given.
     #[serde(default)]
     pub layers: Option<Vec<usize>>,
+    /// The method and its options.
+    #[serde(flatten)]
+    pub method: Method,
 }
 
-/// What is trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+/// What is trained. A new method is a variant here and in [`as_method`](Self::as_method).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "method", rename_all = "snake_case")]
 pub enum Method {
     /// Prefix-Tuning+ (arXiv 2506.13674, Eq. 7).
-    PrefixPlus,
+    PrefixPlus(PrefixPlus),
+    /// Prefix tuning (Li and Liang, arXiv 2101.00190).
+    Prefix(Prefix),
+    /// LoRA (arXiv 2106.09685) and its variants.
+    Lora(Lora),
+    /// Full fine-tuning.
+    Full(Full),
 }
 
-/// φ in `φ(q)ᵀ M`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum FeatureMap {
-    /// `x` where positive, else `exp(x) − 1`.
-    #[default]
-    Elu,
-}
+impl Method {
+    /// What the method says of itself.
+    pub fn as_method(&self) -> &dyn AdapterMethod {
+        match self {
+            Self::PrefixPlus(method) => method,
+            Self::Prefix(method) => method,
+            Self::Lora(method) => method,
+            Self::Full(method) => method,
+        }
+    }
 
-/// Which query φ sees.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Query {
-    /// The query that meets the keys: after QK-norm and RoPE, before the scaling.
-    #[default]
-    PostRope,
-}
-
-/// What shares an M.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Sharing {
-    /// Every query head has its own.
-    #[default]
-    Head,
-}
-
-/// A learned factor on the term.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Gate {
-    /// The term is added as it is.
-    #[default]
-    None,
+    /// Its name in files.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::PrefixPlus(_) => "prefix_plus",
+            Self::Prefix(_) => "prefix",
+            Self::Lora(_) => "lora",
+            Self::Full(_) => "full",
+        }
+    }
 }
 
 fn format_version() -> u32 {
@@ -101,24 +83,25 @@ fn format_version() -> u32 {
 }
 
 impl AdapterConfig {
-    /// Prefix-Tuning+ with its defaults for a base model.
-    pub fn prefix_plus(spec: &DecoderSpec, base_model: Option<String>) -> Self {
+    /// A method with its options for a base model.
+    pub fn new(method: Method, spec: &DecoderSpec, base_model: Option<String>) -> Self {
         Self {
             format_version: FORMAT_VERSION,
-            method: Method::PrefixPlus,
             base_model,
             num_layers: spec.num_layers,
             num_heads: spec.attention.num_heads,
             num_kv_heads: Some(spec.attention.num_kv_heads),
             head_dim: spec.attention.head_dim,
-            feature_map: FeatureMap::Elu,
-            query: Query::PostRope,
-            sharing: Sharing::Head,
-            rank: None,
-            gate: Gate::None,
-            normalizer: false,
+            hidden_size: Some(spec.hidden_size),
+            intermediate_size: Some(spec.mlp.intermediate_size),
             layers: None,
+            method,
         }
+    }
+
+    /// Prefix-Tuning+ with its defaults for a base model.
+    pub fn prefix_plus(spec: &DecoderSpec, base_model: Option<String>) -> Self {
+        Self::new(Method::PrefixPlus(PrefixPlus::default()), spec, base_model)
     }
 
     /// The adapted layers in ascending order.
@@ -131,6 +114,35 @@ impl AdapterConfig {
                 layers
             }
             None => (0..self.num_layers).collect(),
+        }
+    }
+
+    /// Whether a layer is adapted.
+    pub fn adapts(&self, layer: usize) -> bool {
+        layer < self.num_layers && self.layers.as_ref().is_none_or(|layers| layers.contains(&layer))
+    }
+
+    /// Key-value heads of the base model.
+    pub fn kv_heads(&self) -> usize {
+        self.num_kv_heads.unwrap_or(self.num_heads)
+    }
+
+    /// Width of all key heads together.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads().saturating_mul(self.head_dim)
+    }
+
+    /// `[out, in]` of a linear map; zero where the configuration does not say.
+    pub fn linear_shape(&self, linear: Linear) -> [usize; 2] {
+        let hidden = self.hidden_size.unwrap_or(0);
+        let inner = self.intermediate_size.unwrap_or(0);
+        let queries = self.num_heads.saturating_mul(self.head_dim);
+        match linear {
+            Linear::Query => [queries, hidden],
+            Linear::Key | Linear::Value => [self.kv_width(), hidden],
+            Linear::AttentionOutput => [hidden, queries],
+            Linear::Gate | Linear::Up => [inner, hidden],
+            Linear::Down => [hidden, inner],
         }
     }
 
@@ -147,18 +159,19 @@ impl AdapterConfig {
                 "use the prefold that wrote the adapter, or a newer one",
             );
         }
-        for (field, value) in
-            [("num_layers", self.num_layers), ("num_heads", self.num_heads), ("head_dim", self.head_dim)]
-        {
+        for (field, value) in [
+            ("num_layers", self.num_layers),
+            ("num_heads", self.num_heads),
+            ("num_kv_heads", self.kv_heads()),
+            ("head_dim", self.head_dim),
+        ] {
             if value == 0 || value > 1 << 20 {
                 return fail(field, format!("is {value}"), "it is a count of the base model");
             }
         }
-        if let Some(rank) = self.rank {
-            return fail("rank", format!("is {rank}"), "low rank is not supported yet; leave it out");
-        }
-        if self.normalizer {
-            return fail("normalizer", "is true".into(), "the normaliser is not supported yet; leave it out");
+        if !self.num_heads.is_multiple_of(self.kv_heads()) {
+            let why = format!("is {}, which does not divide {} query heads", self.kv_heads(), self.num_heads);
+            return fail("num_kv_heads", why, "it is a count of the base model");
         }
         if let Some(layer) = self.layers.iter().flatten().find(|l| **l >= self.num_layers) {
             return fail("layers", format!("names layer {layer} of {}", self.num_layers), "layers count from 0");
@@ -166,7 +179,7 @@ impl AdapterConfig {
         if self.layers.as_ref().is_some_and(Vec::is_empty) {
             return fail("layers", "is empty".into(), "name at least one layer, or leave it out for all");
         }
-        Ok(())
+        self.method.as_method().check(self)
     }
 
     /// Whether the adapter belongs to a model of this shape.
@@ -180,6 +193,12 @@ impl AdapterConfig {
             ("num_heads", self.num_heads, attention.num_heads),
             ("num_kv_heads", self.num_kv_heads.unwrap_or(attention.num_kv_heads), attention.num_kv_heads),
             ("head_dim", self.head_dim, attention.head_dim),
+            ("hidden_size", self.hidden_size.unwrap_or(spec.hidden_size), spec.hidden_size),
+            (
+                "intermediate_size",
+                self.intermediate_size.unwrap_or(spec.mlp.intermediate_size),
+                spec.mlp.intermediate_size,
+            ),
         ];
         match pairs.into_iter().find(|(_, adapter, model)| adapter != model) {
             Some((field, adapter, model)) => {
@@ -194,53 +213,87 @@ impl AdapterConfig {
 mod tests {
     use super::*;
 
+    fn config(json: &str) -> AdapterConfig {
+        serde_json::from_str(json).unwrap()
+    }
+
+    const FOUR: &str = r#"{"method": "prefix_plus", "num_layers": 2, "num_heads": 4, "head_dim": 16}"#;
+
     #[test]
     fn four_fields_suffice() {
-        let config: AdapterConfig =
-            serde_json::from_str(r#"{"method": "prefix_plus", "num_layers": 2, "num_heads": 4, "head_dim": 16}"#)
-                .unwrap();
+        let config = config(FOUR);
         config.check().unwrap();
         insta::assert_json_snapshot!(config, @r#"
         {
           "format_version": 1,
-          "method": "prefix_plus",
           "base_model": null,
           "num_layers": 2,
           "num_heads": 4,
           "num_kv_heads": null,
           "head_dim": 16,
+          "hidden_size": null,
+          "intermediate_size": null,
+          "layers": null,
+          "method": "prefix_plus",
           "feature_map": "elu",
           "query": "post_rope",
           "sharing": "head",
           "rank": null,
           "gate": "none",
           "normalizer": false,
-          "layers": null
+          "init": "zeros"
         }
         "#);
     }
 
     #[test]
     fn what_is_not_computed_is_refused() {
-        let base: AdapterConfig =
-            serde_json::from_str(r#"{"method": "prefix_plus", "num_layers": 2, "num_heads": 4, "head_dim": 16}"#)
-                .unwrap();
+        let base = config(FOUR);
+        let with = |fields: serde_json::Value| {
+            let mut json = serde_json::to_value(&base).unwrap();
+            json.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            serde_json::from_value::<AdapterConfig>(json).unwrap()
+        };
+        let lora = |fields: serde_json::Value| {
+            let mut json = serde_json::json!({"method": "lora", "hidden_size": 64, "intermediate_size": 96});
+            json.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            with(json)
+        };
+        use serde_json::json;
         let messages = [
-            AdapterConfig { format_version: 9, ..base.clone() },
-            AdapterConfig { num_heads: 0, ..base.clone() },
-            AdapterConfig { rank: Some(4), ..base.clone() },
-            AdapterConfig { normalizer: true, ..base.clone() },
-            AdapterConfig { layers: Some(vec![2]), ..base.clone() },
-            AdapterConfig { layers: Some(vec![]), ..base },
+            with(json!({"format_version": 9})),
+            with(json!({"num_heads": 0})),
+            with(json!({"num_kv_heads": 3})),
+            with(json!({"rank": 0})),
+            with(json!({"rank": 16})),
+            with(json!({"rank": 4, "init": "prompt"})),
+            with(json!({"layers": [2]})),
+            with(json!({"layers": []})),
+            with(json!({"method": "prefix", "num_virtual_tokens": 0, "init": "random"})),
+            with(json!({"method": "prefix", "init": "prompt", "projection": true})),
+            with(json!({"method": "lora", "rank": 4})),
+            lora(json!({"rank": 0})),
+            lora(json!({"rank": 4, "targets": []})),
+            lora(json!({"rank": 4, "modules": ["layers.7.self_attn.q_proj"]})),
+            with(json!({"method": "full", "layers": [0]})),
         ]
-        .map(|config| config.check().unwrap_err().to_string());
+        .map(|config| config.check().err().map_or("accepted".into(), |error| error.to_string()));
         insta::assert_snapshot!(messages.join("\n"), @"
         adapter_config.json: `format_version` is 9, this prefold knows up to 1
         adapter_config.json: `num_heads` is 0
-        adapter_config.json: `rank` is 4
-        adapter_config.json: `normalizer` is true
+        adapter_config.json: `num_kv_heads` is 3, which does not divide 4 query heads
+        adapter_config.json: `rank` is 0
+        adapter_config.json: `rank` is 16
+        adapter_config.json: `rank` is given with init = prompt
         adapter_config.json: `layers` names layer 2 of 2
         adapter_config.json: `layers` is empty
+        adapter_config.json: `num_virtual_tokens` is 0
+        adapter_config.json: `init` is prompt with projection = true
+        adapter_config.json: `hidden_size` is missing or no width
+        adapter_config.json: `rank` is 0
+        adapter_config.json: `targets` leaves nothing to adapt
+        adapter_config.json: `modules` names `layers.7.self_attn.q_proj`
+        adapter_config.json: `layers` is given with method = full
         ");
     }
 }

@@ -9,6 +9,10 @@ pub enum Error {
     #[error(transparent)]
     #[diagnostic(transparent)]
     Files(#[from] crate::files::Error),
+    /// The base model could not be read or run.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Base(#[from] crate::base::Error),
     /// candle refused an operation.
     #[error("candle failed while {action}: {source}")]
     #[diagnostic(code(prefold::adapter::candle))]
@@ -40,6 +44,27 @@ pub enum Error {
         why: String,
         /// What to do.
         help: &'static str,
+    },
+    /// A PEFT folder asks for what prefold does not compute, or its files do not belong together.
+    #[error("{} is a PEFT adapter, but {why}", path.display())]
+    #[diagnostic(code(prefold::adapter::peft), help("{help}"))]
+    Peft {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+        /// What to do.
+        help: String,
+    },
+    /// An adapter that PEFT has no form for.
+    #[error("PEFT has no form for this adapter: {why}")]
+    #[diagnostic(
+        code(prefold::adapter::not_in_peft),
+        help("PEFT folders hold lora, and prefix tuning of all layers; keep prefold's own folder for the rest")
+    )]
+    NotInPeft {
+        /// What it cannot say.
+        why: String,
     },
     /// The adapter's numbers differ from the model's.
     #[error("the adapter was made for another model{}: {field} is {adapter} in the adapter and {model} in the model",

@@ -1,5 +1,6 @@
 //! A checkpoint as users have it: a Hugging Face folder or a GGUF file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -17,6 +18,8 @@ pub struct Checkpoint {
     spec: DecoderSpec,
     config: Value,
     weights: Weights,
+    /// By prefold's name, weights in the place of the file's.
+    replaced: BTreeMap<String, Tensor>,
 }
 
 #[derive(Debug)]
@@ -62,7 +65,7 @@ impl Checkpoint {
         if let Weights::Gguf(gguf) = &weights {
             spec.names = gguf.weight_names(&spec);
         }
-        let checkpoint = Self { path: path.into(), spec, config, weights };
+        let checkpoint = Self { path: path.into(), spec, config, weights, replaced: BTreeMap::new() };
         for weight in checkpoint.spec.weights() {
             for (name, expected) in checkpoint.spec.names.source(weight.role).tensors(&weight.shape) {
                 let found = checkpoint.shape(&checkpoint.stored(name.clone()))?;
@@ -146,10 +149,21 @@ impl Checkpoint {
     /// # Errors
     /// When a tensor that holds it is missing or cannot be read.
     pub fn weight(&self, role: WeightRole) -> Result<Tensor> {
+        if let Some(replaced) = self.replaced.get(&role.name()) {
+            return Ok(replaced.clone());
+        }
         let (source, shape) = (self.spec.names.source(role), self.spec.weight_shape(role));
         let tensors = source.tensors(&shape).into_iter().map(|(name, _)| self.tensor(&self.stored(name)));
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         source.part_of(&tensors, &shape).map_err(Error::candle("reading a weight"))
+    }
+
+    /// The checkpoint with other weights in the place of its own, by prefold's names ([`WeightRole::name`]). Their shapes
+    /// are those that the spec says.
+    #[must_use]
+    pub fn with_weights(mut self, weights: BTreeMap<String, Tensor>) -> Self {
+        self.replaced = weights;
+        self
     }
 
     /// The tokenizer and chat template that travel with the weights.

@@ -330,7 +330,8 @@ impl Decoder {
             candle_core::bail!("layer {index} has no {}", linear.module())
         };
         let output = affine.forward(x)?;
-        let map = LinearMap { layer: index, linear, input: x, weight: &affine.weight, output: &output };
+        let (weight, bias) = (&affine.weight, affine.bias.as_ref());
+        let map = LinearMap { layer: index, linear, input: x, weight, bias, output: &output };
         Ok(hook.linear(&map)?.unwrap_or(output))
     }
 
@@ -354,8 +355,10 @@ impl Decoder {
         };
         let view = |x: &Tensor| x.transpose(1, 2).map_err(&action);
         let unrotated = project(Linear::Query)?;
-        let (query, key) = (view(&rotate(&unrotated)?)?, view(&rotate(&project(Linear::Key)?)?)?);
-        let (unrotated, value) = (view(&unrotated)?, view(&project(Linear::Value)?)?);
+        let unrotated_key = project(Linear::Key)?;
+        let (query, key) = (view(&rotate(&unrotated)?)?, view(&rotate(&unrotated_key)?)?);
+        let (unrotated, unrotated_key) = (view(&unrotated)?, view(&unrotated_key)?);
+        let value = view(&project(Linear::Value)?)?;
         let (all_keys, all_values) = match cache {
             Some(cache) => cache.extend(index, key.clone(), value.clone())?,
             None => (key.clone(), value.clone()),
@@ -368,7 +371,14 @@ impl Decoder {
         })?;
         let (scale, cap) = (self.spec.attention.scale, self.spec.attention.softcap);
         let mixed = attention(&query, &all_keys, &all_values, visibility, scale, cap).map_err(&action)?;
-        let site = Site { layer: index, query: &query, unrotated: &unrotated, key: &key, value: &value };
+        let site = Site {
+            layer: index,
+            query: &query,
+            unrotated: &unrotated,
+            key: &key,
+            unrotated_key: &unrotated_key,
+            value: &value,
+        };
         let term = pass.hook.term(&site).map_err(Error::candle("computing the adapter's term"))?;
         let mixed = view(&mixed)?;
         let mixed = match term {
@@ -450,7 +460,8 @@ fn prepend(
     let (batch, length) = (keys.dim(0)?, prefix_keys.dim(1)?);
     let join = |prefix: Tensor, own: Tensor| {
         let (heads, _, width) = prefix.dims3()?;
-        let prefix = prefix.to_dtype(own.dtype())?.unsqueeze(0)?.expand((batch, heads, length, width))?;
+        let prefix = prefix.to_dtype(own.dtype())?.unsqueeze(0)?;
+        let prefix = prefix.expand((batch, heads, length, width))?.contiguous()?;
         Tensor::cat(&[&prefix, &own], 2)
     };
     Ok((join(prefix_keys, keys)?, join(prefix_values, values)?, length))

@@ -15,6 +15,8 @@ pub struct Site<'a> {
     pub unrotated: &'a Tensor,
     /// The keys of the new tokens, rotated, `[batch, num_kv_heads, seq, head_dim]`.
     pub key: &'a Tensor,
+    /// The same before the rotation.
+    pub unrotated_key: &'a Tensor,
     /// The values of the new tokens, `[batch, num_kv_heads, seq, head_dim]`.
     pub value: &'a Tensor,
 }
@@ -30,6 +32,8 @@ pub struct LinearMap<'a> {
     pub input: &'a Tensor,
     /// The frozen matrix, `[out, in]`.
     pub weight: &'a Tensor,
+    /// The frozen bias, `[out]`.
+    pub bias: Option<&'a Tensor>,
     /// What the base model computes, bias included, `[batch, seq, out]`.
     pub output: &'a Tensor,
 }

@@ -278,7 +278,10 @@ impl Source {
 
 impl Source {
     /// The weight of `shape` out of the tensors that hold it.
-    pub(super) fn part_of(&self, tensors: &[Tensor], shape: &[usize]) -> candle_core::Result<Tensor> {
+    ///
+    /// # Errors
+    /// When the tensors have not the shapes that [`tensors`](Self::tensors) says.
+    pub fn part_of(&self, tensors: &[Tensor], shape: &[usize]) -> candle_core::Result<Tensor> {
         if let Part::Stacked { .. } = self.part {
             return Tensor::stack(tensors, 0);
         }

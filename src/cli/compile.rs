@@ -42,8 +42,10 @@ impl Compile {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         keep_apart(&self.out, &[Path::new(&self.model), &self.adapter])?;
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
-        let checkpoint = context.checkpoint(&self.model)?;
-        let report = compile(context, &checkpoint, &self.adapter, staged.path(), &self.export, &self.verify)?;
+        let (checkpoint, adapter) = context.checkpoint_with(&self.model, Some(&self.adapter))?;
+        let Some(adapter) = adapter.as_ref() else { return Err(usage("there is no adapter", "check --adapter")) };
+        let adapter = (adapter, self.adapter.as_path());
+        let report = compile(context, &checkpoint, adapter, staged.path(), &self.export, &self.verify)?;
         println!("{}", table(&report));
         println!("{}", summary(&report));
         if !report.verdict.passed() && !self.keep {

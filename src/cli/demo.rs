@@ -13,7 +13,7 @@ use super::export::ExportArgs;
 use super::generate::greedy;
 use super::train::{RunConfig, Trained, train};
 use super::verify::{Engine, VerifyArgs, compile, open_session, summary, table};
-use crate::adapter::WEIGHTS_NAME;
+use crate::adapter::{Adapter, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, NoHook, Tokenizer, fetch};
 use crate::data::{Format, Record};
 use crate::files::{self, StagedFolder};
@@ -76,9 +76,10 @@ impl Demo {
         let checkpoint = context.checkpoint(config.model.as_deref().unwrap_or_default())?;
         let graph = root.join("graph");
         std::fs::create_dir(&graph).map_err(files::Error::io("create folder", &graph))?;
-        let adapter = root.join("adapter");
+        let path = root.join("adapter");
+        let adapter = Adapter::open(&path)?;
         let export = ExportArgs::default();
-        let report = compile(context, &checkpoint, &adapter, &graph, &export, &VerifyArgs::default())?;
+        let report = compile(context, &checkpoint, (&adapter, &path), &graph, &export, &VerifyArgs::default())?;
         println!("{}\n{}\n", table(&report), summary(&report));
 
         println!("3. The same prompt, before and after\n");

@@ -11,7 +11,6 @@ use ndarray::Array2;
 
 use super::verify::{Engine, open_session};
 use super::{Context, existing_graph, keep_apart, usage};
-use crate::adapter::Adapter;
 use crate::base::{Decoder, Input, NoHook, SiteHook};
 use crate::runtime::{GraphDecoder, positions};
 use crate::train::{ComputeType, completion_loss};
@@ -75,15 +74,19 @@ impl Forward {
     }
 
     fn candle(&self, context: &Context, model: &str, given: &Given) -> Result<HashMap<String, Tensor>> {
-        let checkpoint = context.checkpoint(model)?;
+        let (checkpoint, adapter) = context.checkpoint_with(model, self.adapter.as_deref())?;
         let dtype = self.dtype.dtype();
-        let decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu)?;
-        let adapter = self.adapter.as_deref().map(Adapter::open).transpose()?;
+        let mut decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu)?;
         let (adapter, vars) = match &adapter {
             // float64 gradients of a float64 model; float32 otherwise, as in training
             Some(adapter) => {
                 let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
                 let (adapter, vars) = adapter.trainable(wide, &Device::Cpu)?;
+                if self.grad
+                    && let Some(own) = adapter.decoder(checkpoint.spec(), dtype)?
+                {
+                    decoder = own;
+                }
                 (Some(adapter), vars)
             }
             None => (None, std::collections::BTreeMap::new()),

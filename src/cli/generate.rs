@@ -10,7 +10,6 @@ use miette::{IntoDiagnostic, Result};
 
 use super::verify::{Engine, open_session};
 use super::{Context, existing_graph, usage};
-use crate::adapter::Adapter;
 use crate::base::{Decoder, Input, KvCache, Message, NoHook, SiteHook, Tokenizer};
 use crate::runtime::GraphDecoder;
 use crate::train::ComputeType;
@@ -59,10 +58,9 @@ impl Generate {
     }
 
     fn candle(&self, context: &Context, model: &str) -> Result<()> {
-        let checkpoint = context.checkpoint(model)?;
+        let (checkpoint, adapter) = context.checkpoint_with(model, self.adapter.as_deref())?;
         let tokenizer = checkpoint.tokenizer()?;
         let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?;
-        let adapter = self.adapter.as_deref().map(Adapter::open).transpose()?;
         let hook = adapter.map(|a| a.hook(checkpoint.spec(), &Device::Cpu)).transpose()?;
         let prompt = self.prompt_ids(&tokenizer)?;
         tokenizer.check_vocabulary(&self.prompt, &prompt, checkpoint.spec().vocab_size)?;

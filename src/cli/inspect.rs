@@ -8,7 +8,7 @@ use miette::{IntoDiagnostic, Result};
 use serde_json::{Value, json};
 
 use super::{Context, existing_graph, style};
-use crate::adapter::{Adapter, CONFIG_NAME};
+use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::base::Checkpoint;
 use crate::fold::locate;
 use crate::onnx::{MODEL_NAME, Model, ValueInfo};
@@ -79,6 +79,9 @@ fn checkpoint(checkpoint: &Checkpoint) -> Result<Value> {
 }
 
 fn adapter(path: &Path) -> Result<Value> {
+    if peft::is_peft(path)? {
+        return peft_adapter(path);
+    }
     let adapter = Adapter::open(path)?;
     let norm =
         |tensor: &candle_core::Tensor| tensor.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>();
@@ -88,9 +91,26 @@ fn adapter(path: &Path) -> Result<Value> {
     });
     Ok(json!({
         "kind": "adapter",
+        "method": adapter.config().method.name(),
         "config": adapter.config(),
         "parameters": adapter.num_parameters(),
         "tensors": tensors.collect::<Result<Vec<_>>>()?,
+    }))
+}
+
+/// A folder of PEFT's, whose modules only its base model explains.
+fn peft_adapter(path: &Path) -> Result<Value> {
+    let config: Value = crate::files::read_json(&path.join(CONFIG_NAME), "a PEFT configuration")?;
+    let tensors =
+        candle_core::safetensors::load(path.join(WEIGHTS_NAME), &candle_core::Device::Cpu).into_diagnostic()?;
+    let tensors: std::collections::BTreeMap<_, _> = tensors.into_iter().collect();
+    let config = config.as_object().cloned().unwrap_or_default();
+    Ok(json!({
+        "kind": "PEFT adapter",
+        "method": config.get("peft_type"),
+        "config": config.into_iter().filter(|(_, value)| !value.is_null()).collect::<serde_json::Map<_, _>>(),
+        "parameters": tensors.values().map(candle_core::Tensor::elem_count).sum::<usize>(),
+        "tensors": tensors.iter().map(|(n, t)| format!("{n} {:?} {}", t.dims(), t.dtype().as_str())).collect::<Vec<_>>(),
     }))
 }
 

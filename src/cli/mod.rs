@@ -5,6 +5,7 @@
 //! checkpoint (`train`).
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod adapter;
 mod bench;
 mod compile;
 mod data;
@@ -33,6 +34,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use miette::Result;
 
+use crate::adapter::Adapter;
 use crate::base::{Checkpoint, fetch as models};
 use crate::files;
 use crate::fold::graph_file;
@@ -77,6 +79,7 @@ enum Command {
     Generate(generate::Generate),
     Forward(forward::Forward),
     Inspect(inspect::Inspect),
+    Adapter(adapter::Adapt),
     Runtime(runtime::Runtime),
     Schema(schema::Schema),
     Bench(bench::Bench),
@@ -93,6 +96,14 @@ impl Context {
     fn checkpoint(&self, model: &str) -> Result<Checkpoint> {
         let path = models::resolve_model(model, &self.cache)?;
         Ok(Checkpoint::open(&path)?)
+    }
+
+    /// Opens a checkpoint and an adapter of it, prefold's or PEFT's. Weights that the adapter replaces are the checkpoint's.
+    fn checkpoint_with(&self, model: &str, adapter: Option<&Path>) -> Result<(Checkpoint, Option<Adapter>)> {
+        let checkpoint = self.checkpoint(model)?;
+        let Some(adapter) = adapter else { return Ok((checkpoint, None)) };
+        let adapter = Adapter::open_for(adapter, checkpoint.spec())?;
+        Ok((adapter.overlay(checkpoint)?, Some(adapter)))
     }
 }
 
@@ -130,6 +141,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Generate(command) => command.run(&context),
         Command::Forward(command) => command.run(&context),
         Command::Inspect(command) => command.run(&context),
+        Command::Adapter(command) => command.run(&context),
         Command::Runtime(command) => command.run(&context),
         Command::Schema(command) => command.run(),
         Command::Bench(command) => command.run(&context),

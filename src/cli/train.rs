@@ -17,7 +17,7 @@ use super::options::{self, Layer};
 use super::plan::Plan;
 use super::progress::TrainingBar;
 use super::{Context, command_line, keep_apart, style, usage};
-use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME};
+use crate::adapter::{Adapter, AdapterOptions, CONFIG_NAME, MethodName, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, Tokenizer};
 use crate::data::{DataConfig, Dataset, Format, Paths};
 use crate::files::Manifest;
@@ -26,7 +26,7 @@ use crate::train::{
     TrainConfig, Trainer, check_data,
 };
 
-/// Train a Prefix-Tuning+ adapter
+/// Train an adapter: Prefix-Tuning+, prefix tuning, LoRA, or the whole model
 ///
 /// Options come from the defaults, then from --config, then from each --set, then from the other options.
 ///
@@ -127,6 +127,9 @@ struct TrainingArgs {
     /// Type of the frozen model: f64, f32, bf16 or f16
     #[arg(long)]
     dtype: Option<ComputeType>,
+    /// What to train: prefix_plus, prefix, lora or full [default: prefix_plus]; their options are in --config
+    #[arg(long)]
+    method: Option<MethodName>,
     /// Layers to adapt, comma-separated [default: all]
     #[arg(long, value_delimiter = ',')]
     layers: Option<Vec<usize>>,
@@ -146,14 +149,6 @@ pub struct RunConfig {
     pub train: TrainConfig,
     /// What to train.
     pub adapter: AdapterOptions,
-}
-
-/// What to train.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdapterOptions {
-    /// Layers to adapt; all where not given.
-    pub layers: Option<Vec<usize>>,
 }
 
 impl Train {
@@ -220,7 +215,7 @@ impl Train {
             ("checkpoint_activations", if training.checkpoint_activations { json!(true) } else { Value::Null }),
             ("dtype", json!(training.dtype)),
         ]);
-        let adapter = given([("layers", json!(training.layers))]);
+        let adapter = given([("method", json!(training.method)), ("layers", json!(training.layers))]);
         given([
             ("model", json!(self.model)),
             ("out", json!(self.out)),
@@ -307,6 +302,7 @@ impl Trained {
 /// What a run needs before its decoder is loaded.
 pub(super) struct Prepared {
     pub(super) checkpoint: Checkpoint,
+    pub(super) decoder: Decoder,
     pub(super) adapter: Adapter,
     pub(super) training: Dataset,
     pub(super) held_out: Option<Dataset>,
@@ -323,11 +319,10 @@ fn prepare(context: &Context, config: &RunConfig) -> Result<Prepared> {
     let checkpoint = context.checkpoint(model)?;
     let tokenizer = checkpoint.tokenizer()?;
     let (training, held_out) = datasets(&checkpoint, &tokenizer, config)?;
-    let mut adapter_config = AdapterConfig::prefix_plus(checkpoint.spec(), Some(checkpoint.display_name()));
-    adapter_config.layers.clone_from(&config.adapter.layers);
-    let adapter = Adapter::zeros(adapter_config)?;
     check_data(&config.train, &training, held_out.as_ref())?;
-    Ok(Prepared { checkpoint, adapter, training, held_out })
+    let decoder = Decoder::load(&checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
+    let adapter = config.adapter.start(&checkpoint, &decoder, config.train.seed)?;
+    Ok(Prepared { checkpoint, decoder, adapter, training, held_out })
 }
 
 /// Runs a training from a resolved configuration.
@@ -341,9 +336,8 @@ pub(super) fn train(
     let prepared = prepare(context, config)?;
     let Some(out) = &config.out else { return Err(usage("--out is needed", "the folder of the run")) };
     let plan = Plan::of(config, &prepared);
-    let decoder = Decoder::load(&prepared.checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
-    let outcome = run(context, config, &prepared, &plan, &decoder, &folder, interrupt).and_then(|outcome| {
+    let outcome = run(context, config, &prepared, &plan, &folder, interrupt).and_then(|outcome| {
         if outcome.ended == Ended::Stopped {
             return Ok(outcome);
         }
@@ -367,12 +361,11 @@ fn run(
     config: &RunConfig,
     prepared: &Prepared,
     plan: &Plan,
-    decoder: &Decoder,
     folder: &RunFolder,
     interrupt: Option<&Interrupt>,
 ) -> Result<Outcome> {
     let trainer = Trainer::new(Inputs {
-        decoder,
+        decoder: &prepared.decoder,
         base: Fingerprint::of(&prepared.checkpoint)?,
         adapter: &prepared.adapter,
         config: config.train.clone(),

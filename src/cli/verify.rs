@@ -100,11 +100,11 @@ pub(super) fn open_session(context: &Context, engine: Engine, graph: &Path) -> r
 
 impl Verify {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
-        let checkpoint = context.checkpoint(&self.model)?;
+        let (checkpoint, adapter) = context.checkpoint_with(&self.model, self.adapter.as_deref())?;
         let subject = Subject {
             checkpoint: &checkpoint,
             graph: existing_graph(&self.graph)?,
-            adapter: self.adapter.as_deref(),
+            adapter: adapter.as_ref().zip(self.adapter.as_deref()),
             base_graph: self.base_graph.as_deref().map(existing_graph).transpose()?,
         };
         let report = verify(context, &subject, &self.options)?;
@@ -119,7 +119,8 @@ impl Verify {
 pub(super) struct Subject<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) graph: PathBuf,
-    pub(super) adapter: Option<&'a Path>,
+    /// The adapter and where it is from.
+    pub(super) adapter: Option<(&'a Adapter, &'a Path)>,
     pub(super) base_graph: Option<PathBuf>,
 }
 
@@ -133,15 +134,15 @@ pub(super) fn verify(context: &Context, subject: &Subject, options: &VerifyArgs)
     }
     let graph = Graph::open(&subject.graph)?;
     let precision = precision_of(&graph);
-    let adapter = subject.adapter.map(Adapter::open).transpose()?;
+    let adapter = subject.adapter.map(|(adapter, _)| adapter);
     let engines = engines(context, &graph, &options.runtime);
-    let mut check = prepare(subject.checkpoint, adapter.as_ref(), precision, options)?;
+    let mut check = prepare(subject.checkpoint, adapter, precision, options)?;
     for engine in &engines {
         let path = subject.graph.clone();
         let open = Box::new(move || open_session(context, *engine, &path));
         check.run(Candidate { name: engine.name().into(), open });
     }
-    if subject.adapter.is_some() {
+    if adapter.is_some_and(Adapter::zeros_are_the_base) {
         no_op(context, subject, &graph, &engines, &mut check)?;
     }
     Ok(check.report(Facts { inputs: facts(subject)?, command: command_line() })?)
@@ -209,7 +210,7 @@ fn engines(context: &Context, graph: &Graph, asked: &[Engine]) -> Vec<Engine> {
 
 /// Folds an adapter of zeros into the base graph and compares bit for bit.
 fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine], check: &mut Check) -> Result<()> {
-    let Some(adapter) = subject.adapter else { return Ok(()) };
+    let Some((adapter, _)) = subject.adapter else { return Ok(()) };
     let scratch =
         tempfile::tempdir().map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
     let base = match (&subject.base_graph, graph.metadata("prefold.dialect")) {
@@ -233,7 +234,7 @@ fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine]
     for folder in [&zeros, &folded] {
         std::fs::create_dir(folder).map_err(crate::files::Error::io("create folder", folder))?;
     }
-    Adapter::zeros(Adapter::open(adapter)?.config().clone())?.save(&zeros)?;
+    Adapter::zeros(adapter.config().clone())?.save(&zeros)?;
     fold_folder(&base, &zeros, &folded)?;
     for engine in engines {
         let (base, folded) = (base.clone(), folded.join(MODEL_NAME));
@@ -256,11 +257,11 @@ fn facts(subject: &Subject) -> Result<Vec<FileFact>> {
         facts.push(FileFact::of("weights", &file)?);
     }
     match subject.adapter {
-        Some(folder) if folder.is_dir() => {
+        Some((_, folder)) if folder.is_dir() => {
             facts.push(FileFact::of("adapter_config", &folder.join(CONFIG_NAME))?);
             facts.push(FileFact::of("adapter", &folder.join(WEIGHTS_NAME))?);
         }
-        Some(file) => facts.push(FileFact::of("adapter", file)?),
+        Some((_, file)) => facts.push(FileFact::of("adapter", file)?),
         None => {}
     }
     Ok(facts)
@@ -308,29 +309,33 @@ impl Default for VerifyArgs {
 pub(super) fn compile(
     context: &Context,
     checkpoint: &Checkpoint,
-    adapter: &Path,
+    (adapter, path): (&Adapter, &Path),
     folder: &Path,
     export_args: &ExportArgs,
     verify_args: &VerifyArgs,
 ) -> Result<Report> {
     let base = tempfile::tempdir_in(folder.parent().unwrap_or(folder))
         .map_err(crate::files::Error::io("create a folder beside", folder))?;
-    export(checkpoint, &export_args.options(), base.path())?;
-    let folded = fold_folder(base.path(), adapter, folder)?;
+    // weights that the adapter replaced are the checkpoint's, and nothing is left to fold
+    let replaced = adapter.base_weights().is_some();
+    export(checkpoint, &export_args.options(), if replaced { folder } else { base.path() })?;
+    let folded = if replaced { None } else { Some(fold_folder(base.path(), path, folder)?) };
     let subject = Subject {
         checkpoint,
         graph: folder.join(MODEL_NAME),
-        adapter: Some(adapter),
-        base_graph: Some(base.path().join(MODEL_NAME)),
+        adapter: Some((adapter, path)),
+        base_graph: folded.is_some().then(|| base.path().join(MODEL_NAME)),
     };
     let report = verify(context, &subject, verify_args)?;
     write_report(&report, &folder.join("parity.json"))?;
-    let options = serde_json::json!({ "export": export_args.options(), "emission": folded.emission });
+    let options =
+        serde_json::json!({ "export": export_args.options(), "emission": folded.as_ref().map(|f| f.emission) });
     let mut manifest = Manifest::new("compile", options).output("graph", &folder.join(MODEL_NAME))?;
     manifest.inputs =
         report.inputs.iter().filter(|f| f.role != "graph" && f.role != "external_data").cloned().collect();
     manifest.outputs.extend(report.inputs.iter().filter(|f| f.role == "external_data").cloned());
-    manifest.facts = serde_json::json!({ "base_model": checkpoint.display_name(), "sites": folded.sites });
+    manifest.facts =
+        serde_json::json!({ "base_model": checkpoint.display_name(), "sites": folded.as_ref().map(|f| &f.sites) });
     manifest.write(folder)?;
     Ok(report)
 }

@@ -69,6 +69,19 @@ pub enum Error {
         /// ONNX's name of the type.
         found: String,
     },
+    /// An adapter that cannot be written into this graph.
+    #[error("not yet folded: {what}")]
+    #[diagnostic(code(prefold::fold::not_folded), help("{help}"))]
+    NotFolded {
+        /// Which adapter, or in which graph.
+        what: String,
+        /// What to do.
+        help: &'static str,
+    },
+    /// The base model beside the graph could not be read.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Base(#[from] crate::base::Error),
     /// A tensor of the adapter could not be converted.
     #[error("candle failed while converting the adapter: {0}")]
     #[diagnostic(code(prefold::fold::convert))]

@@ -21,7 +21,8 @@ use serde::{Deserialize, Serialize};
 pub use error::{Error, Result};
 pub use locate::{Layout, Site};
 
-use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
+use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
+use crate::base::family;
 use crate::files::{self, Manifest};
 use crate::onnx::{MODEL_NAME, Model, external_files};
 
@@ -48,11 +49,12 @@ pub fn graph_file(path: &Path) -> PathBuf {
     if path.is_dir() { path.join(MODEL_NAME) } else { path.to_path_buf() }
 }
 
-/// Folds `adapter` into `model`. New external data, where the adapter is large, goes to `folder`.
+/// Folds `adapter` into `model`, whose external data is in `source`. New external data, where the adapter is large, goes to
+/// `folder`.
 ///
 /// # Errors
 /// When the graph's sites are not those of the adapter's model, or the edited graph does not hold together.
-pub fn fold(model: &Model, adapter: &Adapter, folder: &Path) -> Result<(Model, Folded)> {
+pub fn fold(model: &Model, source: &Path, adapter: &Adapter, folder: &Path) -> Result<(Model, Folded)> {
     if let Some(earlier) = model.metadata(emit::MARK) {
         return Err(Error::AlreadyFolded { earlier: earlier.to_owned() });
     }
@@ -63,7 +65,7 @@ pub fn fold(model: &Model, adapter: &Adapter, folder: &Path) -> Result<(Model, F
     }
     let adapted = config.adapted_layers();
     let sites: Vec<Site> = sites.into_iter().filter(|site| adapted.contains(&site.layer)).collect();
-    let patch = emit::baked(model, adapter, &sites, folder)?;
+    let patch = emit::baked(model, source, adapter, &sites, folder)?;
     Ok((patch.apply(model)?, Folded { emission: Emission::Baked, sites }))
 }
 
@@ -75,8 +77,8 @@ pub fn fold(model: &Model, adapter: &Adapter, folder: &Path) -> Result<(Model, F
 pub fn fold_folder(graph: &Path, adapter: &Path, folder: &Path) -> Result<Folded> {
     let graph = graph_file(graph);
     let model = Model::open(&graph)?;
-    let opened = Adapter::open(adapter)?;
-    let (edited, folded) = fold(&model, &opened, folder)?;
+    let opened = open_adapter(&graph, adapter)?;
+    let (edited, folded) = fold(&model, folder_of(&graph), &opened, folder)?;
     let target = folder.join(MODEL_NAME);
     edited.save(&target)?;
     let data = carry_files(&model, &graph, folder)?;
@@ -93,6 +95,24 @@ pub fn fold_folder(graph: &Path, adapter: &Path, folder: &Path) -> Result<Folded
     Ok(folded)
 }
 
+/// The folder that a file is in.
+fn folder_of(graph: &Path) -> &Path {
+    match graph.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// A PEFT folder's module names are those of the model whose `config.json` is beside the graph.
+fn open_adapter(graph: &Path, adapter: &Path) -> Result<Adapter> {
+    let path = folder_of(graph).join("config.json");
+    if !(peft::is_peft(adapter)? && path.is_file()) {
+        return Ok(Adapter::open(adapter)?);
+    }
+    let config: serde_json::Value = files::read_json(&path, "a model configuration")?;
+    Ok(Adapter::open_for(adapter, &family::spec_from_config(&path, &config)?)?)
+}
+
 /// Files that travel with a graph beside its data.
 const COMPANIONS: [&str; 7] = [
     "config.json",
@@ -106,10 +126,7 @@ const COMPANIONS: [&str; 7] = [
 
 /// Links, or else copies, the graph's external data and companions; returns the names of the data files.
 fn carry_files(model: &Model, graph: &Path, folder: &Path) -> Result<Vec<String>> {
-    let source = match graph.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let source = folder_of(graph);
     let data: Vec<String> = external_files(model)?.into_iter().collect();
     for name in &data {
         let (from, to) = (source.join(name), folder.join(name));

@@ -95,7 +95,10 @@ pub struct Inputs<'a> {
 /// step, the data cursor and the figures that decide when the run ends, and a run that goes on from it ends in the same
 /// bytes.
 pub struct Trainer<'a> {
-    pub(super) decoder: &'a Decoder,
+    /// The frozen model.
+    base_decoder: &'a Decoder,
+    /// The model of the adapter's own tensors, where they are the whole model.
+    own: Option<Decoder>,
     pub(super) config: TrainConfig,
     pub(super) objective: Box<dyn Objective>,
     pub(super) train: &'a Dataset,
@@ -140,6 +143,7 @@ impl<'a> Trainer<'a> {
         let start_from = saved.as_ref().map_or(adapter, |s| &s.adapter);
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(decoder.spec(), decoder.device())?;
+        let own = adapter.decoder(decoder.spec(), decoder.dtype())?;
         let mut optimizer = AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?;
         let (mut start, mut cursor, mut progress) = (0, Cursor::default(), Progress::default());
         let resumed = saved.is_some();
@@ -157,7 +161,8 @@ impl<'a> Trainer<'a> {
         };
         let objective = config.objective.objective(&config);
         Ok(Self {
-            decoder,
+            base_decoder: decoder,
+            own,
             schedule: config.schedule(config.total_steps(train.len())),
             sampler: train.sampler(config.batch_size, config.seed),
             config,

@@ -185,7 +185,7 @@ fn adapters_and_graphs_that_do_not_fit() {
 
     prefold::adapter::config × adapter_config.json: `format_version` is 2, this prefold knows up to 1 help: use the prefold that wrote the adapter, or a newer one
 
-    prefold::files::json × cannot parse other/adapter_config.json as an adapter's configuration: unknown variant `magic`, │ expected `prefix_plus` at line 1 column 18 help: the file is damaged, or was written by another tool or version
+    prefold::files::json × cannot parse other/adapter_config.json as an adapter's configuration: unknown variant `magic`, │ expected one of `prefix_plus`, `prefix`, `lora`, `full` at line 1 column 68 help: the file is damaged, or was written by another tool or version
 
     × there is no graph nowhere help: name a folder that holds model.onnx, or an .onnx file
 

@@ -1,28 +1,57 @@
-//! Writing an adapter's term at its sites: one file per method.
+//! Writing an adapter into a graph: `term` for every method that adds a term at the attention sites, and one file for
+//! each other way to act.
 
-mod prefix_plus;
+mod constants;
+mod lora;
+mod prefix;
+mod term;
 
 use std::path::Path;
 
 use super::{Error, Result, Site};
 use crate::adapter::{Adapter, Method};
 use crate::onnx::{DataType, Model, Patch};
+use constants::Constants;
 
 /// The metadata entry that says which adapter a graph carries.
 pub const MARK: &str = "prefold.adapter";
 
-/// The edit that puts an adapter's tensors into the graph as constants.
+/// What an emission is given.
+struct Job<'a> {
+    model: &'a Model,
+    /// The folder of the model's external data.
+    source: &'a Path,
+    adapter: &'a Adapter,
+    sites: &'a [Site],
+    constants: Constants,
+    patch: Patch,
+}
+
+/// The edit that puts an adapter's tensors into the graph as constants. `source` is the folder of the graph, whose external
+/// data is read where an adapter depends on it; new external data goes to `folder`.
 ///
 /// # Errors
-/// When the graph's type or heads do not fit the adapter.
-pub fn baked(model: &Model, adapter: &Adapter, sites: &[Site], folder: &Path) -> Result<Patch> {
+/// When the graph's type or heads do not fit the adapter, or its method cannot be written.
+pub fn baked(model: &Model, source: &Path, adapter: &Adapter, sites: &[Site], folder: &Path) -> Result<Patch> {
     for site in sites {
         check_heads(site, adapter)?;
     }
-    let data_type = float_type(model)?;
-    let mut patch = match adapter.config().method {
-        Method::PrefixPlus => prefix_plus::baked(adapter, sites, data_type, folder)?,
-    };
+    let constants = Constants::new(adapter, float_type(model)?, folder)?;
+    let patch = Patch::new(format!("fold {}, baked", adapter.config().method.name()));
+    let mut job = Job { model, source, adapter, sites, constants, patch };
+    match &adapter.config().method {
+        Method::Lora(lora) => lora::write(&mut job, lora)?,
+        Method::Prefix(prefix) => prefix::write(&mut job, prefix)?,
+        Method::Full(_) => {
+            return Err(Error::NotFolded {
+                what: "full fine-tuning, whose weights are the graph's own".into(),
+                help: "write the graph from them: prefold compile --model … --adapter …",
+            });
+        }
+        method => term::write(&mut job, method.as_method())?,
+    }
+    let Job { constants, mut patch, .. } = job;
+    constants.finish()?;
     patch.set_metadata(MARK, adapter.config().base_model.as_deref().unwrap_or("baked"));
     Ok(patch)
 }

@@ -2,8 +2,11 @@
 
 mod decomposed;
 mod group_query_attention;
+mod unrotated;
 
 use serde::Serialize;
+
+pub use unrotated::unrotated;
 
 use super::{Error, Result};
 use crate::onnx::{Dim, Index, Model, Node, Use};
