@@ -317,6 +317,10 @@ struct LoraHook {
 }
 
 impl SiteHook for LoraHook {
+    fn changes_mlp(&self, layer: usize) -> bool {
+        [Linear::Gate, Linear::Up, Linear::Down].into_iter().any(|linear| self.maps.contains_key(&(layer, linear)))
+    }
+
     fn linear(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {
         self.maps.get(&(map.layer, map.linear)).map(|lora| lora.output(map)).transpose()
     }

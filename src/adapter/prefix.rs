@@ -178,6 +178,10 @@ struct PrefixHook {
 }
 
 impl SiteHook for PrefixHook {
+    fn changes_mlp(&self, _layer: usize) -> bool {
+        false
+    }
+
     fn prefix(&self, layer: usize) -> candle_core::Result<Option<(Tensor, Tensor)>> {
         self.prefix.keys_and_values(&self.config, &self.tensors, layer)
     }

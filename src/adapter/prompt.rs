@@ -30,6 +30,10 @@ struct Recorder {
 }
 
 impl SiteHook for Recorder {
+    fn changes_mlp(&self, _layer: usize) -> bool {
+        false
+    }
+
     fn term(&self, site: &Site) -> candle_core::Result<Option<Tensor>> {
         let row = |x: &Tensor| x.get(0)?.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous();
         let captured =

@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Query;
+use crate::base::ops::{elu, head_linear};
 use crate::base::{Site, SiteHook};
 
 /// An elementwise function.
@@ -44,8 +45,8 @@ impl Map {
     /// When candle fails.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Elu => x.elu(1.0),
-            Self::EluPlusOne => x.elu(1.0)? + 1.0,
+            Self::Elu => elu(x),
+            Self::EluPlusOne => elu(x)? + 1.0,
             Self::Gelu => x.gelu_erf(),
             Self::Relu => x.relu(),
             Self::Silu => x.silu(),
@@ -213,6 +214,9 @@ fn matmul(left: &Tensor, right: &Tensor, heads: usize) -> Result<Tensor> {
     // heads first, so that one product per group covers the whole batch: [groups, heads / groups · batch · seq, n]
     let (batch, _, seq, width) = left.dims4()?;
     let (groups, _, columns) = right.dims3()?;
+    if groups == heads {
+        return head_linear(left, right);
+    }
     let rows = left.transpose(0, 1)?.reshape((groups, heads / groups.max(1) * batch * seq, width))?;
     rows.matmul(right)?.reshape((heads, batch, seq, columns))?.transpose(0, 1)
 }
@@ -264,6 +268,10 @@ impl TermHook {
 }
 
 impl SiteHook for TermHook {
+    fn changes_mlp(&self, _layer: usize) -> bool {
+        false
+    }
+
     fn term(&self, site: &Site) -> Result<Option<Tensor>> {
         let Some(term) = self.terms.get(site.layer).and_then(Option::as_ref) else { return Ok(None) };
         let mut values = term.values(&self.tensors, self.heads, Some((site.query, site.unrotated)))?;

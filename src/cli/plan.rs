@@ -31,7 +31,7 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn of(config: &RunConfig, prepared: &Prepared) -> Self {
-        let Prepared { checkpoint, adapter, training, held_out } = prepared;
+        let Prepared { checkpoint, adapter, training, held_out, .. } = prepared;
         let (options, spec) = (&config.train, checkpoint.spec());
         let group = training.group_size();
         let examples = training.examples();

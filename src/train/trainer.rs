@@ -9,7 +9,7 @@ use super::checkpoint::{Saved, State};
 use super::control::Progress;
 use super::curves;
 use super::{
-    AdamW, Best, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, Result, RunFolder, Schedule,
+    AdamW, Best, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, ObjectiveKind, Result, RunFolder, Schedule,
     StepReport, TrainConfig,
 };
 use crate::adapter::Adapter;
@@ -144,6 +144,10 @@ impl<'a> Trainer<'a> {
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(decoder.spec(), decoder.device())?;
         let own = adapter.decoder(decoder.spec(), decoder.dtype())?;
+        if own.is_some() && config.objective == ObjectiveKind::Dpo {
+            let why = "is dpo, whose reference is the model without its adapter, but the whole model is trained".into();
+            return Err(Error::Config { field: "objective", why });
+        }
         let mut optimizer = AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?;
         let (mut start, mut cursor, mut progress) = (0, Cursor::default(), Progress::default());
         let resumed = saved.is_some();
@@ -180,6 +184,11 @@ impl<'a> Trainer<'a> {
             start,
             events,
         })
+    }
+
+    /// The model that is trained.
+    pub(super) fn decoder(&self) -> &Decoder {
+        self.own.as_ref().unwrap_or(self.base_decoder)
     }
 
     /// Optimizer steps of the whole run.
@@ -283,7 +292,7 @@ impl<'a> Trainer<'a> {
     fn evaluate_held_out(&mut self, step: usize, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
         let Some(held_out) = self.held_out else { return Ok(None) };
         let (objective, by, batch_size) = (self.objective.as_ref(), self.config.eval_by, self.config.batch_size * 4);
-        let evaluator = Evaluator::new(self.decoder, objective, held_out, Some(self.train), by, batch_size);
+        let evaluator = Evaluator::new(self.decoder(), objective, held_out, Some(self.train), by, batch_size);
         let evaluation = evaluator.run(self.hook.as_ref())?;
         #[derive(Serialize)]
         struct Line<'a> {
