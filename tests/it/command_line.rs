@@ -67,7 +67,7 @@ fn checkpoints_that_do_not_open() {
 
     prefold::base::not_a_checkpoint × ./empty is not a checkpoint: it holds no config.json help: a checkpoint is a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a .gguf file
 
-    prefold::base::family × ./unknown/config.json: model_type `mamba` is not a family that prefold knows help: known families: llama
+    prefold::base::family × ./unknown/config.json: model_type `mamba` is not a family that prefold knows help: known families: llama, mistral, qwen2, qwen3, gpt2, gpt_neox, phi, phi3, gemma2, gemma3, gemma3_text, smollm3, granite, olmo2, stablelm, opt, cohere
 
     prefold::base::gguf × ./broken.gguf is not a readable GGUF file: it ends inside the version: 4 bytes are announced │ at offset 4, 0 are left help: the file is damaged, truncated or no GGUF file: fetch it again
 
@@ -191,7 +191,7 @@ fn adapters_and_graphs_that_do_not_fit() {
 
     prefold::onnx::not_protobuf × text.onnx: not an ONNX model: at byte 1, in ModelProto, a field has a wire type that does not │ exist help: the file is damaged or not an ONNX model (a Git LFS pointer or a web page saved in its place looks like this); fetch or export it again
 
-    prefold::onnx::truncated × cut/model.onnx: truncated: ModelProto at byte 22 lacks at least 913266 bytes help: the file is cut off or damaged; fetch or export it again
+    prefold::onnx::truncated × cut/model.onnx: truncated: ModelProto at byte 22 lacks at least 911151 bytes help: the file is cut off or damaged; fetch or export it again
 
     prefold::fold::already_folded × the graph carries an adapter already (baked) help: fold into the base graph instead
 
