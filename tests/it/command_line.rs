@@ -191,7 +191,7 @@ fn adapters_and_graphs_that_do_not_fit() {
 
     prefold::onnx::not_protobuf × text.onnx: not an ONNX model: at byte 1, in ModelProto, a field has a wire type that does not │ exist help: the file is damaged or not an ONNX model (a Git LFS pointer or a web page saved in its place looks like this); fetch or export it again
 
-    prefold::onnx::truncated × cut/model.onnx: truncated: ModelProto at byte 22 lacks at least 913266 bytes help: the file is cut off or damaged; fetch or export it again
+    prefold::onnx::truncated × cut/model.onnx: truncated: ModelProto at byte 22 lacks at least 911151 bytes help: the file is cut off or damaged; fetch or export it again
 
     prefold::fold::already_folded × the graph carries an adapter already (baked) help: fold into the base graph instead
 
