@@ -33,37 +33,39 @@ impl Budget {
     /// operators, not another function.
     pub const FACTOR: f64 = 4.0;
 
-    /// The default budget for a decoder whose graph computes in `precision`: factor 4 and a floor of `√(2L·K)·u`, with
-    /// `u` the unit roundoff, `L` the decoder's layers and `K` the terms of its longest dot product.
+    /// The default budget for a decoder whose graph computes in `precision`: factor 4 and a floor of `r·u`, with `u` the unit
+    /// roundoff and `r` the larger of `128` and `√(2L·K)`; `L` is the number of the decoder's layers and `K` that of the terms
+    /// of its longest dot product.
     ///
-    /// | precision | u | K | floor at 30 layers and 1,536 terms, part of the largest logit |
+    /// | precision | u | r | floor at 30 layers and 1,536 terms, part of the largest logit |
     /// |---|---|---|---|
-    /// | f64 | 2⁻⁵³ | `DecoderSpec::longest_dot_product` | 3.4e-14 |
-    /// | f32 | 2⁻²⁴ | `DecoderSpec::longest_dot_product` | 1.8e-5 |
-    /// | f16 | 2⁻¹¹ | 4 | 7.6e-3 |
-    /// | bf16 | 2⁻⁸ | 4 | 6.1e-2 |
+    /// | f64 | 2⁻⁵³ | max(128, √(2L·K)) | 3.4e-14 |
+    /// | f32 | 2⁻²⁴ | max(128, √(2L·K)) | 1.8e-5 |
+    /// | f16 | 2⁻¹¹ | max(16, √(2L·4)) | 7.8e-3 |
+    /// | bf16 | 2⁻⁸ | max(16, √(2L·4)) | 6.3e-2 |
     ///
     /// Rounding errors of either sign grow like the square root of their number. The residual stream is rounded `2L` times;
     /// what is added to it is a dot product, which a runtime may accumulate in order and so round `K` times (tract does, to
     /// the bit; candle and ONNX Runtime sum blocks, which candle's own distance therefore does not show). Half-precision
-    /// products accumulate in float32; an input, the product and an elementwise operation or two are rounded. The floor
-    /// matters where candle's own distance is small by its order of summation or by luck.
+    /// products accumulate in float32; an input, the product and an elementwise operation or two are rounded. In a small
+    /// model it is not the sums that matter but exponentials, roots and quotients, each within a few units of its own kind:
+    /// hence the least `r`. The floor matters where candle's own distance is small by its order of summation or by luck.
     ///
     /// # Errors
     /// When the precision is not a floating-point type that a decoder computes in.
     pub fn of(precision: DType, spec: &DecoderSpec) -> Result<Self> {
-        let (bits, terms) = match precision {
-            DType::F64 => (53, spec.longest_dot_product()),
-            DType::F32 => (24, spec.longest_dot_product()),
-            DType::F16 => (11, 4),
-            DType::BF16 => (8, 4),
+        let (bits, terms, least) = match precision {
+            DType::F64 => (53, spec.longest_dot_product(), 128.0f64),
+            DType::F32 => (24, spec.longest_dot_product(), 128.0),
+            DType::F16 => (11, 4, 16.0),
+            DType::BF16 => (8, 4, 16.0),
             other => {
                 let why = format!("is {}, for which there is no error budget", other.as_str());
                 return Err(Error::Option { option: "precision", why });
             }
         };
         let roundings = 2.0 * spec.num_layers as f64 * terms as f64;
-        Ok(Self { factor: Self::FACTOR, relative_floor: roundings.sqrt() * 0.5f64.powi(bits) })
+        Ok(Self { factor: Self::FACTOR, relative_floor: least.max(roundings.sqrt()) * 0.5f64.powi(bits) })
     }
 
     /// The budget, if its numbers make sense.
@@ -110,8 +112,10 @@ mod tests {
         let floor = |dtype| Budget::of(dtype, &spec).unwrap().relative_floor;
         assert_eq!(floor(DType::F32), 300.0 * f64::from(f32::EPSILON));
         assert_eq!(floor(DType::F64), 300.0 * f64::EPSILON);
-        assert_eq!(floor(DType::F16), 6.0 * half::f16::EPSILON.to_f64());
-        assert_eq!(floor(DType::BF16), 6.0 * half::bf16::EPSILON.to_f64());
+        assert_eq!(floor(DType::F16), 8.0 * half::f16::EPSILON.to_f64());
+        assert_eq!(floor(DType::BF16), 8.0 * half::bf16::EPSILON.to_f64());
+        let small = Budget::of(DType::F32, &testing::tiny_spec()).unwrap().relative_floor;
+        assert_eq!(small, 64.0 * f64::from(f32::EPSILON));
         assert!(matches!(Budget::of(DType::U8, &spec), Err(Error::Option { option: "precision", .. })));
     }
 

@@ -9,8 +9,8 @@ use super::checkpoint::{Saved, State};
 use super::control::Progress;
 use super::curves;
 use super::{
-    AdamW, Best, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, ObjectiveKind, Result, RunFolder, Schedule,
-    StepReport, TrainConfig,
+    AdamW, Best, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, ObjectiveKind, Result, RunFolder,
+    Schedule, StepReport, TrainConfig,
 };
 use crate::adapter::Adapter;
 use crate::base::{Decoder, SiteHook};

@@ -33,7 +33,7 @@ fn weight(spec: &DecoderSpec, weight: &WeightShape) -> Tensor {
         WeightRole::FinalNorm => Some(spec.norm),
         _ => None,
     };
-    let noise = (noise(&weight.name, &weight.shape) * 0.4).unwrap();
+    let noise = (noise(&weight.name, &weight.shape) * 0.5).unwrap();
     norm.map_or(noise.clone(), |norm| (noise + (1.0 - norm.weight_offset)).unwrap())
 }
 
