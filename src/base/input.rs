@@ -95,8 +95,8 @@ impl Input {
             hidden.extend(std::iter::repeat_n(false, prefix).chain(mask.iter().map(|real| !real)));
             let first_real = mask.iter().position(|real| *real).unwrap_or(total);
             let (mut end, mut segment_start) = (0, 0);
-            for query in 0..total {
-                if mask[query] {
+            for (query, real) in mask.iter().enumerate() {
+                if *real {
                     end = query + 1;
                 }
                 if query < past {

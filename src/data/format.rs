@@ -118,7 +118,7 @@ impl<'t> Format<'t> {
     /// The prompt that a classification record with this text has.
     ///
     /// # Errors
-    /// As [`example`](Self::example).
+    /// As [`examples`](Self::examples).
     pub fn classification_prompt(&self, text: &str) -> Result<Vec<u32>> {
         self.completion_prompt(&self.classification_text(text)?)
     }
@@ -126,7 +126,7 @@ impl<'t> Format<'t> {
     /// The prompt that a completion record with this prompt has.
     ///
     /// # Errors
-    /// As [`example`](Self::example).
+    /// As [`examples`](Self::examples).
     pub fn completion_prompt(&self, prompt: &str) -> Result<Vec<u32>> {
         match self.chat() {
             Some(template) => self.rendered_prompt(template, &self.with_system(vec![user(prompt)], None)),
@@ -137,7 +137,7 @@ impl<'t> Format<'t> {
     /// The prompt that a conversation gives, up to where the assistant answers.
     ///
     /// # Errors
-    /// As [`example`](Self::example).
+    /// As [`examples`](Self::examples).
     pub fn chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let template = self.chat().ok_or_else(|| self.no_chat_template())?;
         self.rendered_prompt(template, &self.with_system(messages.to_vec(), None))

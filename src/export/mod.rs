@@ -1,5 +1,5 @@
 //! A decoder as an ONNX graph with a key-value cache: the ONNX interpreter of a
-//! [`DecoderSpec`](crate::base::DecoderSpec).
+//! [`DecoderSpec`].
 //!
 //! ```text
 //! input_ids       [batch, sequence]          ─┐

@@ -427,7 +427,7 @@ mod tests {
     fn visibility(batch: usize, seq: usize, total: usize, sees: Sees) -> Arc<Visibility> {
         let range = |at: usize| {
             let keys = || (0..total).filter(|key| sees(at / seq, at % seq, *key));
-            keys().next().unwrap_or(0)..keys().last().map_or(0, |last| last + 1)
+            keys().next().unwrap_or(0)..keys().next_back().map_or(0, |last| last + 1)
         };
         let ranges = (0..batch * seq).map(range).collect();
         let hidden = (0..batch * total).map(|at| !sees(at / total, seq, at % total)).collect();
