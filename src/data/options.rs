@@ -28,7 +28,7 @@ pub enum ChatUse {
     Never,
 }
 
-/// What may be chosen about a [`Format`](super::Format).
+/// What may be chosen about how records become examples.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FormatOptions {
