@@ -26,6 +26,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefold", required=True, help="the prefold binary, built with --release")
     parser.add_argument("--model", required=True, help="folder with config.json")
+    parser.add_argument("--method", default="prefix_plus", choices=["prefix_plus", "lora", "prefix", "full"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
@@ -38,7 +39,8 @@ def main():
     print(f"{'batch x seq':>12} {'labelled':>9} {'prefold':>12} {'PyTorch':>12} {'time':>7} {'memory':>7}")
     for seq in arguments.seq:
         for labelled in arguments.labelled:
-            shape = ["--model", arguments.model, "--batch", str(arguments.batch), "--seq", str(seq)]
+            shape = ["--model", arguments.model, "--method", arguments.method, "--batch", str(arguments.batch)]
+            shape += ["--seq", str(seq)]
             shape += ["--labelled", str(labelled), "--steps", str(arguments.steps), "--json"]
             checkpoint = ["--checkpoint-activations"] if arguments.checkpoint_activations else []
             ours, theirs = [], []

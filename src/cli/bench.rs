@@ -12,8 +12,8 @@ use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
 use super::{Context, usage};
-use crate::adapter::{Adapter, AdapterConfig};
-use crate::base::{Checkpoint, Decoder, DecoderSpec, Error, WeightRole, WeightShape, family};
+use crate::adapter::{Adapter, AdapterOptions, MethodName};
+use crate::base::{Checkpoint, Decoder, DecoderSpec, WeightRole, family};
 use crate::data::{Batch, IGNORED};
 use crate::files;
 use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Sft, batch_gradients, clip_gradients};
@@ -47,6 +47,9 @@ struct BenchTrain {
     /// random weights
     #[arg(long)]
     model: String,
+    /// What is trained: prefix_plus, prefix, lora or full, with their default options
+    #[arg(long, default_value = "prefix_plus")]
+    method: MethodName,
     /// Rows of a batch
     #[arg(long, default_value_t = 8)]
     batch: usize,
@@ -77,6 +80,7 @@ struct BenchTrain {
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
+    method: MethodName,
     dtype: String,
     parameters: usize,
     trained_parameters: usize,
@@ -88,7 +92,7 @@ struct Report {
     seconds: Vec<f64>,
     median_seconds: f64,
     tokens_per_second: f64,
-    /// Floating-point operations that the step cannot do without: two for each product of a matrix product.
+    /// Floating-point operations that a Prefix-Tuning+ step cannot do without: two for each product of a matrix product.
     operations: f64,
     operations_per_second: f64,
     /// The same for one matrix product of the head's shape, measured here.
@@ -137,10 +141,11 @@ impl BenchTrain {
     }
 
     fn measure(&self, context: &Context) -> Result<Report> {
-        let (decoder, name) = self.decoder(context)?;
+        let (decoder, adapter, name) = self.start(context)?;
+        let (adapter, vars) = adapter.trainable(DType::F32, decoder.device())?;
+        let own = adapter.decoder(decoder.spec(), decoder.dtype())?;
+        let decoder = own.unwrap_or(decoder);
         let spec = decoder.spec();
-        let (adapter, vars) =
-            Adapter::zeros(AdapterConfig::prefix_plus(spec, None))?.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(spec, decoder.device())?;
         let batch = self.batch(spec);
         let mut optimizer = AdamW::new(AdamWConfig::default(), vars).into_diagnostic()?;
@@ -173,6 +178,7 @@ impl BenchTrain {
         let matmul = matmul_rate(spec, labelled_tokens)?;
         Ok(Report {
             model: name,
+            method: self.method,
             dtype: decoder.dtype().as_str().into(),
             parameters: spec.num_parameters(),
             trained_parameters: adapter.num_parameters(),
@@ -192,16 +198,26 @@ impl BenchTrain {
         })
     }
 
-    fn decoder(&self, context: &Context) -> Result<(Decoder, String)> {
+    /// The frozen model, the adapter at the start, and the model's name.
+    fn start(&self, context: &Context) -> Result<(Decoder, Adapter, String)> {
         let path = Path::new(&self.model);
         let config = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
         let holds_weights = path.is_dir() && Checkpoint::open(path).is_ok();
+        let options = AdapterOptions { method: self.method, ..AdapterOptions::default() };
         if config.is_file() && config.extension().is_some_and(|e| e == "json") && !holds_weights {
             let spec = family::spec_from_config(&config, &files::read_json(&config, "a model configuration")?)?;
-            return Ok((random_decoder(&spec, self.dtype.dtype())?, self.model.clone()));
+            let folder = tempfile::tempdir().into_diagnostic()?;
+            std::fs::copy(&config, folder.path().join("config.json")).into_diagnostic()?;
+            write_random_weights(&spec, &folder.path().join("model.safetensors"))?;
+            let checkpoint = Checkpoint::open(folder.path())?;
+            let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?;
+            let adapter = options.start(&checkpoint, &decoder, 0)?;
+            return Ok((decoder, adapter, self.model.clone()));
         }
         let checkpoint = context.checkpoint(&self.model)?;
-        Ok((Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?, checkpoint.display_name()))
+        let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?;
+        let adapter = options.start(&checkpoint, &decoder, 0)?;
+        Ok((decoder, adapter, checkpoint.display_name()))
     }
 
     fn batch(&self, spec: &DecoderSpec) -> Batch {
@@ -222,18 +238,19 @@ impl BenchTrain {
     }
 }
 
-/// A decoder of random weights, normal with standard deviation 0.02, norms of one.
-fn random_decoder(spec: &DecoderSpec, dtype: DType) -> Result<Decoder> {
-    let action = Error::candle("making random weights");
-    let weight = |weight: &WeightShape| {
-        let shape = weight.shape.as_slice();
-        let tensor = match weight.role {
-            WeightRole::Norm(..) | WeightRole::FinalNorm => Tensor::ones(shape, dtype, &Device::Cpu),
-            _ => Tensor::randn(0f32, 0.02, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype)),
-        };
-        tensor.map_err(&action)
-    };
-    Ok(Decoder::from_weights(spec, weight)?)
+/// A checkpoint of random weights, normal with standard deviation 0.02, norms of one.
+fn write_random_weights(spec: &DecoderSpec, path: &Path) -> Result<()> {
+    let mut tensors = std::collections::HashMap::new();
+    for weight in spec.weights() {
+        for (name, shape) in spec.names.source(weight.role).tensors(&weight.shape) {
+            let tensor = match weight.role {
+                WeightRole::Norm(..) | WeightRole::FinalNorm => Tensor::ones(shape, DType::F32, &Device::Cpu),
+                _ => Tensor::randn(0f32, 0.02, shape, &Device::Cpu),
+            };
+            tensors.insert(name, tensor.into_diagnostic()?);
+        }
+    }
+    candle_core::safetensors::save(&tensors, path).into_diagnostic()
 }
 
 /// Two operations for each product: every linear map forward and for the gradient of its input (frozen weights need no
