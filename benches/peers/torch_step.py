@@ -80,7 +80,6 @@ def main():
     for step in range(arguments.warmup + arguments.steps):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        # logits_to_keep: as many positions from the end as carry a label; transformers computes no others
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

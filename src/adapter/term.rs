@@ -8,19 +8,15 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use candle_core::{D, Result, Tensor};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use super::Query;
 use crate::base::ops::{elu, head_linear};
 use crate::base::{Site, SiteHook};
 
 /// An elementwise function.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Map {
     /// `x` where positive, else `exp(x) − 1`.
-    #[default]
     Elu,
     /// `elu(x) + 1`, which is positive.
     EluPlusOne,

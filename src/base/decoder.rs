@@ -230,6 +230,12 @@ impl Decoder {
                 help: "the mask covers past and new tokens",
             });
         }
+        if input.is_packed() && hook.prefix_length() > 0 {
+            return Err(Error::Input {
+                why: "rows of several texts meet trained keys, which are not a part of any one text's range".into(),
+                help: "switch `packing` off for prefix tuning",
+            });
+        }
         if let Some(table) = self.spec.embedding.positions {
             let rows = table.rows.saturating_sub(table.offset + hook.prefix_length());
             if let Some(position) = input.positions.iter().find(|position| **position as usize >= rows) {
@@ -469,4 +475,29 @@ fn prepend(
 
 fn scaled(x: Tensor, factor: f64) -> candle_core::Result<Tensor> {
     if factor == 1.0 { Ok(x) } else { x * factor }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A hook of two trained keys in every layer.
+    struct TwoKeys;
+
+    impl SiteHook for TwoKeys {
+        fn prefix_length(&self) -> usize {
+            2
+        }
+    }
+
+    #[test]
+    fn packed_rows_and_trained_keys_are_refused_together() {
+        let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/demo/model");
+        let decoder = Decoder::load(&Checkpoint::open(&model).unwrap(), DType::F32, &Device::Cpu).unwrap();
+        let input = || Input::new(1, &[5, 6, 7, 8], &[1; 4], Some(&[0, 1, 0, 1])).unwrap();
+        let packed = input().with_segments(vec![1, 1, 2, 2]).unwrap();
+        let error = decoder.hidden_states(&packed, None, &TwoKeys).unwrap_err().to_string();
+        assert!(error.contains("rows of several texts meet trained keys"), "{error}");
+        decoder.hidden_states(&input(), None, &TwoKeys).unwrap();
+    }
 }

@@ -75,6 +75,11 @@ impl Input {
         Ok(self)
     }
 
+    /// Whether rows hold several texts.
+    pub(super) fn is_packed(&self) -> bool {
+        self.segments.is_some()
+    }
+
     /// `(batch, seq)`.
     pub fn shape(&self) -> (usize, usize) {
         (self.batch, self.seq)

@@ -11,6 +11,7 @@ use miette::{IntoDiagnostic, Result};
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
+use super::memory::peak_resident;
 use super::{Context, usage};
 use crate::adapter::{Adapter, AdapterOptions, MethodName};
 use crate::base::{Checkpoint, Decoder, DecoderSpec, WeightRole, family};
@@ -170,7 +171,7 @@ impl BenchTrain {
                 seconds.push(started.elapsed().as_secs_f64());
             }
         }
-        let peak_memory = peak_memory();
+        let peak_memory = peak_resident();
         let labelled_tokens = batch.labelled();
         let median_seconds = median(&seconds);
         let tokens = (self.batch * self.seq) as f64;
@@ -290,11 +291,4 @@ fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-/// The process's highest resident memory in bytes; Linux tells.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
