@@ -162,16 +162,19 @@ impl<'a, 'j> Emission<'a, 'j> {
     }
 
     fn query(&mut self, query: Query) -> Result<String> {
-        let (name, layout) = match query {
-            Query::PostRope => (self.site.query.clone(), self.site.query_layout),
-            Query::PreRope => locate::unrotated(self.job.model, self.site)?,
-        };
-        if layout == Layout::HeadsFirst {
-            return Ok(name);
+        let source = locate::query(self.job.model, self.site, query)?;
+        for node in source.nodes {
+            self.job.patch.insert_before(self.first, node);
+        }
+        for tensor in source.initializers {
+            self.job.patch.add_initializer(tensor);
+        }
+        if source.layout == Layout::HeadsFirst {
+            return Ok(source.tensor);
         }
         let config = self.job.adapter.config();
         let shape = [0, 0, config.num_heads as i64, config.head_dim as i64];
-        let split = self.reshape("Reshape_split", &name, "prefold/split_heads", &shape);
+        let split = self.reshape("Reshape_split", &source.tensor, "prefold/split_heads", &shape);
         Ok(self.transpose("Transpose_split", &split))
     }
 

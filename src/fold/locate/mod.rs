@@ -6,10 +6,9 @@ mod unrotated;
 
 use serde::Serialize;
 
-pub use unrotated::unrotated;
-
 use super::{Error, Result};
-use crate::onnx::{Dim, Index, Model, Node, Use};
+use crate::adapter::Query;
+use crate::onnx::{Dim, Index, Model, Node, NodeDef, TensorDef, Use};
 
 /// An attention site: the query that meets the keys, and the attention output it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -49,6 +48,31 @@ pub enum Layout {
     HeadsFirst,
     /// `[batch, seq, heads · head_dim]`.
     Merged,
+}
+
+/// The query that an adapter asks for, and what has to be written to have it.
+#[derive(Clone, Debug)]
+pub struct QuerySource {
+    /// The tensor.
+    pub tensor: String,
+    /// Its layout.
+    pub layout: Layout,
+    /// Nodes that make it from tensors of the graph, in order; empty where the graph holds it.
+    pub nodes: Vec<NodeDef>,
+    /// Constants that they read.
+    pub initializers: Vec<TensorDef>,
+}
+
+/// The query of a site as an adapter asks for it.
+///
+/// # Errors
+/// When the graph does not show it and it cannot be rebuilt.
+pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
+    let (tensor, layout) = match wanted {
+        Query::PostRope => (site.query.clone(), site.query_layout),
+        Query::PreRope => unrotated::unrotated(model, site)?,
+    };
+    Ok(QuerySource { tensor, layout, nodes: Vec::new(), initializers: Vec::new() })
 }
 
 /// Looks at one node; `None` where it is not the anchor of this attention shape.

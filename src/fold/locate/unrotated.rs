@@ -21,7 +21,7 @@ const MAX_STEPS: usize = 8;
 ///
 /// # Errors
 /// When the rotation is of a kind that is not known.
-pub fn unrotated(model: &Model, site: &Site) -> Result<(String, Layout)> {
+pub(super) fn unrotated(model: &Model, site: &Site) -> Result<(String, Layout)> {
     let index = Index::new(model.graph());
     let Some(node) = index.producer(&site.query) else { return Ok((site.query.clone(), site.query_layout)) };
     let found = match node.op_type() {
