@@ -317,8 +317,12 @@ struct LoraHook {
 }
 
 impl SiteHook for LoraHook {
-    fn changes_mlp(&self, layer: usize) -> bool {
-        [Linear::Gate, Linear::Up, Linear::Down].into_iter().any(|linear| self.maps.contains_key(&(layer, linear)))
+    fn changes(&self, layer: usize, linear: Linear) -> bool {
+        self.maps.contains_key(&(layer, linear))
+    }
+
+    fn sees_unrotated(&self, _layer: usize) -> bool {
+        false
     }
 
     fn linear(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {

@@ -22,8 +22,8 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{Base, Start, TensorSpec, Tensors};
 use super::{AdapterConfig, AdapterMethod, Error, Result, prompt};
-use crate::base::SiteHook;
 use crate::base::ops::linear;
+use crate::base::{Linear, SiteHook};
 
 /// Deviation of keys and values that start at random.
 const DEVIATION: f64 = 0.02;
@@ -178,7 +178,11 @@ struct PrefixHook {
 }
 
 impl SiteHook for PrefixHook {
-    fn changes_mlp(&self, _layer: usize) -> bool {
+    fn changes(&self, _layer: usize, _linear: Linear) -> bool {
+        false
+    }
+
+    fn sees_unrotated(&self, _layer: usize) -> bool {
         false
     }
 

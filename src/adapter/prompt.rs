@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use candle_core::{DType, Device, Tensor};
 
 use super::{Error, Result};
-use crate::base::{Decoder, Input, Site, SiteHook};
+use crate::base::{Decoder, Input, Linear, Site, SiteHook};
 
 /// A layer's keys and values of a prompt, float32 on the CPU, `[num_kv_heads, tokens, head_dim]`.
 #[derive(Clone, Debug)]
@@ -30,14 +30,16 @@ struct Recorder {
 }
 
 impl SiteHook for Recorder {
-    fn changes_mlp(&self, _layer: usize) -> bool {
+    fn changes(&self, _layer: usize, _linear: Linear) -> bool {
         false
     }
 
     fn term(&self, site: &Site) -> candle_core::Result<Option<Tensor>> {
         let row = |x: &Tensor| x.get(0)?.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous();
-        let captured =
-            Captured { key: row(site.key)?, unrotated_key: row(site.unrotated_key)?, value: row(site.value)? };
+        let Some(unrotated_key) = site.unrotated_key else {
+            candle_core::bail!("the keys before rotation are not shown")
+        };
+        let captured = Captured { key: row(site.key)?, unrotated_key: row(unrotated_key)?, value: row(site.value)? };
         self.layers.borrow_mut().push(captured);
         Ok(None)
     }

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use candle_core::{D, Result, Tensor};
 
 use super::Query;
-use crate::base::ops::{elu, head_linear};
-use crate::base::{Site, SiteHook};
+use crate::base::ops::{Feature, elu, head_linear};
+use crate::base::{Linear, Site, SiteHook};
 
 /// An elementwise function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +156,32 @@ impl Term {
         depends
     }
 
+    /// Steps that are [`Feature::Elu`] of a query and read by one product alone, with one matrix for each head: the product
+    /// takes them in.
+    fn fused_features(&self, tensors: &BTreeMap<String, Tensor>, heads: usize) -> Vec<usize> {
+        let operands = |step: &Step| match step {
+            Step::Map(_, x) => vec![x.0],
+            Step::MatMul(left, right) | Step::Binary(_, left, right) => vec![left.0, right.0],
+            _ => Vec::new(),
+        };
+        let is_elu = |at: usize| match self.steps.get(at) {
+            Some(Step::Map(Map::Elu, x)) => matches!(self.steps.get(x.0), Some(Step::Query(_))),
+            _ => false,
+        };
+        let is_by_head = |value: &Value| match self.steps.get(value.0) {
+            Some(Step::Tensor(name)) => {
+                tensors.get(name).is_some_and(|t| t.rank() == 3 && t.dim(0).ok() == Some(heads))
+            }
+            _ => false,
+        };
+        let products = self.steps.iter().filter_map(|step| match step {
+            Step::MatMul(left, right) if is_elu(left.0) && is_by_head(right) => Some(left.0),
+            _ => None,
+        });
+        let readers = |at: usize| self.steps.iter().flat_map(operands).filter(|read| *read == at).count();
+        products.filter(|at| readers(*at) == 1).collect()
+    }
+
     /// The values of all steps; without a site, of those that do not depend on the query.
     ///
     /// # Errors
@@ -164,21 +190,32 @@ impl Term {
         &self,
         tensors: &BTreeMap<String, Tensor>,
         heads: usize,
-        site: Option<(&Tensor, &Tensor)>,
+        site: Option<&Site>,
     ) -> Result<Vec<Option<Tensor>>> {
+        let fused = if site.is_some() { self.fused_features(tensors, heads) } else { Vec::new() };
         let mut values: Vec<Option<Tensor>> = Vec::with_capacity(self.steps.len());
         for step in &self.steps {
             let of = |value: &Value| values.get(value.0).and_then(Option::as_ref);
             let value = match step {
-                Step::Query(Query::PostRope) => site.map(|(query, _)| query.clone()),
-                Step::Query(Query::PreRope) => site.map(|(_, unrotated)| unrotated.clone()),
+                Step::Query(Query::PostRope) => site.map(|site| site.query.clone()),
+                Step::Query(Query::PreRope) => match site.map(|site| site.unrotated) {
+                    Some(None) => candle_core::bail!("the query before rotation is not shown"),
+                    unrotated => unrotated.flatten().cloned(),
+                },
                 Step::Tensor(name) => match tensors.get(name) {
                     Some(tensor) => Some(tensor.clone()),
                     None => candle_core::bail!("the adapter has no tensor `{name}`"),
                 },
                 Step::Number(number) => Some(Tensor::full(*number, (1, 1, 1), &candle_core::Device::Cpu)?),
+                Step::Map(..) if fused.contains(&values.len()) => None,
                 Step::Map(map, x) => of(x).map(|x| map.apply(x)).transpose()?,
-                Step::MatMul(left, right) => pair(of(left), of(right)).map(|(l, r)| matmul(l, r, heads)).transpose()?,
+                Step::MatMul(left, right) => match (self.steps.get(left.0), of(right)) {
+                    (Some(Step::Map(_, x)), Some(right)) if fused.contains(&left.0) => match of(x) {
+                        Some(x) => Some(head_linear(x, &*like(right, x)?, Feature::Elu)?),
+                        None => None,
+                    },
+                    (_, right) => pair(of(left), right).map(|(l, r)| matmul(l, r, heads)).transpose()?,
+                },
                 Step::Binary(function, left, right) => {
                     pair(of(left), of(right)).map(|(l, r)| binary(*function, l, r, heads)).transpose()?
                 }
@@ -211,7 +248,7 @@ fn matmul(left: &Tensor, right: &Tensor, heads: usize) -> Result<Tensor> {
     let (batch, _, seq, width) = left.dims4()?;
     let (groups, _, columns) = right.dims3()?;
     if groups == heads {
-        return head_linear(left, right);
+        return head_linear(left, right, Feature::Identity);
     }
     let rows = left.transpose(0, 1)?.reshape((groups, heads / groups.max(1) * batch * seq, width))?;
     rows.matmul(right)?.reshape((heads, batch, seq, columns))?.transpose(0, 1)
@@ -264,13 +301,18 @@ impl TermHook {
 }
 
 impl SiteHook for TermHook {
-    fn changes_mlp(&self, _layer: usize) -> bool {
+    fn changes(&self, _layer: usize, _linear: Linear) -> bool {
         false
+    }
+
+    fn sees_unrotated(&self, layer: usize) -> bool {
+        let term = self.terms.get(layer).and_then(Option::as_ref);
+        term.is_some_and(|term| term.steps.contains(&Step::Query(Query::PreRope)))
     }
 
     fn term(&self, site: &Site) -> Result<Option<Tensor>> {
         let Some(term) = self.terms.get(site.layer).and_then(Option::as_ref) else { return Ok(None) };
-        let mut values = term.values(&self.tensors, self.heads, Some((site.query, site.unrotated)))?;
+        let mut values = term.values(&self.tensors, self.heads, Some(site))?;
         let value = values.pop().flatten();
         match value {
             Some(value) if value.rank() == 4 => Ok(Some(value)),

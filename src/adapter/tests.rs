@@ -184,7 +184,8 @@ fn the_term_is_the_formula() {
     let (batch, heads, seq, d) = (2, 4, 3, 6);
     let (other, query) = (noise("other", &[batch, heads, seq, d]), noise("query", &[batch, heads, seq, d]));
     let kv = noise("kv", &[batch, 2, seq, d]);
-    let site = |layer| Site { layer, query: &other, unrotated: &query, key: &kv, unrotated_key: &kv, value: &kv };
+    let site =
+        |layer| Site { layer, query: &other, unrotated: Some(&query), key: &kv, unrotated_key: Some(&kv), value: &kv };
     assert!(hook.term(&site(0)).unwrap().is_none());
     let found = flat(&hook.term(&site(1)).unwrap().unwrap());
     let get = |name: &str| flat(&adapter.tensors()[&format!("layers.1.{name}")]);
@@ -228,8 +229,8 @@ fn a_prompt_s_memory_is_exact_for_linear_attention() {
         let tensors = [("layers.0.M".to_owned(), memory), ("layers.0.scale".to_owned(), one)].into();
         let hook = TermHook::new(vec![method.term(&config, 0)], heads, tensors);
         let zeros = query.zeros_like().unwrap();
-        let (rotated, unrotated) = if pre { (&zeros, &query) } else { (&query, &zeros) };
-        let site = Site { layer: 0, query: rotated, unrotated, key: &query, unrotated_key: &query, value: &query };
+        let (rotated, unrotated) = if pre { (&zeros, Some(&query)) } else { (&query, None) };
+        let site = Site { layer: 0, query: rotated, unrotated, key: &query, unrotated_key: None, value: &query };
         let term = flat(&hook.term(&site).unwrap().unwrap());
         let phi = |x: f64| if x > 0.0 { x + 1.0 } else { x.exp() };
         let (q, k, v) = (flat(&query), flat(&key), flat(&value));

@@ -6,8 +6,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Module, Tensor};
 
+use super::fused::{FusedLayer, Weights, fuse};
 use super::hook::{LinearMap, Site, SiteHook};
-use super::ops::{GatedMlp, LabelLoss, LogitMap, Visibility, attention, label_loss, norm, rope};
+use super::ops::{
+    LabelLoss, LogitMap, NormWeights, Rotation, Visibility, attention, attention_packed, label_loss, rope,
+};
 use super::{
     Activation, Checkpoint, DecoderSpec, Error, Input, KvCache, Linear, Norm, NormSite, QkNormOver, Result, WeightRole,
     WeightShape, Wiring, ops,
@@ -30,29 +33,16 @@ pub struct Decoder {
 
 #[derive(Debug)]
 struct Layer {
-    norms: BTreeMap<NormSite, NormWeights>,
-    linears: BTreeMap<Linear, Affine>,
-    /// The feed-forward block in one piece, where it can run so.
-    mlp: Option<GatedMlp>,
+    weights: Weights,
+    /// Pieces that can run as one operation each.
+    fused: FusedLayer,
 }
 
-#[derive(Debug)]
-struct NormWeights {
-    norm: Norm,
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl NormWeights {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        norm(x, &self.weight, self.bias.as_ref(), &self.norm)
-    }
-}
-
-#[derive(Debug)]
-struct Affine {
-    weight: Tensor,
-    bias: Option<Tensor>,
+/// A linear map's weights.
+#[derive(Clone, Debug)]
+pub(super) struct Affine {
+    pub(super) weight: Tensor,
+    pub(super) bias: Option<Tensor>,
 }
 
 impl Affine {
@@ -107,8 +97,9 @@ impl Decoder {
                 });
                 let norms = norms.collect::<Result<_>>()?;
                 let linears = spec.linears().map(|linear| affine(layer, linear)).collect::<Result<_>>()?;
-                let mlp = fused_mlp(spec, &linears);
-                Ok(Layer { norms, linears, mlp })
+                let mut weights = Weights { norms, linears };
+                let fused = fuse(spec, &mut weights).map_err(Error::candle("joining a layer's weights"))?;
+                Ok(Layer { weights, fused })
             })
             .collect::<Result<_>>()?;
         let projected = |role| spec.embedding.width.map(|_| get(role)).transpose();
@@ -295,7 +286,7 @@ impl Decoder {
             return Err(Error::Input { why, help: "layers count from 0" });
         };
         let action = Error::candle("running a layer");
-        let norm = |site, x: &Tensor| match layer.norms.get(&site) {
+        let norm = |site, x: &Tensor| match layer.weights.norms.get(&site) {
             Some(norm) => norm.forward(x).map_err(&action),
             None => Ok(x.clone()),
         };
@@ -304,7 +295,19 @@ impl Decoder {
         };
         let mlp = |x: &Tensor| self.mlp(index, layer, x, pass).map_err(&action);
         match self.spec.wiring {
-            Wiring::PreNorm | Wiring::PostNorm | Wiring::SandwichNorm => {
+            Wiring::PreNorm => {
+                let mixed = self.mix(index, layer, x, Some(NormSite::Attention), pass, cache)?;
+                let x = match layer.fused.output.as_ref().filter(|_| !pass.hook.changes(index, Linear::AttentionOutput))
+                {
+                    Some(output) => output.forward(&mixed.attention, mixed.term.as_ref(), x).map_err(&action)?,
+                    None => add(x, self.output(index, layer, mixed, pass)?)?,
+                };
+                match layer.fused.mlp.as_ref().filter(|_| !changes_mlp(pass.hook, index)) {
+                    Some((mlp, Some(block))) => mlp.forward_block(&x, block).map_err(&action),
+                    _ => add(&x, mlp(&norm(NormSite::Mlp, &x)?)?),
+                }
+            }
+            Wiring::PostNorm | Wiring::SandwichNorm => {
                 let mixed = self.attention(index, layer, &norm(NormSite::Attention, x)?, pass, cache)?;
                 let x = add(x, norm(NormSite::AttentionOutput, &mixed)?)?;
                 let mixed = mlp(&norm(NormSite::Mlp, &x)?)?;
@@ -332,7 +335,7 @@ impl Decoder {
         x: &Tensor,
         hook: &dyn SiteHook,
     ) -> candle_core::Result<Tensor> {
-        let Some(affine) = layer.linears.get(&linear) else {
+        let Some(affine) = layer.weights.linears.get(&linear) else {
             candle_core::bail!("layer {index} has no {}", linear.module())
         };
         let output = affine.forward(x)?;
@@ -341,6 +344,7 @@ impl Decoder {
         Ok(hook.linear(&map)?.unwrap_or(output))
     }
 
+    /// Attention and its output map, of an input that is normalised already where the layer does so.
     fn attention(
         &self,
         index: usize,
@@ -349,53 +353,116 @@ impl Decoder {
         pass: &Pass,
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
+        let mixed = self.mix(index, layer, x, None, pass, cache)?;
+        self.output(index, layer, mixed, pass)
+    }
+
+    /// The output map of attention.
+    fn output(&self, index: usize, layer: &Layer, mixed: Mixed, pass: &Pass) -> Result<Tensor> {
         let action = Error::candle("computing attention");
-        let project = |linear| self.heads(index, layer, linear, x, pass.hook).map_err(&action);
-        let layer_spec = self.spec.layers.get(index).copied();
-        let angles = layer_spec
-            .and_then(|spec| spec.rotary)
-            .and_then(|rotary| Some((self.spec.attention.rotary.get(rotary)?.interleaved, pass.angles.get(rotary)?)));
-        let rotate = |x: &Tensor| match angles {
-            Some((interleaved, (cos, sin))) => rope(x, cos, sin, interleaved).map_err(&action),
-            None => Ok(x.clone()),
+        let sum = match mixed.term {
+            Some(term) => (mixed.attention + term).map_err(&action)?,
+            None => mixed.attention,
         };
-        let view = |x: &Tensor| x.transpose(1, 2).map_err(&action);
-        let unrotated = project(Linear::Query)?;
-        let unrotated_key = project(Linear::Key)?;
-        let (query, key) = (view(&rotate(&unrotated)?)?, view(&rotate(&unrotated_key)?)?);
-        let (unrotated, unrotated_key) = (view(&unrotated)?, view(&unrotated_key)?);
-        let value = view(&project(Linear::Value)?)?;
+        sum.flatten_from(2)
+            .and_then(|sum| self.linear(index, layer, Linear::AttentionOutput, &sum, pass.hook))
+            .map_err(&action)
+    }
+
+    /// Attention before its output map, and the hook's term; `norm` says what normalises `x` first.
+    fn mix(
+        &self,
+        index: usize,
+        layer: &Layer,
+        x: &Tensor,
+        norm: Option<NormSite>,
+        pass: &Pass,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Mixed> {
+        let action = Error::candle("computing attention");
+        let spec = self.spec.layers.get(index).copied();
+        let window = spec.and_then(|spec| spec.window);
+        let rotation = spec.and_then(|spec| spec.rotary).and_then(|rotary| {
+            let (cos, sin) = pass.angles.get(rotary)?.clone();
+            Some(Rotation { cos, sin, interleaved: self.spec.attention.rotary.get(rotary)?.interleaved })
+        });
+        let (scale, cap) = (self.spec.attention.scale, self.spec.attention.softcap);
+        let changes = [Linear::Query, Linear::Key, Linear::Value].into_iter().any(|l| pass.hook.changes(index, l));
+        let fused = layer.fused.qkv.as_ref();
+        let fused = fused.filter(|_| norm.is_some() && !changes && !pass.hook.sees_unrotated(index));
+        let (heads, packed) = match fused {
+            Some(qkv) => {
+                let qkv = qkv.forward(x, rotation).map_err(&action)?;
+                (self.split(&qkv).map_err(&action)?, Some(qkv))
+            }
+            None => {
+                let normed = match norm.and_then(|site| layer.weights.norms.get(&site)) {
+                    Some(norm) => norm.forward(x).map_err(&action)?,
+                    None => x.clone(),
+                };
+                (self.project(index, layer, &normed, rotation, pass.hook).map_err(&action)?, None)
+            }
+        };
+        let past = cache.is_some();
         let (all_keys, all_values) = match cache {
-            Some(cache) => cache.extend(index, key.clone(), value.clone())?,
-            None => (key.clone(), value.clone()),
+            Some(cache) => cache.extend(index, heads.key.clone(), heads.value.clone())?,
+            None => (heads.key.clone(), heads.value.clone()),
         };
         let (all_keys, all_values, prefix) = prepend(pass.hook, index, all_keys, all_values).map_err(&action)?;
-        let window = layer_spec.and_then(|spec| spec.window);
         let visibility = pass.visibilities.get(&(window, prefix)).ok_or_else(|| Error::Input {
             why: format!("the hook gives layer {index} {prefix} keys, not {}", pass.hook.prefix_length()),
             help: "every layer has as many trained keys as the hook says, or none",
         })?;
-        let (scale, cap) = (self.spec.attention.scale, self.spec.attention.softcap);
-        let mixed = attention(&query, &all_keys, &all_values, visibility, scale, cap).map_err(&action)?;
+        let attention = match packed.filter(|_| !past && prefix == 0) {
+            Some(qkv) => attention_packed(&qkv, self.spec.attention.num_kv_heads, visibility, scale, cap),
+            None => attention(&heads.query, &all_keys, &all_values, visibility, scale, cap).and_then(|y| view(&y)),
+        };
         let site = Site {
             layer: index,
-            query: &query,
-            unrotated: &unrotated,
-            key: &key,
-            unrotated_key: &unrotated_key,
-            value: &value,
+            query: &heads.query,
+            unrotated: heads.unrotated.as_ref().map(|(query, _)| query),
+            key: &heads.key,
+            unrotated_key: heads.unrotated.as_ref().map(|(_, key)| key),
+            value: &heads.value,
         };
         let term = pass.hook.term(&site).map_err(Error::candle("computing the adapter's term"))?;
-        let mixed = view(&mixed)?;
-        let mixed = match term {
-            Some(term) => view(&term)?.contiguous().and_then(|term| mixed + term).map_err(&action)?,
-            None => mixed,
+        let term = term.map(|term| view(&term)?.contiguous()).transpose().map_err(&action)?;
+        Ok(Mixed { attention: attention.map_err(&action)?, term })
+    }
+
+    /// Views of `[batch, seq, num_heads + 2 · num_kv_heads, head_dim]`.
+    fn split(&self, qkv: &Tensor) -> candle_core::Result<Heads> {
+        let (heads, kv_heads) = (self.spec.attention.num_heads, self.spec.attention.num_kv_heads);
+        let part = |start, count| view(&qkv.narrow(2, start, count)?);
+        Ok(Heads {
+            query: part(0, heads)?,
+            key: part(heads, kv_heads)?,
+            value: part(heads + kv_heads, kv_heads)?,
+            unrotated: None,
+        })
+    }
+
+    /// The projections one by one.
+    fn project(
+        &self,
+        index: usize,
+        layer: &Layer,
+        x: &Tensor,
+        rotation: Option<Rotation>,
+        hook: &dyn SiteHook,
+    ) -> candle_core::Result<Heads> {
+        let project = |linear| self.heads(index, layer, linear, x, hook);
+        let rotate = |x: &Tensor| match &rotation {
+            Some(Rotation { cos, sin, interleaved }) => rope(x, cos, sin, *interleaved),
+            None => Ok(x.clone()),
         };
-        let (batch, seq, heads, width) = mixed.dims4().map_err(&action)?;
-        mixed
-            .reshape((batch, seq, heads * width))
-            .and_then(|y| self.linear(index, layer, Linear::AttentionOutput, &y, pass.hook))
-            .map_err(&action)
+        let (query, key) = (project(Linear::Query)?, project(Linear::Key)?);
+        Ok(Heads {
+            query: view(&rotate(&query)?)?,
+            key: view(&rotate(&key)?)?,
+            value: view(&project(Linear::Value)?)?,
+            unrotated: Some((view(&query)?, view(&key)?)),
+        })
     }
 
     /// A projection split into heads and normalised where the model does so, `[batch, seq, heads, head_dim]`.
@@ -414,7 +481,7 @@ impl Decoder {
             Linear::Key => (attention.num_kv_heads, Some(NormSite::Key)),
             _ => (attention.num_kv_heads, None),
         };
-        let norm = site.and_then(|site| layer.norms.get(&site));
+        let norm = site.and_then(|site| layer.weights.norms.get(&site));
         let whole = attention.qk_norm.is_some_and(|qk| qk.over == QkNormOver::Projection);
         let mut y = self.linear(index, layer, linear, x, hook)?;
         if let Some(norm) = norm.filter(|_| whole) {
@@ -428,7 +495,7 @@ impl Decoder {
     }
 
     fn mlp(&self, index: usize, layer: &Layer, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        if let Some(mlp) = layer.mlp.as_ref().filter(|_| !pass.hook.changes_mlp(index)) {
+        if let Some((mlp, _)) = layer.fused.mlp.as_ref().filter(|_| !changes_mlp(pass.hook, index)) {
             return mlp.forward(x);
         }
         let linear = |linear, x: &Tensor| self.linear(index, layer, linear, x, pass.hook);
@@ -447,12 +514,28 @@ impl Decoder {
     }
 }
 
-fn fused_mlp(spec: &DecoderSpec, linears: &BTreeMap<Linear, Affine>) -> Option<GatedMlp> {
-    let weight =
-        |linear| linears.get(&linear).filter(|affine| affine.bias.is_none()).map(|a: &Affine| a.weight.clone());
-    let (gate, up, down) = (weight(Linear::Gate)?, weight(Linear::Up)?, weight(Linear::Down)?);
-    let mlp = GatedMlp { gate, up, down, activation: spec.mlp.activation };
-    mlp.is_fused().then_some(mlp)
+/// Attention of a layer before its output map, and what a hook adds to it, `[batch, seq, num_heads, head_dim]` each.
+struct Mixed {
+    attention: Tensor,
+    term: Option<Tensor>,
+}
+
+/// `[batch, heads, seq, head_dim]` each; query and key rotated.
+struct Heads {
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    /// Query and key before their rotation.
+    unrotated: Option<(Tensor, Tensor)>,
+}
+
+/// Between `[batch, seq, heads, width]` and `[batch, heads, seq, width]`.
+fn view(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.transpose(1, 2)
+}
+
+fn changes_mlp(hook: &dyn SiteHook, layer: usize) -> bool {
+    [Linear::Gate, Linear::Up, Linear::Down].into_iter().any(|linear| hook.changes(layer, linear))
 }
 
 /// The hook's trained keys and values before those of the tokens, and how many there are.

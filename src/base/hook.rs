@@ -11,12 +11,12 @@ pub struct Site<'a> {
     pub layer: usize,
     /// The query that meets the keys: normalised and rotated, not yet scaled, `[batch, num_heads, seq, head_dim]`.
     pub query: &'a Tensor,
-    /// The same before the rotation.
-    pub unrotated: &'a Tensor,
+    /// The same before the rotation, where the hook [sees](SiteHook::sees_unrotated) it.
+    pub unrotated: Option<&'a Tensor>,
     /// The keys of the new tokens, rotated, `[batch, num_kv_heads, seq, head_dim]`.
     pub key: &'a Tensor,
-    /// The same before the rotation.
-    pub unrotated_key: &'a Tensor,
+    /// The same before the rotation, where the hook sees it.
+    pub unrotated_key: Option<&'a Tensor>,
     /// The values of the new tokens, `[batch, num_kv_heads, seq, head_dim]`.
     pub value: &'a Tensor,
 }
@@ -57,9 +57,14 @@ pub trait SiteHook {
         Ok(None)
     }
 
-    /// Whether [`linear`](Self::linear) acts on a layer's feed-forward block. A hook that says no lets the decoder run the
-    /// block in one piece.
-    fn changes_mlp(&self, _layer: usize) -> bool {
+    /// Whether [`linear`](Self::linear) acts on a linear map. A hook that says no lets the decoder run the map together
+    /// with what stands beside it.
+    fn changes(&self, _layer: usize, _linear: Linear) -> bool {
+        true
+    }
+
+    /// Whether [`term`](Self::term) reads queries or keys before their rotation.
+    fn sees_unrotated(&self, _layer: usize) -> bool {
         true
     }
 
@@ -83,7 +88,11 @@ pub trait SiteHook {
 pub struct NoHook;
 
 impl SiteHook for NoHook {
-    fn changes_mlp(&self, _layer: usize) -> bool {
+    fn changes(&self, _layer: usize, _linear: Linear) -> bool {
+        false
+    }
+
+    fn sees_unrotated(&self, _layer: usize) -> bool {
         false
     }
 }

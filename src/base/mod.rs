@@ -11,6 +11,7 @@ mod decoder;
 mod error;
 pub mod family;
 pub mod fetch;
+mod fused;
 mod gguf;
 mod hook;
 mod input;

@@ -7,9 +7,10 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::held::{Held, numbers, tensor};
 use super::matmul::{Matrix, Target, Threads, multiply};
 use super::real::{Real, max, sum_pairs, vectorised};
 
@@ -80,13 +81,27 @@ pub fn attention(
         let mixed = attention(&wide(query)?, &wide(key)?, &wide(value)?, visibility, scale, softcap)?;
         return mixed.to_dtype(query.dtype());
     }
-    let denominators = Mutex::new(None);
-    let op = Attention { visibility: visibility.clone(), scale, softcap, denominators };
+    let op = Attention::new(visibility, scale, softcap);
     let rows_last = |tensor: &Tensor| -> Result<Tensor> {
         if tensor.stride().last() == Some(&1) { Ok(tensor.clone()) } else { tensor.contiguous() }
     };
     let mixed = rows_last(query)?.apply_op3(&rows_last(key)?, &rows_last(value)?, op)?;
     mixed.transpose(1, 2)
+}
+
+/// [`attention`] of queries, keys and values that lie beside each other: `qkv` of `[batch, seq, num_heads + 2 · kv_heads, width]`
+/// in float32 or float64, on the CPU. Returns `[batch, seq, num_heads, width]`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn attention_packed(
+    qkv: &Tensor,
+    kv_heads: usize,
+    visibility: &Arc<Visibility>,
+    scale: f64,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    qkv.contiguous()?.apply_op1(Packed { attention: Attention::new(visibility, scale, softcap), kv_heads })
 }
 
 struct Attention {
@@ -150,6 +165,19 @@ impl Sizes {
 }
 
 impl Attention {
+    fn new(visibility: &Arc<Visibility>, scale: f64, softcap: Option<f64>) -> Self {
+        Self { visibility: visibility.clone(), scale, softcap, denominators: Mutex::new(None) }
+    }
+
+    fn keep(&self, denominators: Vec<f64>) {
+        *self.denominators.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(denominators));
+    }
+
+    fn kept(&self) -> Result<Arc<Vec<f64>>> {
+        let kept = self.denominators.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        kept.ok_or_else(|| candle_core::Error::msg("attention: its forward pass has not run"))
+    }
+
     fn sizes(&self, query: &Shape, key: &Shape, value: &Shape) -> Result<Sizes> {
         let ((batch, heads, seq, width), (_, kv_heads, total, _)) = (query.dims4()?, key.dims4()?);
         let seen = &self.visibility;
@@ -209,7 +237,10 @@ impl Attention {
                     }
                     self.scores(&mut scores, q.rows(row, head, queries.clone()), k, (row, kv), &queries, &keys);
                     let logs = &mut denominators[queries.clone()];
-                    vectorised(|| softmax_rows(&mut scores, keys.len(), logs));
+                    vectorised(
+                        #[inline(always)]
+                        || softmax_rows(&mut scores, keys.len(), logs),
+                    );
                     let out = Target::strided(&mut out[queries.start * width..queries.end * width], width);
                     let weights = Matrix::new(&scores, queries.len(), keys.len());
                     multiply(out, false, T::one(), weights, v.rows(row, kv, keys), Threads::One);
@@ -243,7 +274,10 @@ impl Attention {
         let keys_of_head = k.rows(row, kv, keys.clone());
         let target = Target::strided(scores, keys.len());
         multiply(target, false, T::of(self.scale), queries, keys_of_head.t(), Threads::One);
-        vectorised(|| self.finish_scores(scores, row, block.clone(), keys.clone()));
+        vectorised(
+            #[inline(always)]
+            || self.finish_scores(scores, row, block.clone(), keys.clone()),
+        );
     }
 
     /// Gradients of query, key and value, dense `[batch, heads, length, width]`.
@@ -279,7 +313,10 @@ impl Attention {
                     multiply(Target::strided(&mut ds, keys.len()), false, T::one(), grad, values.t(), Threads::One);
                     let dots = row_dots(out.rows(row, head, queries.clone()), grad);
                     let slopes = Slopes { scale: T::of(self.scale), cap: self.softcap.map(T::of) };
-                    vectorised(|| slopes.apply(&mut weights, &mut ds, keys.len(), &logs[queries.clone()], &dots));
+                    vectorised(
+                        #[inline(always)]
+                        || slopes.apply(&mut weights, &mut ds, keys.len(), &logs[queries.clone()], &dots),
+                    );
                     let (weights, ds) =
                         (Matrix::new(&weights, queries.len(), keys.len()), Matrix::new(&ds, queries.len(), keys.len()));
                     let span = keys.start * width..keys.end * width;
@@ -314,7 +351,14 @@ fn softmax_rows<T: Real>(scores: &mut [T], width: usize, logs: &mut [f64]) {
 
 /// The dot product of each row of two matrices.
 fn row_dots<T: Real>(a: Matrix<T>, b: Matrix<T>) -> Vec<T> {
-    (0..a.rows()).map(|row| vectorised(|| sum_pairs(a.row(row), b.row(row), |a, b| a * b))).collect()
+    (0..a.rows())
+        .map(|row| {
+            vectorised(
+                #[inline(always)]
+                || sum_pairs(a.row(row), b.row(row), |a, b| a * b),
+            )
+        })
+        .collect()
 }
 
 struct Slopes<T> {
@@ -372,7 +416,7 @@ impl CustomOp3 for Attention {
             }
             _ => candle_core::bail!("attention: inputs are neither all float32 nor all float64"),
         };
-        *self.denominators.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(denominators));
+        self.keep(denominators);
         Ok((out, (sizes.batch, sizes.seq, sizes.heads, sizes.width).into()))
     }
 
@@ -397,8 +441,7 @@ impl CustomOp3 for Attention {
             let tensor = |values, of: &Tensor| Tensor::from_vec(values, of.shape(), &Device::Cpu);
             Ok([tensor(dq, tensors[0])?, tensor(dk, tensors[1])?, tensor(dv, tensors[2])?])
         }
-        let logs = self.denominators.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let Some(logs) = logs else { candle_core::bail!("attention: its forward pass has not run") };
+        let logs = self.kept()?;
         let (out, grad) = (out.transpose(1, 2)?, grad.contiguous()?.transpose(1, 2)?);
         let tensors = [q, k, v, &out, &grad];
         let [dq, dk, dv] = match q.dtype() {
@@ -406,6 +449,88 @@ impl CustomOp3 for Attention {
             _ => of::<f32>(self, tensors, &logs)?,
         };
         Ok((Some(dq), Some(dk), Some(dv)))
+    }
+}
+
+struct Packed {
+    attention: Attention,
+    kv_heads: usize,
+}
+
+impl Packed {
+    fn sizes(&self, qkv: &Shape) -> Result<Sizes> {
+        let (batch, seq, all, width) = qkv.dims4()?;
+        let (kv_heads, seen) = (self.kv_heads, &self.attention.visibility);
+        let heads = all.saturating_sub(2 * kv_heads);
+        let fits = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
+        if !fits || (seen.batch, seen.seq, seen.total) != (batch, seq, seq) {
+            candle_core::bail!("attention: {qkv:?} of {kv_heads} key heads does not fit the visibility");
+        }
+        Ok(Sizes { batch, heads, kv_heads, seq, total: seq, width })
+    }
+
+    fn forward<T: Real + WithDType>(&self, qkv: &[T], sizes: Sizes) -> Vec<T> {
+        let [q, k, v] = sizes.split(qkv);
+        let (out, denominators) = self.attention.forward(q, k, v, sizes);
+        self.attention.keep(denominators);
+        out
+    }
+
+    fn backward<T: Real + WithDType>(&self, qkv: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let sizes = self.sizes(qkv.shape())?;
+        let Sizes { heads, kv_heads, seq, width, .. } = sizes;
+        let held = [Held::of(qkv)?, Held::of(out)?, Held::of(grad)?];
+        let [q, k, v] = sizes.split(held[0].numbers::<T>()?);
+        let of_heads = |data| Heads { data, strides: [seq * heads * width, width, heads * width], width };
+        let (out, grad) = (of_heads(held[1].numbers()?), of_heads(held[2].numbers()?));
+        let [dq, dk, dv] = self.attention.backward([q, k, v, out, grad], &self.attention.kept()?, sizes);
+        let mut all = vec![T::zero(); qkv.elem_count()];
+        all.par_chunks_mut(((heads + 2 * kv_heads) * width).max(1)).enumerate().for_each(|(at, row)| {
+            let (batch, position) = (at / seq, at % seq);
+            let parts = [(&dq, heads), (&dk, kv_heads), (&dv, kv_heads)];
+            let sources = parts.into_iter().flat_map(|(part, heads)| (0..heads).map(move |head| (part, heads, head)));
+            for (target, (part, heads, head)) in row.chunks_exact_mut(width).zip(sources) {
+                let start = ((batch * heads + head) * seq + position) * width;
+                target.copy_from_slice(&part[start..start + width]);
+            }
+        });
+        tensor(all, qkv.shape())
+    }
+}
+
+impl Sizes {
+    /// Queries, keys and values of `[batch, seq, heads + 2 · kv_heads, width]`.
+    fn split<'a, T>(&self, qkv: &'a [T]) -> [Heads<'a, T>; 3] {
+        let row = (self.heads + 2 * self.kv_heads) * self.width;
+        [0, self.heads, self.heads + self.kv_heads].map(|head| Heads {
+            data: qkv.get(head * self.width..).unwrap_or_default(),
+            strides: [self.seq * row, self.width, row],
+            width: self.width,
+        })
+    }
+}
+
+impl CustomOp1 for Packed {
+    fn name(&self) -> &'static str {
+        "attention-packed"
+    }
+
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let sizes = self.sizes(layout.shape())?;
+        let out = match qkv {
+            CpuStorage::F32(_) => CpuStorage::F32(self.forward(numbers(qkv, layout)?, sizes)),
+            CpuStorage::F64(_) => CpuStorage::F64(self.forward(numbers(qkv, layout)?, sizes)),
+            _ => candle_core::bail!("attention: the input is neither float32 nor float64"),
+        };
+        Ok((out, (sizes.batch, sizes.seq, sizes.heads, sizes.width).into()))
+    }
+
+    fn bwd(&self, qkv: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        Ok(Some(match qkv.dtype() {
+            DType::F64 => self.backward::<f64>(qkv, out, &grad)?,
+            _ => self.backward::<f32>(qkv, out, &grad)?,
+        }))
     }
 }
 
@@ -504,6 +629,21 @@ mod tests {
         let expected = gradients(composed(q, k, v, &bias, 0.5, None));
         for var in &vars {
             assert!(max_difference(found.get(var).unwrap(), expected.get(var).unwrap()) < 1e-13);
+        }
+    }
+
+    #[test]
+    fn packed_inputs_give_what_separate_ones_give() {
+        let (heads, kv_heads, seq) = (4, 2, 5);
+        let qkv = numbers(&[2, seq, heads + 2 * kv_heads, 2], 0.0);
+        let visibility = visibility(2, seq, seq, |_, query, key| key <= query);
+        for cap in [None, Some(0.7)] {
+            let part = |start, count| qkv.narrow(2, start, count).unwrap().transpose(1, 2).unwrap();
+            let (q, k, v) = (part(0, heads), part(heads, kv_heads), part(heads + kv_heads, kv_heads));
+            let expected = attention(&q, &k, &v, &visibility, 1.3, cap).unwrap().transpose(1, 2).unwrap();
+            let found = attention_packed(&qkv, kv_heads, &visibility, 1.3, cap).unwrap();
+            assert_eq!(max_difference(&found, &expected), 0.0);
+            check_gradient(&qkv, |qkv| attention_packed(qkv, kv_heads, &visibility, 1.3, cap));
         }
     }
 

@@ -128,7 +128,10 @@ impl FusedLoss {
             let targets = &self.targets[start..start + count];
             let rows = logits.par_chunks_mut(vocab).zip(targets).zip(&mut found[start..start + count]);
             rows.for_each(|((logits, target), found)| {
-                *found = vectorised(|| self.row(logits, bias.as_deref(), *target as usize));
+                *found = vectorised(
+                    #[inline(always)]
+                    || self.row(logits, bias.as_deref(), *target as usize),
+                );
             });
             if self.gradient.is_some() {
                 let target = Target::strided(&mut gradient[start * width..][..count * width], width);
@@ -226,10 +229,13 @@ impl RowLoss {
         let width = logits.len() / self.targets.len().max(1);
         let rows = logits.par_chunks(width.max(1)).zip(&self.targets);
         rows.map(|(row, target)| {
-            vectorised(|| {
-                let largest = max(row);
-                T::of(log_sum(row, |z| (z - largest).fast_exp())) + largest - row[*target as usize]
-            })
+            vectorised(
+                #[inline(always)]
+                || {
+                    let largest = max(row);
+                    T::of(log_sum(row, |z| (z - largest).fast_exp())) + largest - row[*target as usize]
+                },
+            )
         })
         .collect()
     }
@@ -240,7 +246,10 @@ impl RowLoss {
         let rows = out.par_chunks_mut(width.max(1)).zip(&self.targets).zip(nll.par_iter().zip(grad));
         rows.for_each(|((row, target), (nll, grad))| {
             let log_total = *nll + row[*target as usize];
-            vectorised(|| row.iter_mut().for_each(|z| *z = (*z - log_total).fast_exp() * *grad));
+            vectorised(
+                #[inline(always)]
+                || row.iter_mut().for_each(|z| *z = (*z - log_total).fast_exp() * *grad),
+            );
             row[*target as usize] = row[*target as usize] - *grad;
         });
         out

@@ -20,13 +20,27 @@ pub fn elu(x: &Tensor) -> Result<Tensor> {
 /// Elements that a task works on.
 const CHUNK: usize = 1 << 13;
 
+#[inline(always)]
+pub(super) fn elu_of<T: Real>(x: T) -> T {
+    if x > T::zero() { x } else { x.fast_exp() - T::one() }
+}
+
+/// The slope at `x`.
+#[inline(always)]
+pub(super) fn elu_slope<T: Real>(x: T) -> T {
+    if x > T::zero() { T::one() } else { x.fast_exp() }
+}
+
 struct Elu;
 
 impl RowKernel for Elu {
     fn compute<T: Real>(&self, inputs: &[&[T]], _: &[&[T]], _: &Shape) -> Vec<T> {
         let mut y = inputs[0].to_vec();
         y.par_chunks_mut(CHUNK).for_each(|y| {
-            vectorised(|| y.iter_mut().for_each(|x| *x = if *x > T::zero() { *x } else { x.fast_exp() - T::one() }));
+            vectorised(
+                #[inline(always)]
+                || y.iter_mut().for_each(|x| *x = elu_of(*x)),
+            );
         });
         y
     }
@@ -53,11 +67,14 @@ impl RowKernel for EluGrad {
     fn compute<T: Real>(&self, inputs: &[&[T]], _: &[&[T]], _: &Shape) -> Vec<T> {
         let mut dx = inputs[1].to_vec();
         dx.par_chunks_mut(CHUNK).zip(inputs[0].par_chunks(CHUNK)).for_each(|(dx, y)| {
-            vectorised(|| {
-                for (d, y) in dx.iter_mut().zip(y) {
-                    *d = *d * if *y > T::zero() { T::one() } else { *y + T::one() };
-                }
-            });
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (d, y) in dx.iter_mut().zip(y) {
+                        *d = *d * if *y > T::zero() { T::one() } else { *y + T::one() };
+                    }
+                },
+            );
         });
         dx
     }

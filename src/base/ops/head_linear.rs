@@ -1,27 +1,51 @@
 //! One matrix for each head.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::elu::{elu_of, elu_slope};
+use super::held::{Held, numbers, tensor};
 use super::matmul::{Matrix, Target, Threads, multiply};
-use super::real::Real;
+use super::real::{Real, vectorised};
 
-/// `x[b, h, s, :] · m[h]`: `x` of `[batch, heads, seq, in]`, `m` of `[heads, in, out]`, both trainable. Returns `[batch, heads, seq,
-/// out]`, a view of `[batch, seq, heads, out]`; an `x` that is such a view is not copied.
+/// What a row goes through before its matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// Nothing.
+    Identity,
+    /// `x` where positive, else `exp(x) − 1`.
+    Elu,
+}
+
+/// `φ(x[b, h, s, :]) · m[h]`: `x` of `[batch, heads, seq, in]`, `m` of `[heads, in, out]`, both trainable. Returns `[batch, heads,
+/// seq, out]`, a view of `[batch, seq, heads, out]`; an `x` whose heads of a position lie side by side is not copied, and its
+/// features are not kept.
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn head_linear(x: &Tensor, m: &Tensor) -> Result<Tensor> {
-    let rows = x.transpose(1, 2)?.contiguous()?;
+pub fn head_linear(x: &Tensor, m: &Tensor, feature: Feature) -> Result<Tensor> {
+    let rows = x.transpose(1, 2)?;
+    let rows = if row_stride(rows.layout()).is_some() { rows } else { rows.contiguous()? };
     if matches!(x.dtype(), DType::F16 | DType::BF16) {
-        let y = rows.to_dtype(DType::F32)?.apply_op2(&m.to_dtype(DType::F32)?.contiguous()?, HeadLinear)?;
-        return y.to_dtype(x.dtype())?.transpose(1, 2);
+        let (rows, m) = (rows.to_dtype(DType::F32)?, m.to_dtype(DType::F32)?.contiguous()?);
+        return rows.apply_op2(&m, HeadLinear { feature })?.to_dtype(x.dtype())?.transpose(1, 2);
     }
-    rows.apply_op2(&m.contiguous()?, HeadLinear)?.transpose(1, 2)
+    rows.apply_op2(&m.contiguous()?, HeadLinear { feature })?.transpose(1, 2)
+}
+
+/// How far apart the positions of `[batch, seq, heads, width]` are, where all else is dense.
+fn row_stride(layout: &Layout) -> Option<usize> {
+    let (_, seq, heads, width) = layout.shape().dims4().ok()?;
+    match layout.stride() {
+        [batch, row, head, 1] if *head == width && *row >= heads * width && *batch == seq * row => Some(*row),
+        _ => None,
+    }
 }
 
 /// From `[batch, seq, heads, in]` and `[heads, in, out]` to `[batch, seq, heads, out]`.
-struct HeadLinear;
+struct HeadLinear {
+    feature: Feature,
+}
 
 /// Rows that a task works on.
 const BLOCK: usize = 128;
@@ -37,41 +61,116 @@ struct Sizes {
 impl Sizes {
     fn of(x: &Shape, m: &Shape) -> Result<Self> {
         let ((batch, seq, heads, width), (m_heads, m_width, out)) = (x.dims4()?, m.dims3()?);
-        if (heads, width) != (m_heads, m_width) {
+        if (heads, width) != (m_heads, m_width) || heads * width * out == 0 {
             candle_core::bail!("head-linear: input {x:?} does not fit matrices {m:?}");
         }
         Ok(Self { rows: batch * seq, heads, width, out })
     }
 }
 
-/// `y[r, h, :] = x[r, h, :] · m[h]`, or with each `m[h]` transposed.
-fn apply<T: Real>(x: &[T], m: &[T], sizes: Sizes, transposed: bool) -> Vec<T> {
+/// Rows of all heads, which begin `stride` apart.
+#[derive(Clone, Copy)]
+struct Rows<'a, T> {
+    data: &'a [T],
+    stride: usize,
+}
+
+impl<'a, T: Real> Rows<'a, T> {
+    fn new(data: &'a [T], layout: &Layout) -> Result<Self> {
+        match (row_stride(layout), data.get(layout.start_offset()..)) {
+            (Some(stride), Some(data)) => Ok(Self { data, stride }),
+            _ => candle_core::bail!("head-linear: rows of {:?} are not dense", layout.shape()),
+        }
+    }
+
+    fn row(&self, row: usize, width: usize) -> &'a [T] {
+        &self.data[row * self.stride..][..width]
+    }
+
+    /// Features of some rows, dense.
+    fn features(&self, rows: std::ops::Range<usize>, width: usize, feature: Feature) -> Vec<T> {
+        let mut out = Vec::with_capacity(rows.len() * width);
+        rows.for_each(|row| out.extend_from_slice(self.row(row, width)));
+        if feature == Feature::Elu {
+            vectorised(
+                #[inline(always)]
+                || out.iter_mut().for_each(|x| *x = elu_of(*x)),
+            );
+        }
+        out
+    }
+}
+
+fn apply<T: Real>(x: Rows<T>, m: &[T], sizes: Sizes, feature: Feature) -> Vec<T> {
     let Sizes { rows, heads, width, out } = sizes;
-    let (from, to) = if transposed { (out, width) } else { (width, out) };
-    let mut y = vec![T::zero(); rows * heads * to];
-    let blocks = y.par_chunks_mut((BLOCK * heads * to).max(1)).zip(x.par_chunks((BLOCK * heads * from).max(1)));
-    blocks.for_each(|(y, x)| {
-        let rows = y.len() / (heads * to).max(1);
+    let mut y = vec![T::zero(); rows * heads * out];
+    y.par_chunks_mut(BLOCK * heads * out).enumerate().for_each(|(block, y)| {
+        let count = y.len() / (heads * out);
+        let features = x.features(block * BLOCK..block * BLOCK + count, heads * width, feature);
         for head in 0..heads {
             let matrix = Matrix::new(&m[head * width * out..][..width * out], width, out);
-            let matrix = if transposed { matrix.t() } else { matrix };
-            let x = Matrix::strided(&x[head * from..], rows, from, heads * from);
-            multiply(Target::strided(&mut y[head * to..], heads * to), false, T::one(), x, matrix, Threads::One);
+            let x = Matrix::strided(&features[head * width..], count, width, heads * width);
+            multiply(Target::strided(&mut y[head * out..], heads * out), false, T::one(), x, matrix, Threads::One);
         }
     });
     y
 }
 
-/// `dm[h] = Σ_r x[r, h, :] ⊗ grad[r, h, :]`.
-fn outer<T: Real>(x: &[T], grad: &[T], sizes: Sizes) -> Vec<T> {
+/// `dx[r, h, :] = φ'(x[r, h, :]) · (grad[r, h, :] · m[h]ᵀ)`.
+fn input_gradient<T: Real>(x: Rows<T>, m: &[T], grad: &[T], sizes: Sizes, feature: Feature) -> Vec<T> {
+    let Sizes { rows, heads, width, out } = sizes;
+    let mut dx = vec![T::zero(); rows * heads * width];
+    let blocks = dx.par_chunks_mut(BLOCK * heads * width).zip(grad.par_chunks(BLOCK * heads * out));
+    blocks.enumerate().for_each(|(block, (dx, grad))| {
+        let count = dx.len() / (heads * width);
+        for head in 0..heads {
+            let matrix = Matrix::new(&m[head * width * out..][..width * out], width, out).t();
+            let grad = Matrix::strided(&grad[head * out..], count, out, heads * out);
+            let dx = Target::strided(&mut dx[head * width..], heads * width);
+            multiply(dx, false, T::one(), grad, matrix, Threads::One);
+        }
+        if feature == Feature::Elu {
+            for (row, dx) in dx.chunks_exact_mut(heads * width).enumerate() {
+                let x = x.row(block * BLOCK + row, heads * width);
+                vectorised(
+                    #[inline(always)]
+                    || dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = *dx * elu_slope(*x)),
+                );
+            }
+        }
+    });
+    dx
+}
+
+/// `dm[h] = Σ_r φ(x[r, h, :]) ⊗ grad[r, h, :]`.
+fn matrix_gradient<T: Real>(x: Rows<T>, grad: &[T], sizes: Sizes, feature: Feature) -> Vec<T> {
     let Sizes { rows, heads, width, out } = sizes;
     let mut dm = vec![T::zero(); heads * width * out];
-    dm.par_chunks_mut((width * out).max(1)).enumerate().for_each(|(head, dm)| {
-        let x = Matrix::strided(&x[head * width..], rows, width, heads * width);
-        let grad = Matrix::strided(&grad[head * out..], rows, out, heads * out);
-        multiply(Target::strided(dm, out), false, T::one(), x.t(), grad, Threads::One);
+    dm.par_chunks_mut(width * out).enumerate().for_each(|(head, dm)| {
+        let x = Rows { data: &x.data[head * width..], stride: x.stride };
+        for start in (0..rows).step_by(BLOCK) {
+            let count = BLOCK.min(rows - start);
+            let features = x.features(start..start + count, width, feature);
+            let features = Matrix::new(&features, count, width);
+            let grad = Matrix::strided(&grad[(start * heads + head) * out..], count, out, heads * out);
+            multiply(Target::strided(dm, out), true, T::one(), features.t(), grad, Threads::One);
+        }
     });
     dm
+}
+
+impl HeadLinear {
+    fn gradients<T: Real + WithDType>(&self, x: &Tensor, m: &Tensor, grad: &Tensor) -> Result<[Tensor; 2]> {
+        let sizes = Sizes::of(x.shape(), m.shape())?;
+        let (storage, layout) = x.storage_and_layout();
+        let candle_core::Storage::Cpu(storage) = &*storage else { candle_core::bail!("head-linear: not on the CPU") };
+        let (held_m, held_grad) = (Held::of(m)?, Held::of(grad)?);
+        let grad: &[T] = held_grad.numbers()?;
+        let rows = Rows::new(T::cpu_storage_as_slice(storage)?, layout)?;
+        let dx = input_gradient(rows, held_m.numbers()?, grad, sizes, self.feature);
+        let dm = matrix_gradient(rows, grad, sizes, self.feature);
+        Ok([tensor(dx, x.shape())?, tensor(dm, m.shape())?])
+    }
 }
 
 impl CustomOp2 for HeadLinear {
@@ -81,10 +180,13 @@ impl CustomOp2 for HeadLinear {
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, m: &CpuStorage, lm: &Layout) -> Result<(CpuStorage, Shape)> {
         let sizes = Sizes::of(lx.shape(), lm.shape())?;
-        let (at, of) = (lx.start_offset(), lm.start_offset());
         let y = match (x, m) {
-            (CpuStorage::F32(x), CpuStorage::F32(m)) => CpuStorage::F32(apply(&x[at..], &m[of..], sizes, false)),
-            (CpuStorage::F64(x), CpuStorage::F64(m)) => CpuStorage::F64(apply(&x[at..], &m[of..], sizes, false)),
+            (CpuStorage::F32(x), CpuStorage::F32(_)) => {
+                CpuStorage::F32(apply(Rows::new(x, lx)?, numbers(m, lm)?, sizes, self.feature))
+            }
+            (CpuStorage::F64(x), CpuStorage::F64(_)) => {
+                CpuStorage::F64(apply(Rows::new(x, lx)?, numbers(m, lm)?, sizes, self.feature))
+            }
             _ => candle_core::bail!("head-linear: inputs are neither both float32 nor both float64"),
         };
         let (batch, seq, heads, _) = lx.shape().dims4()?;
@@ -92,28 +194,10 @@ impl CustomOp2 for HeadLinear {
     }
 
     fn bwd(&self, x: &Tensor, m: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        fn of<T: Real + WithDType>(tensors: [&Tensor; 3], sizes: Sizes) -> Result<[Vec<T>; 2]> {
-            let guards = tensors.map(|tensor| tensor.storage_and_layout());
-            let mut slices = Vec::with_capacity(3);
-            for (storage, layout) in &guards {
-                let Storage::Cpu(storage) = &**storage else { candle_core::bail!("head-linear: not on the CPU") };
-                let (start, end) = (layout.start_offset(), layout.start_offset() + layout.shape().elem_count());
-                slices.push(&T::cpu_storage_as_slice(storage)?[start..end]);
-            }
-            Ok([apply(slices[2], slices[1], sizes, true), outer(slices[0], slices[2], sizes)])
-        }
-        let sizes = Sizes::of(x.shape(), m.shape())?;
         let grad = grad.contiguous()?;
-        let tensors = [x, m, &grad];
-        let (dx, dm) = match x.dtype() {
-            DType::F64 => {
-                let [dx, dm] = of::<f64>(tensors, sizes)?;
-                (Tensor::from_vec(dx, x.shape(), &Device::Cpu)?, Tensor::from_vec(dm, m.shape(), &Device::Cpu)?)
-            }
-            _ => {
-                let [dx, dm] = of::<f32>(tensors, sizes)?;
-                (Tensor::from_vec(dx, x.shape(), &Device::Cpu)?, Tensor::from_vec(dm, m.shape(), &Device::Cpu)?)
-            }
+        let [dx, dm] = match x.dtype() {
+            DType::F64 => self.gradients::<f64>(x, m, &grad)?,
+            _ => self.gradients::<f32>(x, m, &grad)?,
         };
         Ok((Some(dx), Some(dm)))
     }
@@ -127,15 +211,23 @@ mod tests {
     #[test]
     fn it_is_a_product_for_each_head_with_exact_gradients() {
         for seq in [3, BLOCK + 5] {
-            let (x, m) = (numbers(&[2, seq, 3, 4], 0.0).transpose(1, 2).unwrap(), numbers(&[3, 4, 2], 1.0));
-            let expected = x
-                .contiguous()
-                .unwrap()
-                .matmul(&m.unsqueeze(0).unwrap().expand((2, 3, 4, 2)).unwrap().contiguous().unwrap());
-            assert!(max_difference(&head_linear(&x, &m).unwrap(), &expected.unwrap()) < 1e-14);
+            // three heads of five, so that rows are apart
+            let packed = (numbers(&[2, seq, 5, 4], 0.0) * 2.0).unwrap();
+            let x = packed.narrow(2, 1, 3).unwrap().transpose(1, 2).unwrap();
+            let m = numbers(&[3, 4, 2], 1.0);
+            for (feature, features) in
+                [(Feature::Identity, x.contiguous()), (Feature::Elu, x.contiguous().unwrap().elu(1.0))]
+            {
+                let matrices = m.unsqueeze(0).unwrap().expand((2, 3, 4, 2)).unwrap().contiguous().unwrap();
+                let expected = features.unwrap().matmul(&matrices).unwrap();
+                assert!(max_difference(&head_linear(&x, &m, feature).unwrap(), &expected) < 1e-14);
+            }
         }
-        let (x, m) = (numbers(&[2, 3, 4, 4], 0.0), numbers(&[3, 4, 2], 1.0));
-        check_gradient(&x, |x| head_linear(x, &m));
-        check_gradient(&m, |m| head_linear(&x, m));
+        let (packed, m) = (numbers(&[2, 4, 4, 4], 0.0), numbers(&[3, 4, 2], 1.0));
+        let view = |packed: &Tensor| packed.narrow(2, 1, 3)?.transpose(1, 2);
+        for feature in [Feature::Identity, Feature::Elu] {
+            check_gradient(&packed, |packed| head_linear(&view(packed)?, &m, feature));
+            check_gradient(&m, |m| head_linear(&view(&packed)?, m, feature));
+        }
     }
 }

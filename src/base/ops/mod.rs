@@ -9,21 +9,24 @@ mod attention;
 mod cross_entropy;
 mod elu;
 mod head_linear;
+mod held;
 mod linear;
 mod matmul;
 mod mlp;
 mod norm;
+mod projection;
 mod real;
 mod rope;
 mod rows;
 
-pub use attention::{Visibility, attention};
+pub use attention::{Visibility, attention, attention_packed};
 pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
 pub use elu::elu;
-pub use head_linear::head_linear;
+pub use head_linear::{Feature, head_linear};
 pub use linear::linear;
-pub use mlp::GatedMlp;
-pub use norm::norm;
+pub use mlp::{GatedMlp, MlpBlock};
+pub use norm::NormWeights;
+pub use projection::{OutputProjection, QkvProjection, Rotation};
 pub use rope::rope;
 
 #[cfg(test)]

@@ -1,34 +1,72 @@
 //! Root-mean-square and layer normalisation.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::held::{Held, is_plain};
 use super::real::{Real, sum, sum_pairs, vectorised};
 use super::rows::{RowKernel, last_dim, run_rows};
 use crate::base::{Norm, NormKind};
 
-/// Normalises `x` over its last dimension; see [`NormKind`]. A weight of several rows serves the rows of `x` in turn.
-///
-/// # Errors
-/// When the shapes do not fit.
-pub fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, norm: &Norm) -> Result<Tensor> {
-    if x.dim(D::Minus1)? != weight.dim(D::Minus1)? {
-        candle_core::bail!("norm: input {:?} does not fit weight {:?}", x.dims(), weight.dims());
-    }
-    let y = if weight.track_op() {
-        let centred = match norm.kind {
-            NormKind::Rms => x.clone(),
-            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+/// The weights of a normalisation.
+#[derive(Clone, Debug)]
+pub struct NormWeights {
+    /// Its kind.
+    pub norm: Norm,
+    /// `[width]`; of several rows, they serve the rows of what is normalised in turn.
+    pub weight: Tensor,
+    /// As the weight.
+    pub bias: Option<Tensor>,
+}
+
+impl NormWeights {
+    /// Normalises `x` over its last dimension; see [`NormKind`].
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (weight, norm) = (&self.weight, &self.norm);
+        if x.dim(D::Minus1)? != weight.dim(D::Minus1)? {
+            candle_core::bail!("norm: input {:?} does not fit weight {:?}", x.dims(), weight.dims());
+        }
+        let y = if weight.track_op() {
+            let centred = match norm.kind {
+                NormKind::Rms => x.clone(),
+                NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+            };
+            let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+            let normed = centred.broadcast_div(&(variance + norm.epsilon)?.sqrt()?)?;
+            normed.broadcast_mul(&(weight + norm.weight_offset)?)?
+        } else {
+            x.contiguous()?.apply_op1(RowNorm { weight: weight.contiguous()?, norm: *norm })?
         };
-        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-        let normed = centred.broadcast_div(&(variance + norm.epsilon)?.sqrt()?)?;
-        normed.broadcast_mul(&(weight + norm.weight_offset)?)?
-    } else {
-        x.contiguous()?.apply_op1(RowNorm { weight: weight.contiguous()?, norm: *norm })?
-    };
-    match bias {
-        Some(bias) => y.broadcast_add(bias),
-        None => Ok(y),
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+
+    /// Whether an operation can take it as a part of itself.
+    pub(super) fn is_plain(&self) -> bool {
+        is_plain(&self.weight) && self.bias.as_ref().is_none_or(is_plain)
+    }
+
+    /// Normalised rows.
+    pub(super) fn rows<T: Real + WithDType>(&self, x: &[T]) -> Result<Vec<T>> {
+        let weight = Held::of(&self.weight)?;
+        let mut y = normed(x, weight.numbers()?, self.weight.dim(D::Minus1)?.max(1), &self.norm);
+        if let Some(bias) = &self.bias {
+            let held = Held::of(bias)?;
+            let bias: &[T] = held.numbers()?;
+            y.par_chunks_mut(bias.len().max(1)).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += *b));
+        }
+        Ok(y)
+    }
+
+    /// The gradient of the rows that were normalised.
+    pub(super) fn rows_gradient<T: Real + WithDType>(&self, x: &[T], grad: &[T]) -> Result<Vec<T>> {
+        let weight = Held::of(&self.weight)?;
+        Ok(norm_gradient(x, grad, weight.numbers()?, self.weight.dim(D::Minus1)?.max(1), &self.norm))
     }
 }
 
@@ -55,20 +93,26 @@ fn weights_of<T>(weight: &[T], row: usize, width: usize) -> &[T] {
     &weight[start..start + width]
 }
 
-impl RowKernel for RowNorm {
-    fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
-        let (x, weight, width) = (inputs[0], constants[0], last_dim(shape));
-        let offset = T::of(self.norm.weight_offset);
-        let mut y = vec![T::zero(); x.len()];
-        y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
-            vectorised(|| {
-                let (mean, r) = moments(x, &self.norm);
+fn normed<T: Real>(x: &[T], weight: &[T], width: usize, norm: &Norm) -> Vec<T> {
+    let offset = T::of(norm.weight_offset);
+    let mut y = vec![T::zero(); x.len()];
+    y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
+        vectorised(
+            #[inline(always)]
+            || {
+                let (mean, r) = moments(x, norm);
                 for ((y, x), w) in y.iter_mut().zip(x).zip(weights_of(weight, row, width)) {
                     *y = (*x - mean) * r * (*w + offset);
                 }
-            });
-        });
-        y
+            },
+        );
+    });
+    y
+}
+
+impl RowKernel for RowNorm {
+    fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
+        normed(inputs[0], constants[0], last_dim(shape), &self.norm)
     }
 }
 
@@ -89,25 +133,20 @@ impl CustomOp1 for RowNorm {
 
 /// With `x̂` the normalised row, `r` its factor and `g = grad · weight`: `dx = r · (g − mean(g) − x̂ · mean(g·x̂))`, without
 /// `mean(g)` where the mean is not taken off.
-struct RowNormGrad {
-    weight: Tensor,
-    norm: Norm,
-}
-
-impl RowKernel for RowNormGrad {
-    fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
-        let (x, grad, weight, width) = (inputs[0], inputs[1], constants[0], last_dim(shape));
-        let (offset, count) = (T::of(self.norm.weight_offset), T::of(width as f64));
-        let mut dx = vec![T::zero(); x.len()];
-        let rows = dx.par_chunks_mut(width).zip(x.par_chunks(width)).zip(grad.par_chunks(width));
-        rows.enumerate().for_each(|(row, ((dx, x), grad))| {
-            let weight = weights_of(weight, row, width);
-            vectorised(|| {
-                let (mean, r) = moments(x, &self.norm);
+fn norm_gradient<T: Real>(x: &[T], grad: &[T], weight: &[T], width: usize, norm: &Norm) -> Vec<T> {
+    let (offset, count) = (T::of(norm.weight_offset), T::of(width as f64));
+    let mut dx = vec![T::zero(); x.len()];
+    let rows = dx.par_chunks_mut(width).zip(x.par_chunks(width)).zip(grad.par_chunks(width));
+    rows.enumerate().for_each(|(row, ((dx, x), grad))| {
+        let weight = weights_of(weight, row, width);
+        vectorised(
+            #[inline(always)]
+            || {
+                let (mean, r) = moments(x, norm);
                 for ((dx, g), w) in dx.iter_mut().zip(grad).zip(weight) {
                     *dx = *g * (*w + offset);
                 }
-                let shift = match self.norm.kind {
+                let shift = match norm.kind {
                     NormKind::Rms => T::zero(),
                     NormKind::Layer => sum(dx, |g| g) / count,
                 };
@@ -115,9 +154,20 @@ impl RowKernel for RowNormGrad {
                 for (dx, x) in dx.iter_mut().zip(x) {
                     *dx = r * (*dx - shift - (*x - mean) * shrink);
                 }
-            });
-        });
-        dx
+            },
+        );
+    });
+    dx
+}
+
+struct RowNormGrad {
+    weight: Tensor,
+    norm: Norm,
+}
+
+impl RowKernel for RowNormGrad {
+    fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
+        norm_gradient(inputs[0], inputs[1], constants[0], last_dim(shape), &self.norm)
     }
 }
 
@@ -150,10 +200,15 @@ mod tests {
             for rows in [&[6][..], &[3, 6]] {
                 let (weight, bias) = (numbers(rows, 1.0), numbers(rows, 2.0));
                 let x = numbers(&[2, 3, 6], 0.0);
-                check_gradient(&x, |x| norm(x, &weight, Some(&bias), kind));
+                let with = |weight: &Tensor, bias: Option<&Tensor>| NormWeights {
+                    norm: *kind,
+                    weight: weight.clone(),
+                    bias: bias.cloned(),
+                };
+                check_gradient(&x, |x| with(&weight, Some(&bias)).forward(x));
                 let trainable = Var::from_tensor(&weight).unwrap();
-                let composed = norm(&x, trainable.as_tensor(), None, kind).unwrap();
-                assert!(max_difference(&norm(&x, &weight, None, kind).unwrap(), &composed) < 1e-14);
+                let composed = with(trainable.as_tensor(), None).forward(&x).unwrap();
+                assert!(max_difference(&with(&weight, None).forward(&x).unwrap(), &composed) < 1e-14);
             }
         }
     }
@@ -164,8 +219,11 @@ mod tests {
         for dtype in [DType::F16, DType::BF16] {
             let (x, weight) = (x.to_dtype(dtype).unwrap(), weight.to_dtype(dtype).unwrap());
             let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
-            let half = norm(&x, &weight, None, &KINDS[1]).unwrap();
-            let full = norm(&wide(&x), &wide(&weight), None, &KINDS[1]).unwrap().to_dtype(dtype).unwrap();
+            let norm = |x: &Tensor, weight: &Tensor| {
+                NormWeights { norm: KINDS[1], weight: weight.clone(), bias: None }.forward(x).unwrap()
+            };
+            let half = norm(&x, &weight);
+            let full = norm(&wide(&x), &wide(&weight)).to_dtype(dtype).unwrap();
             assert_eq!(wide(&half).to_vec2::<f32>().unwrap(), wide(&full).to_vec2::<f32>().unwrap());
         }
     }

@@ -23,21 +23,33 @@ struct Rope {
     inverse: bool,
 }
 
+/// Turns the pairs of one head, or turns them back.
+#[inline(always)]
+pub(super) fn turn<T: Real>(head: &mut [T], cos: &[T], sin: &[T], interleaved: bool, inverse: bool) {
+    let sign = if inverse { -T::one() } else { T::one() };
+    let angles = cos.iter().zip(sin);
+    let turned = |first: T, second: T, c: T, s: T| (first * c - second * s, second * c + first * s);
+    if interleaved {
+        for (pair, (c, s)) in head.chunks_exact_mut(2).zip(angles) {
+            (pair[0], pair[1]) = turned(pair[0], pair[1], *c, *s * sign);
+        }
+    } else {
+        let (first, rest) = head.split_at_mut(cos.len());
+        for ((first, second), (c, s)) in first.iter_mut().zip(rest).zip(angles) {
+            (*first, *second) = turned(*first, *second, *c, *s * sign);
+        }
+    }
+}
+
 impl RowKernel for Rope {
     fn compute<T: Real>(&self, inputs: &[&[T]], constants: &[&[T]], shape: &Shape) -> Vec<T> {
         let (x, cos, sin, width) = (inputs[0], constants[0], constants[1], last_dim(shape));
         let half = last_dim(self.cos.shape());
         let heads = shape.dims().get(2).copied().unwrap_or(1);
-        let sign = if self.inverse { -T::one() } else { T::one() };
-        let (step, apart) = if self.interleaved { (2, 1) } else { (1, half) };
         let mut y = x.to_vec();
-        y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (y, x))| {
+        y.par_chunks_mut(width).enumerate().for_each(|(row, y)| {
             let at = row / heads * half;
-            for (i, (c, s)) in cos[at..at + half].iter().zip(&sin[at..at + half]).enumerate() {
-                let (c, s, first) = (*c, *s * sign, i * step);
-                y[first] = x[first] * c - x[first + apart] * s;
-                y[first + apart] = x[first + apart] * c + x[first] * s;
-            }
+            turn(y, &cos[at..at + half], &sin[at..at + half], self.interleaved, self.inverse);
         });
         y
     }
