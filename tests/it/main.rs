@@ -5,6 +5,7 @@ mod checkpoints;
 mod command_line;
 mod data;
 mod export;
+mod fused;
 mod gradients;
 mod graphs;
 mod methods;

@@ -1,0 +1,175 @@
+//! Graphs of other exporters whose attention is one operator: folded, run in ONNX Runtime, and compared with PyTorch.
+//!
+//! Where the base graph itself computes the model, the folded one has to compute the adapted model. These graphs assume rows
+//! that are padded on the right, or not at all, so each row counts by itself.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use ndarray::{Array2, Array3, Axis, s};
+use prefold::adapter::{Adapter, Method, Query};
+use prefold::base::{Checkpoint, Decoder, Input};
+use prefold::fold::fold_folder;
+use prefold::runtime::{GraphDecoder, OrtOptions, OrtSession, library};
+
+use crate::oracles::Case;
+use crate::support::shared;
+
+const TOLERANCE: f32 = 1e-4;
+
+/// How tokens are fed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Feed {
+    AtOnce,
+    /// Five at once, then one by one with the cache.
+    Steps,
+}
+
+pub fn runtime() -> Option<PathBuf> {
+    let found = library::find(None, &prefold::files::cache_folder().unwrap()).ok();
+    if found.is_none() {
+        eprintln!("skipped: no ONNX Runtime here (prefold runtime install)");
+    }
+    found
+}
+
+/// Logits of a case, `[batch, seq, vocab]`.
+fn logits(library: &Path, graph: &Path, head_dim: usize, case: &Case, feed: Feed) -> Array3<f32> {
+    let options = OrtOptions { threads: Some(1), ..OrtOptions::default() };
+    let session = OrtSession::open(library, graph, options).unwrap();
+    let mut decoder = GraphDecoder::with_head_dim(session, head_dim).unwrap();
+    let seq = case.ids.len() / case.batch;
+    let ids = Array2::from_shape_vec((case.batch, seq), case.ids.clone()).unwrap();
+    let mask = Array2::from_shape_vec((case.batch, seq), case.mask.clone()).unwrap();
+    let first = if feed == Feed::Steps { 5 } else { seq };
+    let part = |array: &Array2<i64>, from: usize, to: usize| array.slice(s![.., from..to]).to_owned();
+    let mut parts = vec![decoder.prefill(&part(&ids, 0, first), &part(&mask, 0, first)).unwrap()];
+    for at in first..seq {
+        parts.push(decoder.extend(&part(&ids, at, at + 1), &part(&mask, at, at + 1), None).unwrap());
+    }
+    let views: Vec<_> = parts.iter().map(|p| p.view()).collect();
+    ndarray::concatenate(Axis(1), &views).unwrap()
+}
+
+/// Largest difference of each row of the batch, where its mask is 1.
+pub fn row_distances(case: &Case, found: &Array3<f32>, expected: &Array3<f32>) -> Vec<f32> {
+    let seq = case.ids.len() / case.batch;
+    let of_row = |row: usize| {
+        let columns = (0..seq).filter(|column| case.mask[row * seq + column] == 1);
+        let differences = columns.flat_map(|column| {
+            let (f, e) = (found.slice(s![row, column, ..]), expected.slice(s![row, column, ..]));
+            (&f - &e).mapv(f32::abs).to_vec()
+        });
+        differences.fold(0.0, |most: f32, x| if x.is_nan() { f32::INFINITY } else { most.max(x) })
+    };
+    (0..case.batch).map(of_row).collect()
+}
+
+fn array(tensor: &candle_core::Tensor) -> Array3<f32> {
+    let shape = tensor.dims3().unwrap();
+    let values = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    Array3::from_shape_vec(shape, values).unwrap()
+}
+
+fn stored(case: &Case, name: &str) -> Array3<f32> {
+    array(&case.tensors[&format!("{}_{name}", case.name)])
+}
+
+/// Folds and compares; returns how many rows of each case were within the base graph's reach, as `single left right`.
+fn fold_and_compare(graph: &str, feed: Feed, query: Query) -> Option<String> {
+    let (library, path) = (runtime()?, shared(&format!("graphs/{graph}/model.onnx"))?);
+    let oracle = shared(&format!("oracles/{}", graph.split('/').next_back().unwrap()))?;
+    let scratch = tempfile::tempdir().unwrap();
+    let (folded, adapted) = (scratch.path().join("folded"), scratch.path().join("adapter"));
+    std::fs::create_dir(&folded).unwrap();
+    std::fs::create_dir(&adapted).unwrap();
+    let given = Adapter::open(&oracle.join("adapter.safetensors")).unwrap();
+    let mut config = given.config().clone();
+    let Method::PrefixPlus(method) = &mut config.method else { panic!("{graph}: another method") };
+    method.query = query;
+    let adapter = Adapter::new(config, given.tensors().clone()).unwrap();
+    adapter.save(&adapted).unwrap();
+    let head_dim = adapter.config().head_dim;
+    let report = fold_folder(&path, &adapted, &folded).unwrap_or_else(|error| panic!("{graph}: {error}"));
+    assert_eq!(report.sites.len(), adapter.config().num_layers, "{graph}");
+    let checkpoint = Checkpoint::open(&oracle).unwrap();
+    let decoder = Decoder::load(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let hook = adapter.hook(checkpoint.spec(), &Device::Cpu).unwrap();
+    let mut reached = Vec::new();
+    for case in Case::all(&oracle) {
+        let base = logits(&library, &path, head_dim, &case, feed);
+        let found = logits(&library, &folded.join("model.onnx"), head_dim, &case, feed);
+        let expected = match query {
+            Query::PostRope => stored(&case, "adapted_logits"),
+            // PyTorch's are of the rotated query
+            Query::PreRope => {
+                let input = Input::new(case.batch, &case.ids, &case.mask, None).unwrap();
+                array(&decoder.forward(&input, None, hook.as_ref()).unwrap())
+            }
+        };
+        let base = row_distances(&case, &base, &stored(&case, "base_logits"));
+        let moved = row_distances(&case, &expected, &stored(&case, "base_logits"));
+        let adapted = row_distances(&case, &found, &expected);
+        eprintln!("{graph} {feed:?} {query:?} {}: base {base:?} adapted {adapted:?}", case.name);
+        assert!(moved.iter().all(|moved| *moved > 0.1), "{graph}: the adapter says nothing");
+        let within: Vec<_> = base.iter().zip(&adapted).filter(|(base, _)| **base < TOLERANCE).collect();
+        reached.push(within.len().to_string());
+        assert!(within.iter().all(|(_, adapted)| **adapted < TOLERANCE), "{graph} {feed:?} {query:?} {}", case.name);
+    }
+    Some(reached.join(" "))
+}
+
+fn expect(graphs: &[(&str, &str)], feed: Feed, query: Query) {
+    for (graph, expected) in graphs {
+        if let Some(reached) = fold_and_compare(graph, feed, query) {
+            assert_eq!(reached, *expected, "{graph} {feed:?} {query:?}");
+        }
+    }
+}
+
+/// The operator counts a row's positions from its start, so that the padded row of `left` is another function in these graphs.
+const GENAI: [(&str, &str); 3] =
+    [("genai_fp32/llama_gqa", "1 1 2"), ("genai_fp32/phi3", "1 1 2"), ("genai_fp32/qwen2", "1 1 2")];
+
+#[test]
+fn graphs_of_the_genai_builder_carry_an_adapter() {
+    expect(&GENAI, Feed::AtOnce, Query::PostRope);
+    expect(&GENAI, Feed::Steps, Query::PostRope);
+}
+
+#[test]
+fn graphs_of_the_genai_builder_carry_an_adapter_of_the_unrotated_query() {
+    expect(&GENAI, Feed::AtOnce, Query::PreRope);
+    expect(&GENAI, Feed::Steps, Query::PreRope);
+}
+
+/// Positions of these graphs are the first row's, where the operator rotates.
+const FUSED: [(&str, &str); 4] = [
+    ("hf_onnx_ortfused/gpt2", "1 2 2"),
+    ("hf_onnx_ortfused/llama_gqa", "1 0 1"),
+    ("hf_onnx_ortfused/phi3", "1 0 1"),
+    ("hf_onnx_ortfused/qwen2", "1 0 1"),
+];
+
+#[test]
+fn graphs_that_transformers_fused_carry_an_adapter() {
+    expect(&FUSED, Feed::AtOnce, Query::PostRope);
+    expect(&FUSED, Feed::AtOnce, Query::PreRope);
+}
+
+const DYNAMO: [(&str, &str); 8] = [
+    ("torch_dynamo23/gemma3", "1 2 2"),
+    ("torch_dynamo23/gpt2", "1 2 2"),
+    ("torch_dynamo23/gpt_neox", "1 2 2"),
+    ("torch_dynamo23/llama_gqa", "1 2 2"),
+    ("torch_dynamo23/llama_mha", "1 2 2"),
+    ("torch_dynamo23/mistral", "1 2 2"),
+    ("torch_dynamo23/phi3", "1 2 2"),
+    ("torch_dynamo23/qwen2", "1 2 2"),
+];
+
+#[test]
+fn graphs_with_the_standard_attention_operator_carry_an_adapter() {
+    expect(&DYNAMO, Feed::AtOnce, Query::PostRope);
+    expect(&DYNAMO, Feed::AtOnce, Query::PreRope);
+}
