@@ -9,6 +9,7 @@ mod fused;
 mod gradients;
 mod graphs;
 mod methods;
+mod operators;
 mod oracles;
 mod peft;
 mod real_models;
