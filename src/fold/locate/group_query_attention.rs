@@ -101,7 +101,7 @@ pub(super) fn query(model: &Model, index: &Index, node: &Node, site: &Site, want
     if !is_packed(node) && !turned && node.input(Q_NORM).is_none() {
         return Ok(shown(&site.query, Layout::Merged));
     }
-    let (Some(heads), Some(kv_heads)) = (site.num_heads, site.num_kv_heads) else {
+    let (Some(heads), Some(kv_heads)) = (integer(node, "num_heads"), integer(node, "kv_num_heads")) else {
         return Err(stopped(node, "it lacks num_heads or kv_num_heads", HELP));
     };
     let mut beside = Beside::new(site);

@@ -3,8 +3,8 @@
 //! ```text
 //! x ─ RotaryEmbedding ─ (Reshape | Transpose)* ─ query          of ai.onnx or com.microsoft
 //!
-//! x ─┬ Slice ─ RotaryEmbedding ─┐
-//!    └ Slice ────────────────── Concat ─ query                  where a part of each head turns
+//! x ─┬ Slice ─ (any rotation that is known) ─┐
+//!    └ Slice ─────────────────────────────── Concat ─ query     where a part of each head turns
 //!
 //! MatMul | Gemm | MatMulNBits ─ (bias | norm | view)* ─ query   where nothing turns it
 //! ```
@@ -33,8 +33,8 @@ enum View {
 /// When the rotation is of a kind that is not known.
 pub(super) fn before(model: &Model, index: &Index, site: &Site) -> Result<QuerySource> {
     let (tensor, view) = without_views(index, &site.query, site.query_layout);
-    if let Some(input) = index.producer(tensor).and_then(|node| rotated_input(index, node)) {
-        return Ok(laid_out(site, input, view));
+    if let Some(input) = index.producer(tensor).and_then(|node| rotated_input(model, index, site, node)) {
+        return Ok(laid_out(site, &input, view));
     }
     if is_projected(index, &site.query) {
         return Ok(shown(&site.query, site.query_layout));
@@ -81,21 +81,21 @@ fn swaps_heads(node: &Node) -> bool {
     node.attribute("perm").and_then(|a| a.as_ints()) == Some(&[0, 2, 1, 3])
 }
 
-/// What a rotation by an operator turns, wholly or in part.
-fn rotated_input<'a>(index: &Index<'a>, node: &'a Node) -> Option<&'a str> {
+/// What a rotation turns, wholly by an operator or in part by anything that is known.
+fn rotated_input(model: &Model, index: &Index, site: &Site, node: &Node) -> Option<String> {
     if node.op_type() == "RotaryEmbedding" {
-        return node.input(0);
+        return node.input(0).map(str::to_owned);
     }
     if !node.is("", "Concat") {
         return None;
     }
     let [turned, kept] = node.inputs() else { return None };
-    let turned = index.producer(turned).filter(|node| node.op_type() == "RotaryEmbedding")?;
     let part = |tensor: &str| {
         let node = index.producer(tensor)?;
         matches!(node.op_type(), "Slice" | "Split").then(|| node.input(0))?
     };
-    part(turned.input(0)?).filter(|whole| part(kept) == Some(whole))
+    let before = unrotated::unrotated(model, &Site { query: turned.clone(), ..site.clone() }).ok()?.0;
+    part(&before).filter(|whole| part(kept) == Some(whole)).map(str::to_owned)
 }
 
 /// Whether the tensor is a product with weights, apart from biases, norms and views.
