@@ -511,6 +511,48 @@ fn the_query_before_a_rotation_by_an_operator_is_found() {
     }
 }
 
+/// Half of each head turns, written out in standard operators as exporters do, before `ai.onnx` Attention.
+#[test]
+fn the_query_before_a_partial_rotation_of_standard_operators_is_found() {
+    let Some(library) = runtime() else { return };
+    let (seq, part) = (3, DIM as i64 / 2);
+    let shape = [2, HEADS, seq, DIM];
+    let angles = ArrayD::from_shape_fn(vec![seq, DIM / 2], |i| i[0] as f32 * 0.7_f32.powi((i[1] % (DIM / 4)) as i32));
+    let mut graph = Graph::default()
+        .feed("x", numbers(1, &shape))
+        .feed("key", numbers(2, &shape))
+        .feed("value", numbers(3, &shape))
+        .constant("cos", &angles.mapv(f32::cos))
+        .constant("sin", &angles.mapv(f32::sin));
+    for (name, value) in [("zero", 0), ("quarter", part / 2), ("half", part), ("end", i64::MAX), ("last", 3)] {
+        graph.constants.push(TensorDef::from_i64s(name, &[1], &[value]));
+    }
+    let slice = |name: &str, of: &str, from: &str, to: &str| {
+        NodeDef::new("Slice", name).inputs([of, from, to, "last"]).outputs([name])
+    };
+    let pair = |op: &str, name: &str, inputs: [&str; 2]| {
+        let node = NodeDef::new(op, name).inputs(inputs).outputs([name]);
+        if op == "Concat" { node.attr_int("axis", -1) } else { node }
+    };
+    let graph = graph
+        .node(slice("turning", "x", "zero", "half"))
+        .node(slice("kept", "x", "half", "end"))
+        .node(pair("Mul", "by_cos", ["turning", "cos"]))
+        .node(slice("left", "turning", "zero", "quarter"))
+        .node(slice("right", "turning", "quarter", "end"))
+        .node(NodeDef::new("Neg", "negated").inputs(["right"]).outputs(["negated"]))
+        .node(pair("Concat", "exchanged", ["negated", "left"]))
+        .node(pair("Mul", "by_sin", ["exchanged", "sin"]))
+        .node(pair("Add", "turned", ["by_cos", "by_sin"]))
+        .node(pair("Concat", "query", ["turned", "kept"]))
+        .node(NodeDef::new("Attention", "attention").inputs(["query", "key", "value"]).outputs(["output"]));
+    let x: Array4<f32> = numbers(1, &shape).into_dimensionality().unwrap();
+    near("partial", &graph.query(&library, Query::PreRope), &x);
+    let turned = graph.query(&library, Query::PostRope);
+    assert!(turned.iter().zip(&x).any(|(t, x)| (t - x).abs() > 0.1));
+    graph.carries(&library, "partial", &turned);
+}
+
 #[test]
 fn what_an_operator_lacks_is_said() {
     let refused = |node: NodeDef, wanted: Query| {
