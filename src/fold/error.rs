@@ -19,7 +19,10 @@ pub enum Error {
     #[error("the graph holds no attention that prefold recognises")]
     #[diagnostic(
         code(prefold::fold::no_site),
-        help("known: softmax attention of standard operators, and GroupQueryAttention that does not rotate inside")
+        help(
+            "known: softmax attention of standard operators; Attention of ai.onnx; GroupQueryAttention, MultiHeadAttention \
+             and Attention of com.microsoft"
+        )
     )]
     NoSite,
     /// An attention block was found, but not all of what the adapter needs.

@@ -51,6 +51,11 @@ impl Constants {
         Ok(name.to_owned())
     }
 
+    /// Whether a node or constant of this name was not written before; it counts as written from now on.
+    pub(super) fn is_new(&mut self, name: &str) -> bool {
+        self.added.insert(name.to_owned())
+    }
+
     /// A list of integers; the same name is added once.
     pub(super) fn integers(&mut self, patch: &mut Patch, name: &str, values: &[i64]) -> String {
         if self.added.insert(name.to_owned()) {

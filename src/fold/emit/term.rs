@@ -163,11 +163,16 @@ impl<'a, 'j> Emission<'a, 'j> {
 
     fn query(&mut self, query: Query) -> Result<String> {
         let source = locate::query(self.job.model, self.site, query)?;
+        // sites come in graph order, so that what several share stands before the first of them
         for node in source.nodes {
-            self.job.patch.insert_before(self.first, node);
+            if self.job.constants.is_new(node.name()) {
+                self.job.patch.insert_before(self.first, node);
+            }
         }
         for tensor in source.initializers {
-            self.job.patch.add_initializer(tensor);
+            if self.job.constants.is_new(tensor.name()) {
+                self.job.patch.add_initializer(tensor);
+            }
         }
         if source.layout == Layout::HeadsFirst {
             return Ok(source.tensor);

@@ -1,7 +1,13 @@
 //! Finding the attention sites of a graph: one file per attention shape, its subgraph drawn in its doc.
 
+mod attention;
+mod beside;
 mod decomposed;
 mod group_query_attention;
+mod microsoft_attention;
+mod multi_head_attention;
+mod other_operators;
+mod rotary;
 mod unrotated;
 
 use serde::Serialize;
@@ -68,6 +74,19 @@ pub struct QuerySource {
 /// # Errors
 /// When the graph does not show it and it cannot be rebuilt.
 pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
+    let index = Index::new(model.graph());
+    // an operator that computes the whole attention made the output, and says where its query is
+    match index.producer(&site.output) {
+        Some(node) if attention::is_anchor(node) => return attention::query(model, &index, site, wanted),
+        Some(node) if group_query_attention::is_anchor(node) => {
+            return group_query_attention::query(model, &index, node, site, wanted);
+        }
+        Some(node) if multi_head_attention::is_anchor(node) => {
+            return multi_head_attention::query(model, &index, node, site, wanted);
+        }
+        Some(node) if microsoft_attention::is_anchor(node) => return microsoft_attention::query(node, site, wanted),
+        _ => {}
+    }
     let (tensor, layout) = match wanted {
         Query::PostRope => (site.query.clone(), site.query_layout),
         Query::PreRope => unrotated::unrotated(model, site)?,
@@ -78,7 +97,14 @@ pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
 /// Looks at one node; `None` where it is not the anchor of this attention shape.
 type Locator = fn(&Index, &Node) -> Option<Result<Site>>;
 
-const LOCATORS: [Locator; 2] = [decomposed::locate, group_query_attention::locate];
+const LOCATORS: [Locator; 6] = [
+    decomposed::locate,
+    attention::locate,
+    group_query_attention::locate,
+    multi_head_attention::locate,
+    microsoft_attention::locate,
+    other_operators::locate,
+];
 
 /// All attention sites in the order of data flow.
 ///
