@@ -4,7 +4,9 @@
 use std::path::Path;
 
 use super::emit::{self, Parameter, Place, bank_name};
-use super::{Emission, Error, NamedAdapter, Record, Result, carry_files, folder_of, graph_file, record, scope_names, stack};
+use super::{
+    Emission, Error, NamedAdapter, Record, Result, carry_files, folder_of, graph_file, record, scope_names, stack,
+};
 use crate::files::Manifest;
 use crate::onnx::{MODEL_NAME, Model, Patch, TensorInfo};
 
@@ -25,10 +27,14 @@ pub fn bank_of(model: &Model) -> Result<Record> {
     let records = Record::all(model)?;
     match records.last() {
         Some(last) if last.emission == Emission::Bank => Ok(last.clone()),
-        Some(_) if records.iter().any(|fold| fold.emission == Emission::Bank) => {
-            Err(Error::NoBank { why: "another adapter was folded over its bank", help: "take that off with `prefold unfold`" })
-        }
-        _ => Err(Error::NoBank { why: "the graph carries none", help: "make one: prefold fold --emission bank --adapter a=… --adapter b=…" }),
+        Some(_) if records.iter().any(|fold| fold.emission == Emission::Bank) => Err(Error::NoBank {
+            why: "another adapter was folded over its bank",
+            help: "take that off with `prefold unfold`",
+        }),
+        _ => Err(Error::NoBank {
+            why: "the graph carries none",
+            help: "make one: prefold fold --emission bank --adapter a=… --adapter b=…",
+        }),
     }
 }
 
@@ -68,7 +74,10 @@ pub fn edit_bank(graph: &Path, edit: &BankEdit, folder: &Path) -> Result<Vec<Str
                 rows.remove(row);
             }
             if rows.is_empty() {
-                return Err(Error::NoBank { why: "no adapter would be left", help: "`prefold unfold` gives the base graph" });
+                return Err(Error::NoBank {
+                    why: "no adapter would be left",
+                    help: "`prefold unfold` gives the base graph",
+                });
             }
         }
     }

@@ -129,7 +129,8 @@ impl Delta {
     pub(super) fn decode(text: &str) -> Option<Self> {
         let digits = text.as_bytes().as_chunks::<2>();
         let pairs = digits.1.is_empty().then_some(digits.0)?.iter();
-        let packed: Vec<u8> = pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect::<Option<_>>()?;
+        let packed: Vec<u8> =
+            pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect::<Option<_>>()?;
         let mut unpacked = Vec::new();
         let mut unpacker = flate2::read::ZlibDecoder::new(packed.as_slice()).take(MAX_UNPACKED);
         unpacker.read_to_end(&mut unpacked).ok()?;
@@ -188,7 +189,8 @@ mod tests {
         let file = Bytes::from((0..200u8).collect::<Vec<_>>());
         let cut = |from, to| file.cut(from, to).unwrap();
         let before = [cut(0, 10), cut(10, 90), cut(90, 120), cut(120, 200)];
-        let folded = [cut(0, 10), vec![9; 50].into(), cut(10, 90), vec![8; 31].into(), cut(120, 200), vec![7; 5].into()];
+        let folded =
+            [cut(0, 10), vec![9; 50].into(), cut(10, 90), vec![8; 31].into(), cut(120, 200), vec![7; 5].into()];
         let delta = Delta::between(&folded, &before);
         let expected = [
             Step::Copy { start: 0, length: 10 },

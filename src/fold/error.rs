@@ -112,7 +112,10 @@ pub enum Error {
     },
     /// The graph's format does not know inputs with a default.
     #[error("the graph is of IR version {found}, which knows no inputs with a default value")]
-    #[diagnostic(code(prefold::fold::old_ir), help("convert it to IR version {needed} or later, or fold with --emission baked"))]
+    #[diagnostic(
+        code(prefold::fold::old_ir),
+        help("convert it to IR version {needed} or later, or fold with --emission baked")
+    )]
     OldFormat {
         /// Its version.
         found: i64,
@@ -151,7 +154,9 @@ pub enum Error {
     #[error("the values do not fit the graph: {why}")]
     #[diagnostic(
         code(prefold::fold::slots),
-        help("`prefold inspect GRAPH` lists its inputs; `prefold adapter convert --to onnx_adapter --graph GRAPH` writes values for it")
+        help(
+            "`prefold inspect GRAPH` lists its inputs; `prefold adapter convert --to onnx_adapter --graph GRAPH` writes values for it"
+        )
     )]
     Slots {
         /// What does not fit.

@@ -127,7 +127,7 @@ pub fn fold(
     let config = first.adapter.config().clone();
     let record = Record::new(number, options.emission, config, names.clone());
 
-    let sites = adapted(&stack::sites(model)?, &first.adapter)?;
+    let sites = adapted(&sites(model)?, &first.adapter)?;
     let place = Place { model, source, sites: &sites };
     let opened: Vec<Adapter> = adapters.iter().map(|adapter| adapter.adapter.clone()).collect();
     let (mut patch, mut values) = emit::emit(place, &opened, options.emission, folder)?;
@@ -141,7 +141,7 @@ pub fn fold(
         values.iter_mut().for_each(|parameters| scope_names(&record, parameters));
         slot_values = values.into_iter().map(slots::file_of).collect();
     }
-    let slots = slots::slots(&folded);
+    let slots = slots(&folded);
     Ok((folded, Folded { emission: options.emission, sites, adapters: names, slots, slot_values }))
 }
 
@@ -180,7 +180,16 @@ fn check_names(names: &[String]) -> Result<()> {
 
 /// What may differ between adapters of one graph: a rank and what goes with it, which is computed into the tensors.
 const RANK_FIELDS: [&str; 10] = [
-    "format_version", "base_model", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "init", "prompt_scale", "gate",
+    "format_version",
+    "base_model",
+    "rank",
+    "alpha",
+    "rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init",
+    "prompt_scale",
+    "gate",
 ];
 
 /// Whether two adapters are of one kind, up to the rank.
@@ -238,9 +247,9 @@ pub fn fold_adapters(
 ) -> Result<Folded> {
     let graph = graph_file(graph);
     let model = Model::open(&graph)?;
-    let opened = adapters.iter().map(|(name, path)| {
-        Ok(NamedAdapter { name: name.clone(), adapter: open_adapter(&graph, path)? })
-    });
+    let opened = adapters
+        .iter()
+        .map(|(name, path)| Ok(NamedAdapter { name: name.clone(), adapter: open_adapter(&graph, path)? }));
     let opened: Vec<NamedAdapter> = opened.collect::<Result<_>>()?;
     let (edited, folded) = fold(&model, folder_of(&graph), &opened, options, folder)?;
     let target = folder.join(MODEL_NAME);

@@ -53,6 +53,11 @@ impl Record {
         scoped(self.number, name)
     }
 
+    /// The name of an input that the fold added, by its name in a first fold.
+    pub fn input_name(&self, name: &str) -> String {
+        self.scoped(name).unwrap_or_else(|| name.to_owned())
+    }
+
     /// The folds of a model, the first one first.
     ///
     /// # Errors
@@ -78,7 +83,8 @@ impl Record {
         let earlier: Vec<Bytes> = before.pieces().cloned().collect();
         let delta = Delta::between(&folded.pieces_without(&key)?, &earlier);
         let delta = delta.encode().map_err(|error| Error::Unfold { why: error.to_string() })?;
-        self.undo = Undo { bytes: before.encoded_len(), sha256: files::sha256_pieces(earlier.iter().map(|p| &**p)), delta };
+        self.undo =
+            Undo { bytes: before.encoded_len(), sha256: files::sha256_pieces(earlier.iter().map(|p| &**p)), delta };
         let entry = serde_json::to_string(&self).map_err(|error| Error::Unfold { why: error.to_string() })?;
         let mut patch = Patch::new("write down the fold");
         patch.set_metadata(&key, &entry);
@@ -90,7 +96,9 @@ impl Record {
     /// # Errors
     /// When the file is not as the fold left it.
     pub(super) fn undo(&self, folded: &Model) -> Result<Model> {
-        let changed = || Error::Unfold { why: "it was changed after the fold, so its bytes are not those to go back from".into() };
+        let changed = || Error::Unfold {
+            why: "it was changed after the fold, so its bytes are not those to go back from".into(),
+        };
         let delta = Delta::decode(&self.undo.delta);
         let delta = delta.ok_or_else(|| Error::Unfold { why: "the way back in its metadata is damaged".into() })?;
         let pieces = delta.apply(&folded.pieces_without(&self.key())?).ok_or_else(changed)?;

@@ -190,7 +190,10 @@ pub enum Error {
     },
     /// An edit replaces a constant that is not there.
     #[error("the graph has no initializer `{tensor}` to replace")]
-    #[diagnostic(code(prefold::onnx::no_initializer), help("the edit was made for another graph; look the name up again"))]
+    #[diagnostic(
+        code(prefold::onnx::no_initializer),
+        help("the edit was made for another graph; look the name up again")
+    )]
     NoInitializer {
         /// The name.
         tensor: String,

@@ -79,8 +79,7 @@ impl Constants {
 
     /// A number in the graph's type, the same for every adapter; the same name is added once.
     pub(super) fn number(&mut self, patch: &mut Patch, name: &str, value: f64) -> Result<String> {
-        let name =
-            if self.data_type == self.first { name.to_owned() } else { format!("{name}_{}", self.data_type) };
+        let name = if self.data_type == self.first { name.to_owned() } else { format!("{name}_{}", self.data_type) };
         if self.added.insert(name.clone()) {
             let number = Tensor::new(value, &Device::Cpu).map_err(Error::Convert)?;
             let bytes = bytes_of(&number, self.data_type).map_err(Error::Convert)?;

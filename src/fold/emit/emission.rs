@@ -127,7 +127,7 @@ fn batch_dim(model: &Model) -> Dim {
 }
 
 /// A parameter that is off.
-pub(crate) fn off(parameter: Parameter) -> Result<Parameter> {
+fn off(parameter: Parameter) -> Result<Parameter> {
     let count = parameter.dims.iter().product::<i64>() as usize;
     Ok(Parameter { bytes: filled(parameter.data_type, count, parameter.off)?, ..parameter })
 }
@@ -217,7 +217,11 @@ fn write(
             }
             _ => TensorDef::inline(name, data_type, &dims, bytes),
         };
-        if replace { patch.replace_initializer(tensor) } else { patch.add_initializer(tensor) };
+        if replace {
+            patch.replace_initializer(tensor)
+        } else {
+            patch.add_initializer(tensor)
+        };
     }
     if let Some(external) = external {
         external.finish()?;

@@ -19,7 +19,7 @@ use crate::onnx::{DataType, Index, Model, Patch};
 use constants::Constants;
 pub(crate) use constants::Parameter;
 pub use emission::{ADAPTER_IDS, Emission};
-pub(crate) use emission::{bank_name, enlarged, off, padded, restack};
+pub(crate) use emission::{bank_name, enlarged, padded, restack};
 
 /// What a method is given.
 struct Job<'a> {

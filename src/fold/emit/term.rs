@@ -93,7 +93,8 @@ impl<'a, 'j> Writer<'a, 'j> {
     }
 
     fn write(mut self, index: &Index, term: &Term, constants: &[Option<Tensor>]) -> Result<()> {
-        let wanted = term.steps().iter().find_map(|step| if let Step::Query(query) = step { Some(*query) } else { None });
+        let wanted =
+            term.steps().iter().find_map(|step| if let Step::Query(query) = step { Some(*query) } else { None });
         let query = wanted.map(|query| self.query(index, query)).transpose()?;
         let mut outputs: Vec<String> = Vec::with_capacity(constants.len());
         for (index, step) in term.steps().iter().enumerate() {

@@ -62,8 +62,21 @@ fn of_node(index: &Index, node: &Node) -> Following {
         }
         "Where" => Following::Inputs(1..node.inputs().len().min(3).max(1)),
         // their second input is a weight of another type, a shape, or an index
-        "MatMulNBits" | "Reshape" | "Transpose" | "Slice" | "Split" | "Gather" | "GatherBlockQuantized" | "Unsqueeze"
-        | "Squeeze" | "Expand" | "Pad" | "Tile" | "GroupQueryAttention" | "MultiHeadAttention" | "Identity" => first,
+        "MatMulNBits"
+        | "Reshape"
+        | "Transpose"
+        | "Slice"
+        | "Split"
+        | "Gather"
+        | "GatherBlockQuantized"
+        | "Unsqueeze"
+        | "Squeeze"
+        | "Expand"
+        | "Pad"
+        | "Tile"
+        | "GroupQueryAttention"
+        | "MultiHeadAttention"
+        | "Identity" => first,
         _ => Following::Inputs(all),
     }
 }
