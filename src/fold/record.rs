@@ -127,20 +127,25 @@ pub(super) fn last(model: &Model) -> Result<(Model, Record)> {
     Ok((record.undo(model)?, record))
 }
 
-/// A name of the first fold as that of another: `prefold.layers.0.M` is `prefold.2.layers.0.M` of the second. None where it
-/// stays.
+/// The name in the graph of what a method calls `name`; none where it stays.
+///
+/// | as a method writes it | in the first fold | in the second |
+/// |---|---|---|
+/// | `/prefold/layers.0/Add`, a node or what it makes | `/prefold.1/layers.0/Add` | `/prefold.2/layers.0/Add` |
+/// | `prefold.layers.0.M`, a tensor | `prefold.layers.0.M` | `prefold.2.layers.0.M` |
+/// | `adapter_ids` | `adapter_ids` | `adapter_ids.2` |
+///
+/// Every fold numbers its nodes, so that what a method adds and what the graph has never bear one name.
 pub(super) fn scoped(number: usize, name: &str) -> Option<String> {
+    if let Some(rest) = name.strip_prefix("/prefold/") {
+        return Some(format!("/prefold.{number}/{rest}"));
+    }
     if number < 2 {
         return None;
     }
     if name == super::ADAPTER_IDS {
         return Some(format!("{name}.{number}"));
     }
-    for (prefix, end) in [("/prefold/", '/'), ("prefold.", '.'), ("prefold/", '/')] {
-        if let Some(rest) = name.strip_prefix(prefix) {
-            let prefix = prefix.trim_end_matches(end);
-            return Some(format!("{prefix}.{number}{end}{rest}"));
-        }
-    }
-    None
+    let rest = name.strip_prefix("prefold").filter(|rest| rest.starts_with(['.', '/']))?;
+    Some(format!("prefold.{number}{rest}"))
 }

@@ -238,3 +238,48 @@ fn data_name(model: &Model) -> crate::onnx::Result<String> {
     });
     Ok({ free }.find(|name| !taken.contains(name)).unwrap_or_default())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameter(name: &str, dims: &[i64], values: &[f32]) -> Parameter {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Parameter { name: name.into(), data_type: DataType::Float, dims: dims.into(), bytes, off: 0.0 }
+    }
+
+    fn values(parameter: &Parameter) -> Vec<f32> {
+        parameter.bytes.as_chunks::<4>().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect()
+    }
+
+    /// A smaller rank lies in the corner of the larger, where zeros add nothing to the product.
+    #[test]
+    fn a_bank_holds_adapters_of_several_ranks() {
+        let small = [parameter("A", &[3, 1], &[1.0, 2.0, 3.0]), parameter("B", &[2, 1, 2], &[4.0, 5.0, 6.0, 7.0])];
+        let large = [
+            parameter("A", &[3, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+            parameter("B", &[2, 2, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]),
+        ];
+        let bank = stacked(&[small.to_vec(), large.to_vec()]).unwrap();
+        assert_eq!((bank[0].name.as_str(), bank[0].dims.as_slice()), ("A.bank", &[3, 3, 2][..]));
+        assert_eq!(values(&bank[0])[..12], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0]);
+        assert_eq!(values(&bank[1])[8..16], [4.0, 5.0, 0.0, 0.0, 6.0, 7.0, 0.0, 0.0]);
+        assert_eq!(values(&bank[1])[16..], values(&large[1]));
+    }
+
+    #[test]
+    fn a_factor_is_off_at_one() {
+        let half =
+            Parameter { data_type: DataType::Float16, bytes: vec![0; 4], off: 1.0, ..parameter("m", &[1, 2], &[]) };
+        assert_eq!(stacked(&[vec![half]]).unwrap()[0].bytes, [0, 0x3c, 0, 0x3c, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn adapters_of_other_tensors_are_named() {
+        let one = vec![parameter("A", &[1], &[1.0]), parameter("B", &[1], &[1.0])];
+        let error = padded(&[one.clone(), vec![parameter("A", &[1], &[1.0])]]).unwrap_err();
+        assert!(error.to_string().contains("the tensor `B`"), "{error}");
+        let error = padded(&[one, vec![parameter("A", &[1], &[1.0]), parameter("C", &[1], &[1.0])]]).unwrap_err();
+        assert!(error.to_string().contains("the tensor `B`"), "{error}");
+    }
+}

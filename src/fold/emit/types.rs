@@ -84,3 +84,51 @@ fn of_node(index: &Index, node: &Node) -> Following {
 pub(super) fn is_float(data_type: DataType) -> bool {
     matches!(data_type, DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{ModelBuilder, NodeDef, TensorDef, ValueDef};
+
+    /// Tokens become activations of `scale_type` by a quantised table, and pass a product with packed weights, a reshape and a
+    /// selection without any declared type in between.
+    fn model(scale_type: DataType, cast: Option<DataType>) -> crate::onnx::Model {
+        let mut builder = ModelBuilder::new("g", 8);
+        let node = |op: &str, inputs: &[&str], output: &str| {
+            NodeDef::new(op, output).inputs(inputs.iter().copied()).outputs([output])
+        };
+        builder.opset("", 17).opset("com.microsoft", 1);
+        builder.input(ValueDef::new("ids", DataType::Int64, ["batch".into()]));
+        builder.output(ValueDef::new("out", DataType::Float, ["batch".into(), 4.into()]));
+        builder.initializer(TensorDef::inline("table", DataType::Uint8, &[2, 4], vec![0; 8]));
+        builder.initializer(TensorDef::inline("packed", DataType::Uint8, &[4, 1, 2], vec![0; 8]));
+        builder.initializer(TensorDef::from_i64s("shape", &[2], &[-1, 4]));
+        builder.initializer(TensorDef::inline("mask", DataType::Bool, &[1], vec![1]));
+        let width = scale_type.bits().unwrap() as usize / 8;
+        builder.initializer(TensorDef::inline("scale", scale_type, &[], vec![0; width]));
+        builder.node(node("DequantizeLinear", &["table", "scale"], "floats"));
+        builder.node(node("Gather", &["floats", "ids"], "x"));
+        builder.node(node("MatMulNBits", &["x", "packed", "scale"], "product").domain("com.microsoft"));
+        builder.node(node("Reshape", &["product", "shape"], "flat"));
+        builder.node(node("Where", &["mask", "flat", "x"], "query"));
+        let cast = cast.unwrap_or(DataType::Float);
+        builder.node(node("Cast", &["query"], "wide").attr_int("to", cast.code().into()));
+        builder.node(node("Neg", &["wide"], "out"));
+        builder.build().unwrap()
+    }
+
+    #[test]
+    fn types_are_followed_through_quantised_weights() {
+        for scale_type in [DataType::Float, DataType::Float16, DataType::Bfloat16] {
+            let model = model(scale_type, None);
+            let index = Index::new(model.graph());
+            for tensor in ["floats", "x", "product", "flat", "query"] {
+                assert_eq!(float_type(&index, tensor), Some(scale_type), "{tensor}");
+            }
+            assert_eq!(float_type(&index, "wide"), Some(DataType::Float));
+            assert_eq!(float_type(&index, "nothing"), None);
+        }
+        let model = model(DataType::Float, Some(DataType::Float16));
+        assert_eq!(float_type(&Index::new(model.graph()), "wide"), Some(DataType::Float16));
+    }
+}
