@@ -430,4 +430,35 @@ mod tests {
             Error::OutputUndefined { .. }
         ));
     }
+
+    /// Only what the edit adds gets another name, also where the model's own nodes come to read it.
+    #[test]
+    fn what_an_edit_adds_is_renamed_and_constants_are_replaced() {
+        let model = small_model();
+        let project = find(&model, "split");
+        let mut patch = Patch::new("rename");
+        patch
+            .insert_before(project, NodeDef::new("MatMul", "branch").inputs(["x", "M"]).outputs(["branch_out"]))
+            .insert_before(project, NodeDef::new("Add", "sum").inputs(["h", "branch_out"]).outputs(["h_sum"]))
+            .replace_input(project, 0, "h_sum")
+            .add_initializer(TensorDef::from_f32s("M", &[2, 4], &[0.0; 8]))
+            .add_input(ValueDef::new("M", DataType::Float, [2.into(), 4.into()]))
+            .rename(|name| Some(format!("second.{name}")));
+        let patched = patch.apply(&model).unwrap();
+        let index = Index::new(patched.graph());
+        let node = |name: &str| patched.graph().node(find(&patched, name)).unwrap();
+        assert_eq!(node("second.branch").inputs(), ["x", "second.M"]);
+        assert_eq!(node("second.sum").inputs(), ["h", "second.branch_out"]);
+        assert_eq!(node("split").input(0), Some("second.h_sum"));
+        assert!(index.input("second.M").is_some() && index.initializer("second.M").is_some());
+
+        let mut patch = Patch::new("replace");
+        patch.replace_initializer(TensorDef::from_f32s("second.M", &[2, 4], &[0.5; 8]));
+        let replaced = patch.apply(&patched).unwrap();
+        let values = |model: &Model| Index::new(model.graph()).initializer("second.M").unwrap().to_f32s().unwrap();
+        assert_eq!((values(&patched), values(&replaced)), (vec![0.0; 8], vec![0.5; 8]));
+        assert_eq!(replaced.to_bytes().len(), patched.to_bytes().len(), "nothing else changes");
+        let unknown = |p: &mut Patch| _ = p.replace_initializer(TensorDef::from_f32s("nowhere", &[], &[0.0]));
+        assert!(matches!(refused(unknown), Error::NoInitializer { tensor } if tensor == "nowhere"));
+    }
 }

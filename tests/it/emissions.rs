@@ -350,7 +350,8 @@ fn slots_and_banks_compute_every_option_and_are_exactly_off() {
                 let args = ["compile", "--model", arg(&model), "--adapter", name, "--out", &out, "--dialect", dialect];
                 let more = ["--precision", precision, "--emission", emission];
                 let printed = prefold_ok(scratch.path(), &[args.as_slice(), &more].concat());
-                assert!(printed.contains("zero adapter"), "{out}: {printed}");
+                // a sum between a product and its bias keeps runtimes from fusing both, and so moves last bits
+                assert_eq!(printed.contains("zero adapter"), *name != "lora", "{out}: {printed}");
             }
         }
     }
@@ -401,21 +402,41 @@ fn values_are_converted_and_checked_against_a_graph() {
     assert!(error.contains("`feature_map` is \"elu\" in the graph and \"relu\" in the"), "{error}");
 }
 
-/// The other readers of the format, where a Python that has them is at hand: PREFOLD_PYTHON, or python3.
+/// A Python that has a module: PREFOLD_PYTHON, or python3.
+fn python_with(module: &str) -> Option<String> {
+    let python = std::env::var("PREFOLD_PYTHON").unwrap_or_else(|_| "python3".into());
+    let found = std::process::Command::new(&python).args(["-c", &format!("import {module}, numpy")]).output();
+    if found.is_ok_and(|output| output.status.success()) {
+        return Some(python);
+    }
+    eprintln!("skipped: {python} has no {module}; set PREFOLD_PYTHON to one that has");
+    None
+}
+
+#[test]
+fn onnxruntime_genai_s_adapters_take_the_files() {
+    let Some(python) = python_with("onnxruntime_genai") else { return };
+    for dialect in [Dialect::Portable, Dialect::Ort] {
+        let bench = Bench::new(dialect);
+        bench.fold("base", &["a"], Emission::Slot, Over::Refuse, "slot");
+        let (script, file) = (fixture("onnx_adapter/genai.py"), bench.at("slot/a.onnx_adapter"));
+        let args = [arg(&script), arg(&bench.at("slot")), arg(&file), &format!("{TOKENS:?}")].map(str::to_owned);
+        let output = std::process::Command::new(&python).args(args).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let printed = String::from_utf8(output.stdout).unwrap();
+        let lists: Vec<Vec<f32>> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for (found, adapter) in lists.into_iter().zip([None, Some(bench.adapter("a"))]) {
+            let expected = bench.expected(adapter.as_ref());
+            let last = expected.row(TOKENS.len() - 1).insert_axis(Axis(0)).to_owned();
+            let found = Array2::from_shape_vec(last.dim(), found).unwrap();
+            close(found.view(), &last, &format!("onnxruntime-genai {dialect}, adapter {}", adapter.is_some()));
+        }
+    }
+}
+
 #[test]
 fn python_s_onnx_runtime_reads_the_files_and_its_own_are_read() {
-    let python = std::env::var("PREFOLD_PYTHON").unwrap_or_else(|_| "python3".into());
-    let has = |module: &str| {
-        let found = std::process::Command::new(&python).args(["-c", &format!("import {module}, numpy")]).output();
-        let found = found.is_ok_and(|output| output.status.success());
-        if !found {
-            eprintln!("skipped: {python} has no {module}; set PREFOLD_PYTHON to one that has");
-        }
-        found
-    };
-    if !has("onnxruntime") {
-        return;
-    }
+    let Some(python) = python_with("onnxruntime") else { return };
     let bench = Bench::new(Dialect::Ort);
     bench.fold("base", &["a"], Emission::Slot, Over::Refuse, "slot");
     let script = "import sys, onnxruntime as ort\n\
@@ -461,7 +482,19 @@ fn adapters_of_other_kinds_are_kept_apart() {
         error(&["--adapter", "dora", "--emission", "slot"]),
         error(&["--adapter", "prefix", "--emission", "bank"]),
     ];
-    insta::assert_snapshot!(errors.join("\n\n"), @"");
+    insta::assert_snapshot!(errors.join("\n\n"), @r#"
+    prefold::fold::adapters_differ × `sharing` is "head" in adapter `a` and "layer" in adapter `shared` help: adapters that share a graph's slots or bank have the same configuration up to their rank
+
+    prefold::fold::adapters_differ × `method` is "prefix_plus" in adapter `a` and "lora" in adapter `dora` help: adapters that share a graph's slots or bank have the same configuration up to their rank
+
+    × a graph with baked tensors holds one adapter help: fold with --emission slot or bank
+
+    prefold::fold::name × the adapter name `a` is given twice help: give adapters names: --adapter NAME=FOLDER
+
+    prefold::fold::not_folded × not yet folded: DoRA as a slot help: fold it with --emission baked
+
+    prefold::fold::not_folded × not yet folded: prefix tuning as a bank help: fold it with --emission baked
+    "#);
 }
 
 #[test]
