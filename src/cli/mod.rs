@@ -5,6 +5,7 @@
 //! checkpoint (`train`).
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod active;
 mod adapter;
 mod bank;
 mod bench;

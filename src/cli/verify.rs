@@ -93,7 +93,7 @@ pub(super) fn open_session(context: &Context, engine: Engine, graph: &Path) -> r
 }
 
 /// Opens a graph in a runtime, with inputs that are given with every run.
-fn open_given(
+pub(super) fn open_given(
     context: &Context,
     engine: Engine,
     graph: &Path,

@@ -70,7 +70,7 @@ impl Patch {
                 name.clone_from(new);
             }
         };
-        self.before.values_mut().flatten().chain(&mut self.appended).for_each(|node| node.each_name(&renamed));
+        self.before.values_mut().flatten().chain(&mut self.appended).for_each(|node| node.each_name(renamed));
         self.initializers.iter_mut().for_each(|tensor| renamed(tensor.name_mut()));
         self.inputs.iter_mut().chain(&mut self.outputs).for_each(|value| renamed(value.name_mut()));
         self.replaced.iter_mut().for_each(|(_, _, tensor)| renamed(tensor));

@@ -508,3 +508,41 @@ fn configurations_of_adapters_round_trip_through_a_folded_graph() {
     assert_eq!(record["adapters"], json!(["r"]));
     assert_eq!(model.metadata("prefold.adapter"), Some("r"));
 }
+
+/// `prefold forward` says what `adapter_ids` and slots do: the base graph's logits, the adapter's, and which names there are.
+#[test]
+fn the_active_adapter_of_a_graph_is_chosen_by_name_number_or_file() {
+    let bench = Bench::new(Dialect::Portable);
+    let at = bench.scratch.path();
+    bench.fold("base", &["a", "b"], Emission::Bank, Over::Refuse, "bank");
+    bench.fold("base", &["a", "b"], Emission::Slot, Over::Refuse, "slot");
+    let ids = candle_core::Tensor::new(&[TOKENS], &Device::Cpu).unwrap();
+    let inputs = [("attention_mask".to_owned(), ids.ones_like().unwrap()), ("input_ids".to_owned(), ids)];
+    candle_core::safetensors::save(&inputs.into_iter().collect(), at.join("in.safetensors")).unwrap();
+    let forward = |graph: &str, more: &[&str]| {
+        let args = ["forward", "--graph", graph, "--runtime", "tract", "--inputs", "in.safetensors"];
+        prefold(at, &[args.as_slice(), &["--out", "out.safetensors"], more].concat())
+    };
+    let b = bench.adapter("b");
+    let cases: [(&str, &[&str], Option<&Adapter>); 5] = [
+        ("bank", &[], None),
+        ("bank", &["--adapter-id", "b"], Some(&b)),
+        ("bank", &["--adapter-id", "2"], Some(&b)),
+        ("slot", &[], None),
+        ("slot", &["--onnx-adapter", "slot/b.onnx_adapter"], Some(&b)),
+    ];
+    for (graph, more, adapter) in cases {
+        let output = forward(graph, more);
+        assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let logits = candle_core::safetensors::load(at.join("out.safetensors"), &Device::Cpu).unwrap();
+        let values = logits["logits"].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let expected = bench.expected(adapter);
+        let found = Array2::from_shape_vec(expected.dim(), values).unwrap();
+        close(found.view(), &expected, &format!("{graph} {more:?}"));
+    }
+    let refused = |graph: &str, more: &[&str]| String::from_utf8(forward(graph, more).stderr).unwrap();
+    let error = refused("bank", &["--adapter-id", "3"]);
+    assert!(error.contains("no adapter `3`") && error.contains("1 a, 2 b"), "{error}");
+    assert!(refused("slot", &["--adapter-id", "1"]).contains("there is no bank to work on"));
+    assert!(refused("base", &["--onnx-adapter", "slot/b.onnx_adapter"]).contains("no input `prefold.layers.0.M`"));
+}

@@ -60,7 +60,7 @@ fn of_node(index: &Index, node: &Node) -> Following {
             let scale = node.input(1).and_then(|scale| said(index, scale));
             scale.map_or(Following::Inputs(1..2), Following::Type)
         }
-        "Where" => Following::Inputs(1..node.inputs().len().min(3).max(1)),
+        "Where" => Following::Inputs(1..node.inputs().len().clamp(1, 3)),
         // their second input is a weight of another type, a shape, or an index
         "MatMulNBits"
         | "Reshape"

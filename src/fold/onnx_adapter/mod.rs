@@ -70,7 +70,7 @@ impl AdapterFile {
             }
             let (found, expected) = (bytes.len() as u64, data_type.byte_len(dims));
             if expected != Some(found) {
-                return Err(format!("`{name}` is {data_type} {dims:?}, and has {found} bytes"));
+                return Err(format!("`{name}` has {found} bytes, which is no {data_type} of shape {dims:?}"));
             }
         }
         Ok(file)
@@ -161,7 +161,17 @@ mod tests {
             AdapterFile::from_bytes(b"not a flatbuffer at all").unwrap_err(),
             AdapterFile::from_bytes(b"").unwrap_err(),
         ];
-        insta::assert_snapshot!(errors.join("\n"), @"");
+        insta::assert_snapshot!(errors.join("\n"), @"
+        `p` has 24 bytes, which is no float of shape [2, 4]
+        `p` has 24 bytes, which is no float of shape [-2, -3]
+        `p` has 24 bytes, which is no float of shape [9223372036854775807, 9223372036854775807]
+        it gives `p` two values
+        `scalar` has 8 bytes, which is no string of shape []
+        `scalar` has 8 bytes, which is no type#-5 of shape []
+        it is of version 2 of the format, and 1 is the one known
+        it does not begin as such a file does (identifier TORT)
+        it does not begin as such a file does (identifier TORT)
+        ");
     }
 
     proptest! {
