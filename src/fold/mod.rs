@@ -7,7 +7,9 @@
 //! ```
 //!
 //! The graph is edited as a file: nodes and constants are added, the reader of each attention output reads the sum instead,
-//! and every other byte stays as it is. Weights are linked or copied as files and never read. Knows no training.
+//! and every other byte stays as it is. Weights are linked or copied as files and never read.
+//! What was folded, and the way back to the file before, stands in the graph's metadata: [`unfold_folder`] gives that file's bytes,
+//! and a second fold finds the base graph's sites by it. Knows no training.
 
 mod bank;
 mod delta;

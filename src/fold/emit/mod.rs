@@ -1,7 +1,7 @@
 //! Writing an adapter into a graph: `term` for every method that adds a term at the attention sites, one file for each other
-//! way to act, and [`emission`] for how its tensors stand there.
+//! way to act, and `emission` for how its tensors stand there.
 //!
-//! Method and emission know nothing of each other. A method writes its nodes and asks [`Constants`] for tensors by name and value;
+//! Method and emission know nothing of each other. A method writes its nodes and asks `Constants` for tensors by name and value;
 //! it is run once for each adapter, the nodes of the first are kept, and the values of all are the emission's.
 
 mod constants;

@@ -256,3 +256,29 @@ fn heads_first<'g>(index: &Index<'g>, merged: &str) -> Option<&'g str> {
     let order = transpose.attribute("perm")?;
     (order.as_ints() == Some(&[0, 2, 1, 3])).then(|| transpose.input(0)).flatten()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{ModelBuilder, TensorDef, ValueDef};
+
+    #[test]
+    fn a_query_that_was_heads_first_is_not_split_again() {
+        let model = |perm: &[i64]| {
+            let mut builder = ModelBuilder::new("g", 8);
+            let dims = ["batch".into(), 2.into(), "sequence".into(), 4.into()];
+            builder.opset("", 17).input(ValueDef::new("rotated", DataType::Float, dims));
+            builder.output(ValueDef::new("merged", DataType::Float, ["batch".into(), "sequence".into(), 8.into()]));
+            builder.initializer(TensorDef::from_i64s("shape", &[3], &[0, 0, 8]));
+            let transpose = NodeDef::new("Transpose", "t").attr_ints("perm", perm);
+            builder.node(transpose.inputs(["rotated"]).outputs(["turned"]));
+            builder.node(NodeDef::new("Reshape", "r").inputs(["turned", "shape"]).outputs(["merged"]));
+            builder.build().unwrap()
+        };
+        let of = |perm: &[i64]| heads_first(&Index::new(model(perm).graph()), "merged").map(str::to_owned);
+        assert_eq!(of(&[0, 2, 1, 3]).as_deref(), Some("rotated"));
+        assert_eq!(of(&[0, 2, 3, 1]), None);
+        let model = model(&[0, 2, 1, 3]);
+        assert_eq!(heads_first(&Index::new(model.graph()), "turned"), None);
+    }
+}
