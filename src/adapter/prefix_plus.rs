@@ -272,6 +272,7 @@ impl AdapterMethod for PrefixPlus {
             let gate = term.tensor(name("gate"));
             memory = term.binary(Binary::Mul, gate, memory);
         }
+        term.label(memory, name("M"));
         let mut features = term.query(self.query);
         if self.feature_map == FeatureMap::Mlp {
             let (w, b) = (term.tensor(name("W")), term.tensor(name("b")));
@@ -288,6 +289,7 @@ impl AdapterMethod for PrefixPlus {
         }
         let key = term.tensor(name("k"));
         let key = scaled(&mut term, key);
+        term.label(key, name("k"));
         let divisor = term.matmul(features, key);
         let divisor = term.map(Map::Abs, divisor);
         let one = term.number(1.0);

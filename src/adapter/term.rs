@@ -97,6 +97,7 @@ pub enum Step {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Term {
     steps: Vec<Step>,
+    labels: BTreeMap<usize, String>,
 }
 
 impl Term {
@@ -128,6 +129,16 @@ impl Term {
     /// An elementwise function of two values.
     pub fn binary(&mut self, function: Binary, left: Value, right: Value) -> Value {
         self.push(Step::Binary(function, left, right))
+    }
+
+    /// Names a value that is computed from several tensors, as a graph that holds it calls it.
+    pub fn label(&mut self, value: Value, name: impl Into<String>) {
+        self.labels.insert(value.0, name.into());
+    }
+
+    /// The name of a value, where it was given one.
+    pub fn label_of(&self, value: Value) -> Option<&str> {
+        self.labels.get(&value.0).map(String::as_str)
     }
 
     fn push(&mut self, step: Step) -> Value {

@@ -1,14 +1,16 @@
 //! `prefold adapter`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
 use miette::Result;
 
-use super::{Context, keep_apart};
+use super::{Context, existing_graph, keep_apart, usage};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::files::{Manifest, StagedFolder};
+use crate::fold::{ADAPTER_EXTENSION, AdapterFile, check_adapter_file, name_of, open_adapter, slot_values};
+use crate::onnx::Model;
 
 /// Work on adapters
 #[derive(Args, Debug)]
@@ -20,20 +22,37 @@ pub(super) struct Adapt {
 #[derive(Debug, Subcommand)]
 enum Command {
     Convert(Convert),
+    Check(Check),
+}
+
+/// Say whether an .onnx_adapter file fits a graph, before a runtime does
+///
+/// Names, types and shapes of its values are compared with the graph's inputs. Exit code 0: it fits.
+#[derive(Args, Debug)]
+struct Check {
+    /// The .onnx_adapter file
+    file: PathBuf,
+    /// The graph: its folder or its .onnx file
+    #[arg(long)]
+    graph: PathBuf,
 }
 
 /// Write an adapter in another tool's layout
 ///
 /// PEFT folders hold LoRA (with rsLoRA and DoRA) and prefix tuning. prefold reads them wherever it takes an adapter together with
-/// its base model.
+/// its base model. An .onnx_adapter file holds values for the slots of a graph that `prefold fold --emission slot` made, for ONNX
+/// Runtime's adapter API and onnxruntime-genai's Adapters.
 #[derive(Args, Debug)]
 struct Convert {
     /// The adapter: a folder of prefold's or PEFT's
     #[arg(long)]
     adapter: PathBuf,
     /// Its base model: Hugging Face folder, .gguf file, or the name of a fetched model
-    #[arg(long)]
-    model: String,
+    #[arg(long, required_unless_present = "graph")]
+    model: Option<String>,
+    /// The graph whose slots the values are for, with --to onnx_adapter: its folder or its .onnx file
+    #[arg(long, conflicts_with = "model")]
+    graph: Option<PathBuf>,
     /// The layout to write
     #[arg(long, value_enum)]
     to: Layout,
@@ -52,40 +71,79 @@ enum Layout {
     Prefold,
     /// That of the Python package peft.
     Peft,
+    /// Values for the slots of a graph.
+    #[value(name = "onnx_adapter")]
+    OnnxAdapter,
 }
 
 impl Adapt {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         match self.command {
             Command::Convert(command) => command.run(context),
+            Command::Check(command) => command.run(),
         }
+    }
+}
+
+impl Check {
+    fn run(self) -> Result<ExitCode> {
+        let file = AdapterFile::open(&self.file)?;
+        check_adapter_file(&file, &Model::open(&existing_graph(&self.graph)?)?)?;
+        let bytes: usize = file.parameters.iter().map(|parameter| parameter.bytes.len()).sum();
+        println!("{} values of {bytes} bytes fit {}", file.parameters.len(), self.graph.display());
+        Ok(ExitCode::SUCCESS)
     }
 }
 
 impl Convert {
     fn run(self, context: &Context) -> Result<ExitCode> {
-        keep_apart(&self.out, &[&self.adapter, self.model.as_ref()])?;
-        let staged = StagedFolder::new(&self.out, self.overwrite)?;
-        let checkpoint = context.checkpoint(&self.model)?;
-        let adapter = Adapter::open_for(&self.adapter, checkpoint.spec())?;
-        let name = match self.to {
-            Layout::Prefold => {
-                adapter.save(staged.path())?;
-                "prefold"
+        match (self.to, &self.model, &self.graph) {
+            (Layout::OnnxAdapter, _, Some(graph)) => self.for_graph(graph),
+            (Layout::Prefold | Layout::Peft, Some(model), _) => self.for_model(context, model),
+            (Layout::OnnxAdapter, ..) => {
+                Err(usage("which graph's slots the values are for is not said", "give --graph"))
             }
-            Layout::Peft => {
-                peft::write(&adapter, checkpoint.spec(), staged.path())?;
-                "peft"
-            }
-        };
-        let mut manifest = Manifest::new("adapter convert", serde_json::json!({ "to": name }));
-        if self.adapter.is_dir() {
-            manifest = manifest.input("adapter_config", &self.adapter.join(CONFIG_NAME))?;
-            manifest = manifest.input("adapter", &self.adapter.join(WEIGHTS_NAME))?;
-        } else {
-            manifest = manifest.input("adapter", &self.adapter)?;
+            _ => Err(usage("the adapter's base model is not said", "give --model")),
         }
-        manifest = manifest.output("adapter_config", &staged.path().join(CONFIG_NAME))?;
+    }
+
+    fn for_graph(&self, graph: &Path) -> Result<ExitCode> {
+        keep_apart(&self.out, &[&self.adapter, graph])?;
+        let staged = StagedFolder::new(&self.out, self.overwrite)?;
+        let graph = existing_graph(graph)?;
+        let adapter = open_adapter(&graph, &self.adapter)?;
+        let values = slot_values(&Model::open(&graph)?, graph.parent().unwrap_or(Path::new(".")), &adapter)?;
+        let name = format!("{}.{ADAPTER_EXTENSION}", name_of(&self.adapter));
+        values.save(&staged.path().join(&name))?;
+        let manifest = Manifest::new("adapter convert", serde_json::json!({ "to": "onnx_adapter" }));
+        let manifest = self.inputs(manifest)?.input("graph", &graph)?;
+        manifest.output("adapter", &staged.path().join(&name))?.write(staged.path())?;
+        println!("{}", staged.commit()?.join(name).display());
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn inputs(&self, manifest: Manifest) -> Result<Manifest> {
+        if !self.adapter.is_dir() {
+            return Ok(manifest.input("adapter", &self.adapter)?);
+        }
+        let manifest = manifest.input("adapter_config", &self.adapter.join(CONFIG_NAME))?;
+        Ok(manifest.input("adapter", &self.adapter.join(WEIGHTS_NAME))?)
+    }
+
+    fn for_model(&self, context: &Context, model: &str) -> Result<ExitCode> {
+        keep_apart(&self.out, &[&self.adapter, model.as_ref()])?;
+        let staged = StagedFolder::new(&self.out, self.overwrite)?;
+        let checkpoint = context.checkpoint(model)?;
+        let adapter = Adapter::open_for(&self.adapter, checkpoint.spec())?;
+        let name = if self.to == Layout::Peft {
+            peft::write(&adapter, checkpoint.spec(), staged.path())?;
+            "peft"
+        } else {
+            adapter.save(staged.path())?;
+            "prefold"
+        };
+        let manifest = self.inputs(Manifest::new("adapter convert", serde_json::json!({ "to": name })))?;
+        let manifest = manifest.output("adapter_config", &staged.path().join(CONFIG_NAME))?;
         manifest.output("adapter", &staged.path().join(WEIGHTS_NAME))?.write(staged.path())?;
         println!("{}", staged.commit()?.display());
         Ok(ExitCode::SUCCESS)

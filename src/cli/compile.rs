@@ -10,6 +10,7 @@ use super::export::ExportArgs;
 use super::verify::{VerifyArgs, compile, summary, table};
 use super::{Context, keep_apart, usage};
 use crate::files::StagedFolder;
+use crate::fold::Emission;
 use crate::onnx::MODEL_NAME;
 
 /// Export a model, fold an adapter into it, and verify the result
@@ -32,6 +33,9 @@ pub(super) struct Compile {
     /// Keep the graph where parity does not hold
     #[arg(long)]
     keep: bool,
+    /// How the adapter stands in the graph: baked, slot or bank
+    #[arg(long, default_value_t)]
+    emission: Emission,
     #[command(flatten)]
     export: ExportArgs,
     #[command(flatten)]
@@ -45,7 +49,7 @@ impl Compile {
         let (checkpoint, adapter) = context.checkpoint_with(&self.model, Some(&self.adapter))?;
         let Some(adapter) = adapter.as_ref() else { return Err(usage("there is no adapter", "check --adapter")) };
         let adapter = (adapter, self.adapter.as_path());
-        let report = compile(context, &checkpoint, adapter, staged.path(), &self.export, &self.verify)?;
+        let report = compile(context, &checkpoint, adapter, staged.path(), &self.export, &self.verify, self.emission)?;
         println!("{}", table(&report));
         println!("{}", summary(&report));
         if !report.verdict.passed() && !self.keep {

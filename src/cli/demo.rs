@@ -79,7 +79,15 @@ impl Demo {
         let path = root.join("adapter");
         let adapter = Adapter::open(&path)?;
         let export = ExportArgs::default();
-        let report = compile(context, &checkpoint, (&adapter, &path), &graph, &export, &VerifyArgs::default())?;
+        let report = compile(
+            context,
+            &checkpoint,
+            (&adapter, &path),
+            &graph,
+            &export,
+            &VerifyArgs::default(),
+            crate::fold::Emission::Baked,
+        )?;
         println!("{}\n{}\n", table(&report), summary(&report));
 
         println!("3. The same prompt, before and after\n");

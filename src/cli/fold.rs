@@ -1,28 +1,45 @@
 //! `prefold fold`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use miette::Result;
 
-use super::{existing_graph, keep_apart};
+use super::{existing_graph, keep_apart, named_adapter, usage};
 use crate::files::StagedFolder;
-use crate::fold::fold_folder;
+use crate::fold::{ADAPTER_EXTENSION, Emission, FoldOptions, Over, fold_adapters};
 use crate::onnx::MODEL_NAME;
 
 /// Put an adapter into an ONNX graph
+///
+/// baked: the adapter's tensors are constants of the graph. slot: they are inputs that default to the base model, and each
+/// --adapter becomes an .onnx_adapter file for ONNX Runtime's adapter API. bank: all adapters are in the graph, and its input
+/// adapter_ids, one number for each row of the batch, picks one by its place from 1; 0 is the base model. Adapters of one graph
+/// have the same configuration up to their rank.
+///
+/// A graph that carries an adapter already is refused, unless --stack or --replace says what is meant. `prefold unfold` gives
+/// the graph before a fold back, byte for byte.
 #[derive(Args, Debug)]
 pub(super) struct Fold {
     /// The graph: its folder or its .onnx file
     #[arg(long)]
     graph: PathBuf,
-    /// The adapter: its folder
-    #[arg(long)]
-    adapter: PathBuf,
+    /// The adapter: its folder, or NAME=FOLDER; may be repeated for slot and bank
+    #[arg(long, required = true)]
+    adapter: Vec<String>,
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
+    /// How the adapter stands in the graph: baked, slot or bank
+    #[arg(long, default_value_t)]
+    emission: Emission,
+    /// Add to the adapter that the graph carries: at each site the terms of both are summed
+    #[arg(long, conflicts_with = "replace")]
+    stack: bool,
+    /// Take the last adapter that was folded off first
+    #[arg(long)]
+    replace: bool,
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
@@ -30,11 +47,37 @@ pub(super) struct Fold {
 
 impl Fold {
     pub(super) fn run(self) -> Result<ExitCode> {
-        keep_apart(&self.out, &[&self.graph, &self.adapter])?;
+        let adapters: Vec<(String, PathBuf)> = self.adapter.iter().map(|text| named_adapter(text)).collect();
+        let inputs: Vec<&Path> =
+            std::iter::once(&self.graph).chain(adapters.iter().map(|(_, path)| path)).map(PathBuf::as_path).collect();
+        keep_apart(&self.out, &inputs)?;
+        if self.emission == Emission::Baked && adapters.len() > 1 {
+            return Err(usage("a graph with baked tensors holds one adapter", "fold with --emission slot or bank"));
+        }
+        let over = match (self.stack, self.replace) {
+            (true, _) => Over::Stack,
+            (_, true) => Over::Replace,
+            _ => Over::Refuse,
+        };
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
-        let folded = fold_folder(&existing_graph(&self.graph)?, &self.adapter, staged.path())?;
+        let options = FoldOptions { emission: self.emission, over };
+        let folded = fold_adapters(&existing_graph(&self.graph)?, &adapters, options, staged.path())?;
         let out = staged.commit()?;
-        println!("{} ({} sites)", out.join(MODEL_NAME).display(), folded.sites.len());
+        let what = match self.emission {
+            Emission::Baked => String::new(),
+            Emission::Slot => format!(", {} slots", folded.slots.len()),
+            Emission::Bank => format!(", adapter_ids 0 is the base, {}", rows(&folded.adapters)),
+        };
+        println!("{} ({} sites{what})", out.join(MODEL_NAME).display(), folded.sites.len());
+        for name in folded.adapters.iter().take(folded.slot_values.len()) {
+            println!("{}", out.join(format!("{name}.{ADAPTER_EXTENSION}")).display());
+        }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// The rows of a bank in words.
+pub(super) fn rows(names: &[String]) -> String {
+    let rows = names.iter().enumerate().map(|(row, name)| format!("{} {name}", row + 1));
+    rows.collect::<Vec<_>>().join(", ")
 }

@@ -9,7 +9,8 @@ use clap::Args;
 use miette::{IntoDiagnostic, Result};
 use ndarray::Array2;
 
-use super::verify::{Engine, open_session};
+use super::active::Active;
+use super::verify::{Engine, open_given};
 use super::{Context, existing_graph, keep_apart, usage};
 use crate::base::{Decoder, Input, NoHook, SiteHook};
 use crate::runtime::{GraphDecoder, positions};
@@ -47,6 +48,8 @@ pub(super) struct Forward {
     /// Runtime for --graph
     #[arg(long, default_value = "ort", value_enum)]
     runtime: Engine,
+    #[command(flatten)]
+    active: Active,
 }
 
 /// What the input file holds.
@@ -118,7 +121,8 @@ impl Forward {
     }
 
     fn graph(&self, context: &Context, graph: &Path, given: &Given) -> Result<HashMap<String, Tensor>> {
-        let session = open_session(context, self.runtime, &existing_graph(graph)?)?;
+        let graph = existing_graph(graph)?;
+        let session = open_given(context, self.runtime, &graph, self.active.given(&graph)?)?;
         let mut decoder = GraphDecoder::new(session)?;
         let array =
             |values: &[i64]| Array2::from_shape_vec((given.batch, given.seq), values.to_vec()).into_diagnostic();

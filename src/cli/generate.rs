@@ -8,7 +8,8 @@ use candle_core::{DType, Device};
 use clap::Args;
 use miette::{IntoDiagnostic, Result};
 
-use super::verify::{Engine, open_session};
+use super::active::Active;
+use super::verify::{Engine, open_given};
 use super::{Context, existing_graph, usage};
 use crate::base::{Decoder, Input, KvCache, Message, NoHook, SiteHook, Tokenizer};
 use crate::runtime::GraphDecoder;
@@ -44,6 +45,8 @@ pub(super) struct Generate {
     /// Runtime for --graph
     #[arg(long, default_value = "ort", value_enum)]
     runtime: Engine,
+    #[command(flatten)]
+    active: Active,
 }
 
 impl Generate {
@@ -75,7 +78,7 @@ impl Generate {
         let graph = existing_graph(graph)?;
         let tokenizer = Tokenizer::from_folder(graph.parent().unwrap_or(Path::new(".")))?;
         let prompt = self.prompt_ids(&tokenizer)?;
-        let mut decoder = GraphDecoder::new(open_session(context, self.runtime, &graph)?)?;
+        let mut decoder = GraphDecoder::new(open_given(context, self.runtime, &graph, self.active.given(&graph)?)?)?;
         let mut stream = tokenizer.stream(&prompt, true);
         let wide = |ids: &[u32]| ids.iter().map(|id| i64::from(*id)).collect::<Vec<i64>>();
         let (prompts, eos) = ([wide(&prompt)], wide(tokenizer.eos_ids()));

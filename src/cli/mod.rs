@@ -5,7 +5,9 @@
 //! checkpoint (`train`).
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod active;
 mod adapter;
+mod bank;
 mod bench;
 mod compile;
 mod data;
@@ -26,6 +28,7 @@ mod runtime;
 mod schema;
 mod style;
 mod train;
+mod unfold;
 mod verify;
 
 use std::path::{Path, PathBuf};
@@ -37,7 +40,7 @@ use miette::Result;
 use crate::adapter::Adapter;
 use crate::base::{Checkpoint, fetch as models};
 use crate::files;
-use crate::fold::graph_file;
+use crate::fold::{graph_file, name_of};
 
 pub use schema::schemas;
 
@@ -74,6 +77,8 @@ enum Command {
     Train(Box<train::Train>),
     Export(export::Export),
     Fold(fold::Fold),
+    Unfold(unfold::Unfold),
+    Bank(bank::Bank),
     Compile(compile::Compile),
     Verify(verify::Verify),
     Generate(generate::Generate),
@@ -136,6 +141,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Train(command) => command.run(&context),
         Command::Export(command) => command.run(&context),
         Command::Fold(command) => command.run(),
+        Command::Unfold(command) => command.run(),
+        Command::Bank(command) => command.run(),
         Command::Compile(command) => command.run(&context),
         Command::Verify(command) => command.run(&context),
         Command::Generate(command) => command.run(&context),
@@ -181,6 +188,15 @@ fn existing_graph(path: &Path) -> Result<PathBuf> {
         return Ok(file);
     }
     Err(usage(format!("there is no graph {}", path.display()), "name a folder that holds model.onnx, or an .onnx file"))
+}
+
+/// `NAME=PATH` or `PATH`, whose name is then the last part of it.
+fn named_adapter(text: &str) -> (String, PathBuf) {
+    let path = PathBuf::from(text);
+    match text.split_once('=') {
+        Some((name, rest)) if !path.exists() && !name.contains(['/', '\\']) => (name.to_owned(), rest.into()),
+        _ => (name_of(&path), path),
+    }
 }
 
 /// Refuses an output that is, or holds, one of a command's inputs: replacing it would destroy them.

@@ -13,13 +13,13 @@ use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, NoHook, SiteHook};
 use crate::export::{Dialect, ExportOptions, Precision, export};
 use crate::files::{FileFact, Manifest};
-use crate::fold::fold_folder;
+use crate::fold::{ADAPTER_IDS, Emission, FoldOptions, Record, fold_adapters, fold_folder, name_of, slot_values};
 use crate::onnx::{DataType, MODEL_NAME, Model as Graph, external_files};
 use crate::parity::{
     Budget, Candidate, CaseOptions, Check, Facts, Model, NoOpPair, Reference, Report, Verdict, generated_prompts,
     standard_cases,
 };
-use crate::runtime::{self, OrtOptions, OrtSession, Session, TractOptions, TractSession, library};
+use crate::runtime::{self, Given, OrtOptions, OrtSession, Session, TractOptions, TractSession, WithGiven, library};
 use crate::train::ComputeType;
 
 /// Compare a graph with the candle model it was made from
@@ -89,13 +89,53 @@ impl Engine {
 
 /// Opens a graph in a runtime.
 pub(super) fn open_session(context: &Context, engine: Engine, graph: &Path) -> runtime::Result<Box<dyn Session>> {
-    Ok(match engine {
+    open_given(context, engine, graph, Vec::new())
+}
+
+/// Opens a graph in a runtime, with inputs that are given with every run.
+pub(super) fn open_given(
+    context: &Context,
+    engine: Engine,
+    graph: &Path,
+    given: Vec<(String, Given)>,
+) -> runtime::Result<Box<dyn Session>> {
+    let session: Box<dyn Session> = match engine {
         Engine::Ort => {
             let library = library::find(context.global.ort_lib.as_deref(), &context.cache)?;
             Box::new(OrtSession::open(&library, graph, OrtOptions::default())?)
         }
-        Engine::Tract => Box::new(TractSession::open(graph, TractOptions::default())?),
-    })
+        Engine::Tract => {
+            let fed: Vec<String> = given.iter().map(|(name, _)| name.clone()).collect();
+            Box::new(TractSession::open_fed(graph, &fed, TractOptions::default())?)
+        }
+    };
+    if given.is_empty() { Ok(session) } else { Ok(Box::new(WithGiven::new(session, given)?)) }
+}
+
+/// What the inputs that folds added are given so that an adapter is active, or none: values of the slots of the last fold that has
+/// some, and the adapter's row of every bank that knows its name.
+fn given_for(graph: &Graph, folder: &Path, adapter: Option<(&Adapter, &Path)>) -> Result<Vec<(String, Given)>> {
+    let folds = Record::all(graph)?;
+    let mut given = Vec::new();
+    for fold in folds.iter().filter(|fold| fold.emission == Emission::Bank) {
+        let row = adapter.and_then(|(_, path)| fold.adapters.iter().position(|name| *name == name_of(path)));
+        let only = (adapter.is_some() && folds.len() == 1 && fold.adapters.len() == 1).then_some(0);
+        let row = row.or(only).map_or(0, |row| row as i64 + 1);
+        if row == 0 && adapter.is_some() && folds.len() == 1 {
+            let help = format!("its adapters are {}; name the folder so", fold.adapters.join(", "));
+            return Err(usage("the graph's bank does not know the adapter by the name of its folder", help));
+        }
+        given.push((fold.input_name(ADAPTER_IDS), Given::EveryRow(row)));
+    }
+    if let Some((adapter, _)) = adapter
+        && folds.iter().any(|fold| fold.emission == Emission::Slot)
+    {
+        for value in slot_values(graph, folder, adapter)?.parameters {
+            let tensor = Given::from_le_bytes(value.data_type.code(), &value.dims, &value.bytes)?;
+            given.push((value.name, tensor));
+        }
+    }
+    Ok(given)
 }
 
 impl Verify {
@@ -137,9 +177,10 @@ pub(super) fn verify(context: &Context, subject: &Subject, options: &VerifyArgs)
     let adapter = subject.adapter.map(|(adapter, _)| adapter);
     let engines = engines(context, &graph, &options.runtime);
     let mut check = prepare(subject.checkpoint, adapter, precision, options)?;
+    let given = given_for(&graph, subject.graph.parent().unwrap_or(Path::new(".")), subject.adapter)?;
     for engine in &engines {
-        let path = subject.graph.clone();
-        let open = Box::new(move || open_session(context, *engine, &path));
+        let (path, given) = (subject.graph.clone(), given.clone());
+        let open = Box::new(move || open_given(context, *engine, &path, given.clone()));
         check.run(Candidate { name: engine.name().into(), open });
     }
     if adapter.is_some_and(Adapter::zeros_are_the_base) {
@@ -208,7 +249,8 @@ fn engines(context: &Context, graph: &Graph, asked: &[Engine]) -> Vec<Engine> {
     }
 }
 
-/// Folds an adapter of zeros into the base graph and compares bit for bit.
+/// Compares the base graph bit for bit with the graph whose adapter is off, where it can be, and else with the base graph that an
+/// adapter of zeros is folded into.
 fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine], check: &mut Check) -> Result<()> {
     let Some((adapter, _)) = subject.adapter else { return Ok(()) };
     let scratch =
@@ -229,19 +271,27 @@ fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine]
             return Ok(());
         }
     };
-    let zeros = scratch.path().join("zeros");
-    let folded = scratch.path().join("folded");
-    for folder in [&zeros, &folded] {
-        std::fs::create_dir(folder).map_err(crate::files::Error::io("create folder", folder))?;
-    }
-    Adapter::zeros(adapter.config().clone())?.save(&zeros)?;
-    fold_folder(&base, &zeros, &folded)?;
+    let folds = Record::all(graph)?;
+    let (folded, given) = if let [fold] = &folds[..]
+        && fold.emission != Emission::Baked
+    {
+        (subject.graph.clone(), given_for(graph, Path::new("."), None)?)
+    } else {
+        let zeros = scratch.path().join("zeros");
+        let folded = scratch.path().join("folded");
+        for folder in [&zeros, &folded] {
+            std::fs::create_dir(folder).map_err(crate::files::Error::io("create folder", folder))?;
+        }
+        Adapter::zeros(adapter.config().clone())?.save(&zeros)?;
+        fold_folder(&base, &zeros, &folded)?;
+        (folded.join(MODEL_NAME), Vec::new())
+    };
     for engine in engines {
-        let (base, folded) = (base.clone(), folded.join(MODEL_NAME));
+        let (base, folded, given) = (base.clone(), folded.clone(), given.clone());
         check.no_op(NoOpPair {
             name: engine.name().into(),
             base: Box::new(move || open_session(context, *engine, &base)),
-            folded: Box::new(move || open_session(context, *engine, &folded)),
+            folded: Box::new(move || open_given(context, *engine, &folded, given.clone())),
         });
     }
     Ok(())
@@ -313,13 +363,14 @@ pub(super) fn compile(
     folder: &Path,
     export_args: &ExportArgs,
     verify_args: &VerifyArgs,
+    emission: Emission,
 ) -> Result<Report> {
     let base = tempfile::tempdir_in(folder.parent().unwrap_or(folder))
         .map_err(crate::files::Error::io("create a folder beside", folder))?;
     // weights that the adapter replaced are the checkpoint's, and nothing is left to fold
     let replaced = adapter.base_weights().is_some();
     export(checkpoint, &export_args.options(), if replaced { folder } else { base.path() })?;
-    let folded = if replaced { None } else { Some(fold_folder(base.path(), path, folder)?) };
+    let folded = if replaced { None } else { Some(fold_compiled(base.path(), path, emission, folder)?) };
     let subject = Subject {
         checkpoint,
         graph: folder.join(MODEL_NAME),
@@ -338,4 +389,9 @@ pub(super) fn compile(
         serde_json::json!({ "base_model": checkpoint.display_name(), "sites": folded.as_ref().map(|f| &f.sites) });
     manifest.write(folder)?;
     Ok(report)
+}
+
+fn fold_compiled(base: &Path, adapter: &Path, emission: Emission, folder: &Path) -> Result<crate::fold::Folded> {
+    let options = FoldOptions { emission, ..FoldOptions::default() };
+    Ok(fold_adapters(base, &[(name_of(adapter), adapter.to_path_buf())], options, folder)?)
 }

@@ -16,6 +16,13 @@ pub fn sha256_bytes(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
+/// SHA-256 of byte strings one after the other, in lower-case hexadecimal.
+pub fn sha256_pieces<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> String {
+    let mut hasher = Sha256::new();
+    pieces.for_each(|piece| hasher.update(piece));
+    hex(&hasher.finalize())
+}
+
 /// SHA-256 of a file, read in pieces, in lower-case hexadecimal.
 ///
 /// # Errors

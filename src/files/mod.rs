@@ -12,7 +12,7 @@ mod wheel;
 use std::path::PathBuf;
 
 pub use cache::cache_folder;
-pub use hash::{sha256_bytes, sha256_file};
+pub use hash::{sha256_bytes, sha256_file, sha256_pieces};
 pub use manifest::{FileFact, MANIFEST_NAME, Manifest};
 pub use map::MappedFile;
 pub use staged::{StagedFolder, sync};

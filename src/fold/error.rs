@@ -60,10 +60,122 @@ pub enum Error {
     },
     /// The graph carries an adapter already.
     #[error("the graph carries an adapter already ({earlier})")]
-    #[diagnostic(code(prefold::fold::already_folded), help("fold into the base graph instead"))]
+    #[diagnostic(
+        code(prefold::fold::already_folded),
+        help("pass --stack to add to it, --replace to put the new one in its place, or fold into the base graph")
+    )]
     AlreadyFolded {
         /// What it says of itself.
         earlier: String,
+    },
+    /// Nothing was given to fold.
+    #[error("there is no adapter to fold")]
+    #[diagnostic(code(prefold::fold::no_adapter), help("give --adapter"))]
+    NoAdapter,
+    /// Several adapters for an emission of one.
+    #[error("{count} adapters were given, and a graph with baked tensors holds one")]
+    #[diagnostic(code(prefold::fold::one_adapter), help("give one, or fold with --emission slot or bank"))]
+    OneAdapter {
+        /// How many.
+        count: usize,
+    },
+    /// An adapter's name cannot be used.
+    #[error("the adapter name `{name}` {why}")]
+    #[diagnostic(code(prefold::fold::name), help("give adapters names: --adapter NAME=FOLDER"))]
+    Name {
+        /// The name.
+        name: String,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// Adapters of one graph are of different kinds.
+    #[error("`{key}` is {first_value} in {first} and {other_value} in {other}")]
+    #[diagnostic(
+        code(prefold::fold::adapters_differ),
+        help("adapters that share a graph's slots or bank have the same configuration up to their rank")
+    )]
+    ConfigsDiffer {
+        /// The field of the configuration.
+        key: String,
+        /// The first adapter.
+        first: String,
+        /// Its value.
+        first_value: String,
+        /// The other adapter.
+        other: String,
+        /// Its value.
+        other_value: String,
+    },
+    /// Adapters of one graph have different tensors.
+    #[error("the adapters cannot share a graph: they differ in {what}")]
+    #[diagnostic(code(prefold::fold::tensors_differ), help("fold adapters of one method and one base model together"))]
+    AdaptersDiffer {
+        /// In what.
+        what: String,
+    },
+    /// The graph's format does not know inputs with a default.
+    #[error("the graph is of IR version {found}, which knows no inputs with a default value")]
+    #[diagnostic(
+        code(prefold::fold::old_ir),
+        help("convert it to IR version {needed} or later, or fold with --emission baked")
+    )]
+    OldFormat {
+        /// Its version.
+        found: i64,
+        /// The first that does.
+        needed: i64,
+    },
+    /// The file before a fold cannot be had.
+    #[error("the graph cannot be unfolded: {why}")]
+    #[diagnostic(
+        code(prefold::fold::unfold),
+        help("only a graph as `prefold fold` wrote it leads back; fold into the base graph instead")
+    )]
+    Unfold {
+        /// Why not.
+        why: String,
+    },
+    /// The graph has no bank to change.
+    #[error("there is no bank to work on: {why}")]
+    #[diagnostic(code(prefold::fold::no_bank), help("{help}"))]
+    NoBank {
+        /// Why not.
+        why: &'static str,
+        /// What to do.
+        help: &'static str,
+    },
+    /// The bank has no adapter of a name.
+    #[error("the bank has no adapter `{name}`")]
+    #[diagnostic(code(prefold::fold::no_row), help("its adapters are {}", rows.join(", ")))]
+    NoRow {
+        /// The name.
+        name: String,
+        /// The names that it has.
+        rows: Vec<String>,
+    },
+    /// Values do not go into a graph's slots.
+    #[error("the values do not fit the graph: {why}")]
+    #[diagnostic(
+        code(prefold::fold::slots),
+        help(
+            "`prefold inspect GRAPH` lists its inputs; `prefold adapter convert --to onnx_adapter --graph GRAPH` writes values for it"
+        )
+    )]
+    Slots {
+        /// What does not fit.
+        why: String,
+    },
+    /// A file is no `.onnx_adapter` file.
+    #[error("{} is not a readable .onnx_adapter file: {why}", path.display())]
+    #[diagnostic(
+        code(prefold::fold::adapter_file),
+        help("write it with `prefold adapter convert --to onnx_adapter` or onnxruntime.AdapterFormat")
+    )]
+    AdapterFile {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        why: String,
     },
     /// The graph computes in a type that an adapter cannot be written in.
     #[error("the graph computes in {found}, a type that prefold does not fold into")]

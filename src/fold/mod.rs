@@ -7,41 +7,85 @@
 //! ```
 //!
 //! The graph is edited as a file: nodes and constants are added, the reader of each attention output reads the sum instead,
-//! and every other byte stays as it is. Weights are linked or copied as files and never read. Knows no training.
+//! and every other byte stays as it is. Weights are linked or copied as files and never read.
+//! What was folded, and the way back to the file before, stands in the graph's metadata: [`unfold_folder`] gives that file's bytes,
+//! and a second fold finds the base graph's sites by it. Knows no training.
 
+mod bank;
+mod delta;
 pub mod emit;
 mod error;
 pub mod locate;
+pub mod onnx_adapter;
+mod record;
+mod slots;
+mod stack;
+mod unfold;
 
 use std::path::{Path, PathBuf};
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+pub use bank::{BankEdit, bank_of, edit_bank};
+pub use emit::{ADAPTER_IDS, Emission};
 pub use error::{Error, Result};
 pub use locate::{Layout, Site};
+pub use onnx_adapter::{ADAPTER_EXTENSION, AdapterFile};
+pub use record::{MARK, Record};
+pub use slots::{Slot, check_adapter_file, slot_values, slots};
+pub use stack::sites;
+pub use unfold::{Unfolded, unfold_folder};
 
-use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
+use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::base::family;
 use crate::files::{self, Manifest};
 use crate::onnx::{MODEL_NAME, Model, external_files};
+use emit::{Parameter, Place};
 
-/// How an adapter stands in a graph.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Emission {
-    /// Its tensors are constants of the graph.
+/// What to do with a graph that carries an adapter already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Over {
+    /// An error that names the other two.
     #[default]
-    Baked,
+    Refuse,
+    /// Add to it: at each site the terms of both adapters are summed, and each has its own slots or bank.
+    Stack,
+    /// Put the new adapter in the place of the last one that was folded; those below it stay.
+    Replace,
+}
+
+/// How to fold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FoldOptions {
+    /// How the adapter stands in the graph.
+    pub emission: Emission,
+    /// What to do with a graph that carries an adapter already.
+    pub over: Over,
+}
+
+/// An adapter with the name that a graph knows it by.
+#[derive(Clone, Debug)]
+pub struct NamedAdapter {
+    /// The name, a file's too.
+    pub name: String,
+    /// The adapter.
+    pub adapter: Adapter,
 }
 
 /// What a fold did.
 #[derive(Clone, Debug, Serialize)]
 pub struct Folded {
-    /// How the adapter stands in the graph.
+    /// How the adapters stand in the graph.
     pub emission: Emission,
-    /// The sites that carry the adapter, by layer.
+    /// The sites that carry an adapter, by layer.
     pub sites: Vec<Site>,
+    /// The names of the adapters; in a bank those of its rows from 1.
+    pub adapters: Vec<String>,
+    /// The slots that the graph has now.
+    pub slots: Vec<Slot>,
+    /// The values of its slots, by adapter.
+    #[serde(skip)]
+    pub slot_values: Vec<AdapterFile>,
 }
 
 /// The folder and file that a graph's path names: a folder that holds `model.onnx`, or the file itself.
@@ -49,48 +93,192 @@ pub fn graph_file(path: &Path) -> PathBuf {
     if path.is_dir() { path.join(MODEL_NAME) } else { path.to_path_buf() }
 }
 
-/// Folds `adapter` into `model`, whose external data is in `source`. New external data, where the adapter is large, goes to
+/// Folds adapters into `model`, whose external data is in `source`. New external data, where the adapters are large, goes to
 /// `folder`.
 ///
 /// # Errors
-/// When the graph's sites are not those of the adapter's model, or the edited graph does not hold together.
-pub fn fold(model: &Model, source: &Path, adapter: &Adapter, folder: &Path) -> Result<(Model, Folded)> {
-    if let Some(earlier) = model.metadata(emit::MARK) {
-        return Err(Error::AlreadyFolded { earlier: earlier.to_owned() });
+/// When the graph's sites are not those of the adapters' model, the adapters do not go into one graph, the graph carries one
+/// already and nothing is said of it, or the edited graph does not hold together.
+pub fn fold(
+    model: &Model,
+    source: &Path,
+    adapters: &[NamedAdapter],
+    options: FoldOptions,
+    folder: &Path,
+) -> Result<(Model, Folded)> {
+    let Some(first) = adapters.first() else { return Err(Error::NoAdapter) };
+    let names: Vec<String> = adapters.iter().map(|adapter| adapter.name.clone()).collect();
+    check_names(&names)?;
+    if options.emission == Emission::Baked && adapters.len() > 1 {
+        return Err(Error::OneAdapter { count: adapters.len() });
     }
+    let called = |adapter: &NamedAdapter| format!("adapter `{}`", adapter.name);
+    for other in adapters {
+        check_same((&called(first), first.adapter.config()), (&called(other), other.adapter.config()))?;
+    }
+    let replaced = match (model.metadata(MARK), options.over) {
+        (Some(earlier), Over::Refuse) => return Err(Error::AlreadyFolded { earlier: earlier.to_owned() }),
+        (Some(_), Over::Replace) => Some(record::last(model)?.0),
+        (Some(_), Over::Stack) if Record::all(model)?.is_empty() => {
+            return Err(Error::Unfold { why: "it was folded by a prefold that kept no way back".into() });
+        }
+        _ => None,
+    };
+    let model = replaced.as_ref().unwrap_or(model);
+    let number = Record::all(model)?.last().map_or(1, |fold| fold.number + 1);
+    let config = first.adapter.config().clone();
+    let record = Record::new(number, options.emission, config, names.clone());
+
+    let sites = adapted(&sites(model)?, &first.adapter)?;
+    let place = Place { model, source, sites: &sites };
+    let opened: Vec<Adapter> = adapters.iter().map(|adapter| adapter.adapter.clone()).collect();
+    let (mut patch, mut values) = emit::emit(place, &opened, options.emission, folder)?;
+    patch.rename(|name| record.scoped(name));
+    patch.set_metadata(MARK, &names.join(", "));
+    let folded = record.clone().seal(model, &patch.apply(model)?)?;
+
+    let mut slot_values = Vec::new();
+    if options.emission == Emission::Slot {
+        values = emit::padded(&values)?;
+        values.iter_mut().for_each(|parameters| scope_names(&record, parameters));
+        slot_values = values.into_iter().map(slots::file_of).collect();
+    }
+    let slots = slots(&folded);
+    Ok((folded, Folded { emission: options.emission, sites, adapters: names, slots, slot_values }))
+}
+
+/// The sites of the layers that an adapter adapts.
+fn adapted(sites: &[Site], adapter: &Adapter) -> Result<Vec<Site>> {
     let config = adapter.config();
-    let sites = locate::sites(model)?;
     if sites.len() != config.num_layers {
         return Err(Error::SiteCount { sites: sites.len(), layers: config.num_layers });
     }
-    let adapted = config.adapted_layers();
-    let sites: Vec<Site> = sites.into_iter().filter(|site| adapted.contains(&site.layer)).collect();
-    let patch = emit::baked(model, source, adapter, &sites, folder)?;
-    Ok((patch.apply(model)?, Folded { emission: Emission::Baked, sites }))
+    let layers = config.adapted_layers();
+    Ok(sites.iter().filter(|site| layers.contains(&site.layer)).cloned().collect())
 }
 
-/// Folds the adapter at `adapter` into the graph at `graph` and writes `model.onnx`, its data and the manifest into a
+/// Gives parameters the names that they have in a fold.
+fn scope_names(fold: &Record, parameters: &mut [Parameter]) {
+    for parameter in parameters {
+        if let Some(name) = fold.scoped(&parameter.name) {
+            parameter.name = name;
+        }
+    }
+}
+
+fn check_names(names: &[String]) -> Result<()> {
+    for (index, name) in names.iter().enumerate() {
+        let odd = |c: char| c.is_control() || matches!(c, '/' | '\\' | ':' | '=' | ',');
+        let why = match name.as_str() {
+            "" => "is empty",
+            name if name.contains(odd) || name.starts_with('.') => "is no file name",
+            _ if names.get(..index).is_some_and(|before| before.contains(name)) => "is given twice",
+            _ => continue,
+        };
+        return Err(Error::Name { name: name.clone(), why });
+    }
+    Ok(())
+}
+
+/// What may differ between adapters of one graph: a rank and what goes with it, which is computed into the tensors.
+const RANK_FIELDS: [&str; 10] = [
+    "format_version",
+    "base_model",
+    "rank",
+    "alpha",
+    "rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init",
+    "prompt_scale",
+    "gate",
+];
+
+/// Whether two adapters are of one kind, up to the rank.
+///
+/// # Errors
+/// Names the first field of the configuration that differs.
+fn check_same((first, a): (&str, &AdapterConfig), (other, b): (&str, &AdapterConfig)) -> Result<()> {
+    let fields = |config: &AdapterConfig| match serde_json::to_value(config) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    let (a, b) = (fields(a), fields(b));
+    let keys = a.keys().chain(b.keys()).filter(|key| !RANK_FIELDS.contains(&key.as_str()));
+    let value = |fields: &serde_json::Map<String, serde_json::Value>, key: &str| {
+        fields.get(key).filter(|value| !value.is_null()).map_or("not given".to_owned(), ToString::to_string)
+    };
+    match { keys }.find(|key| value(&a, key) != value(&b, key)) {
+        Some(key) => Err(Error::ConfigsDiffer {
+            key: key.clone(),
+            first: first.into(),
+            first_value: value(&a, key),
+            other: other.into(),
+            other_value: value(&b, key),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Folds the adapter at `adapter` into the graph at `graph`, baked, and writes `model.onnx`, its data and the manifest into a
 /// folder that exists.
 ///
 /// # Errors
-/// When either cannot be read, [`fold`] fails, or a file cannot be written.
+/// As [`fold_adapters`].
 pub fn fold_folder(graph: &Path, adapter: &Path, folder: &Path) -> Result<Folded> {
+    fold_adapters(graph, &[(name_of(adapter), adapter.to_path_buf())], FoldOptions::default(), folder)
+}
+
+/// The name of an adapter that is given none: that of its folder, or of its file without the ending.
+pub fn name_of(adapter: &Path) -> String {
+    let path = adapter.canonicalize().unwrap_or_else(|_| adapter.to_path_buf());
+    let name = if path.is_file() { path.file_stem() } else { path.file_name() };
+    name.map_or_else(|| "adapter".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Folds adapters, each a name and a path, into the graph at `graph` and writes `model.onnx`, its data, the manifest, and for
+/// slots one `.onnx_adapter` file for each adapter into a folder that exists.
+///
+/// # Errors
+/// When graph or adapter cannot be read, [`fold`] fails, or a file cannot be written.
+pub fn fold_adapters(
+    graph: &Path,
+    adapters: &[(String, PathBuf)],
+    options: FoldOptions,
+    folder: &Path,
+) -> Result<Folded> {
     let graph = graph_file(graph);
     let model = Model::open(&graph)?;
-    let opened = open_adapter(&graph, adapter)?;
-    let (edited, folded) = fold(&model, folder_of(&graph), &opened, folder)?;
+    let opened = adapters
+        .iter()
+        .map(|(name, path)| Ok(NamedAdapter { name: name.clone(), adapter: open_adapter(&graph, path)? }));
+    let opened: Vec<NamedAdapter> = opened.collect::<Result<_>>()?;
+    let (edited, folded) = fold(&model, folder_of(&graph), &opened, options, folder)?;
     let target = folder.join(MODEL_NAME);
     edited.save(&target)?;
-    let data = carry_files(&model, &graph, folder)?;
-    let options = serde_json::json!({ "emission": folded.emission });
-    let mut manifest = Manifest::new("fold", options).input("graph", &graph)?.output("graph", &target)?;
-    if adapter.is_dir() {
-        manifest = manifest.input("adapter_config", &adapter.join(CONFIG_NAME))?;
-        manifest = manifest.input("adapter", &adapter.join(WEIGHTS_NAME))?;
-    } else {
-        manifest = manifest.input("adapter", adapter)?;
+    let data = carry_files(&edited, folder_of(&graph), folder)?;
+    let mut manifest = Manifest::new("fold", serde_json::json!({ "emission": folded.emission }));
+    manifest = manifest.input("graph", &graph)?.output("graph", &target)?;
+    for (name, values) in folded.adapters.iter().zip(&folded.slot_values) {
+        let path = folder.join(format!("{name}.{ADAPTER_EXTENSION}"));
+        values.save(&path)?;
+        manifest = manifest.output("adapter", &path)?;
     }
-    manifest.facts = serde_json::json!({ "sites": folded.sites, "external_data": data, "adapter": opened.config() });
+    for (_, adapter) in adapters {
+        if adapter.is_dir() {
+            manifest = manifest.input("adapter_config", &adapter.join(CONFIG_NAME))?;
+            manifest = manifest.input("adapter", &adapter.join(WEIGHTS_NAME))?;
+        } else {
+            manifest = manifest.input("adapter", adapter)?;
+        }
+    }
+    manifest.facts = serde_json::json!({
+        "sites": folded.sites,
+        "external_data": data,
+        "adapter": opened.first().map(|adapter| adapter.adapter.config()),
+        "adapters": folded.adapters,
+        "slots": folded.slots,
+    });
     manifest.write(folder)?;
     Ok(folded)
 }
@@ -103,8 +291,11 @@ fn folder_of(graph: &Path) -> &Path {
     }
 }
 
-/// A PEFT folder's module names are those of the model whose `config.json` is beside the graph.
-fn open_adapter(graph: &Path, adapter: &Path) -> Result<Adapter> {
+/// Opens an adapter for a graph. A PEFT folder's module names are those of the model whose `config.json` is beside the graph.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn open_adapter(graph: &Path, adapter: &Path) -> Result<Adapter> {
     let path = folder_of(graph).join("config.json");
     if !(peft::is_peft(adapter)? && path.is_file()) {
         return Ok(Adapter::open(adapter)?);
@@ -124,12 +315,15 @@ const COMPANIONS: [&str; 7] = [
     "genai_config.json",
 ];
 
-/// Links, or else copies, the graph's external data and companions; returns the names of the data files.
-fn carry_files(model: &Model, graph: &Path, folder: &Path) -> Result<Vec<String>> {
-    let source = folder_of(graph);
+/// Links, or else copies, the graph's external data and companions, as far as the folder has them not; returns the names of
+/// the data files.
+fn carry_files(model: &Model, source: &Path, folder: &Path) -> Result<Vec<String>> {
     let data: Vec<String> = external_files(model)?.into_iter().collect();
     for name in &data {
         let (from, to) = (source.join(name), folder.join(name));
+        if to.exists() {
+            continue;
+        }
         if let Some(parent) = to.parent() {
             std::fs::create_dir_all(parent).map_err(files::Error::io("create folder", parent))?;
         }

@@ -112,6 +112,16 @@ impl NodeDef {
         &self.name
     }
 
+    /// The tensors that it makes.
+    pub(crate) fn outputs_made(&self) -> &[String] {
+        &self.outputs
+    }
+
+    /// Lets `edit` change the node's name and those of what it reads and makes.
+    pub(crate) fn each_name(&mut self, edit: impl Fn(&mut String)) {
+        self.inputs.iter_mut().chain(&mut self.outputs).chain([&mut self.name]).for_each(edit);
+    }
+
     pub(crate) fn encode(&self) -> Result<Encoder> {
         let mut encoder = Encoder::default();
         self.inputs.iter().for_each(|name| encoder.string(node::INPUT, name));
@@ -207,6 +217,10 @@ impl TensorDef {
     /// The tensor's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    pub(crate) fn name_mut(&mut self) -> &mut String {
+        &mut self.name
     }
 
     pub(crate) fn encode(&self) -> Result<Encoder> {
@@ -327,6 +341,10 @@ impl ValueDef {
     /// The value's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    pub(crate) fn name_mut(&mut self) -> &mut String {
+        &mut self.name
     }
 
     pub(crate) fn encode(&self) -> Encoder {

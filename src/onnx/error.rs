@@ -188,6 +188,16 @@ pub enum Error {
         /// The lowest version that serves.
         needed: i64,
     },
+    /// An edit replaces a constant that is not there.
+    #[error("the graph has no initializer `{tensor}` to replace")]
+    #[diagnostic(
+        code(prefold::onnx::no_initializer),
+        help("the edit was made for another graph; look the name up again")
+    )]
+    NoInitializer {
+        /// The name.
+        tensor: String,
+    },
     /// An edit names a node that is not there.
     #[error("node number {index} does not exist; the graph has {nodes} nodes")]
     #[diagnostic(code(prefold::onnx::no_node), help("the edit was made for another graph; look the node up again"))]

@@ -138,14 +138,28 @@ impl Model {
         &self.graph
     }
 
+    /// The file's content, in pieces, without the metadata entry of a key.
+    pub(crate) fn pieces_without(&self, key: &str) -> Result<Vec<Bytes>> {
+        let mut pieces = Vec::with_capacity(self.fields.len() + self.graph.fields().len());
+        for field in &self.fields {
+            if field.number == model::METADATA_PROPS && parse_entry(field.bytes()?)?.0 == key {
+                continue;
+            }
+            pieces.extend(self.field_pieces(field).cloned());
+        }
+        Ok(pieces)
+    }
+
     /// The file's content, in pieces.
-    fn pieces(&self) -> impl Iterator<Item = &Bytes> {
-        self.fields.iter().flat_map(|field| {
-            let is_graph = field.number == model::GRAPH;
-            let own = if is_graph { &self.graph_header } else { &field.raw };
-            let nested = if is_graph { self.graph.fields() } else { &[] };
-            std::iter::once(own).chain(nested.iter().map(|field| &field.raw))
-        })
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = &Bytes> {
+        self.fields.iter().flat_map(|field| self.field_pieces(field))
+    }
+
+    fn field_pieces<'a>(&'a self, field: &'a Field) -> impl Iterator<Item = &'a Bytes> {
+        let is_graph = field.number == model::GRAPH;
+        let own = if is_graph { &self.graph_header } else { &field.raw };
+        let nested = if is_graph { self.graph.fields() } else { &[] };
+        std::iter::once(own).chain(nested.iter().map(|field| &field.raw))
     }
 
     /// The size of the model in a file, external data not counted.

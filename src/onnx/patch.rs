@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use super::def::{NodeDef, TensorDef, ValueDef, encode_entry, encode_opset};
 use super::node::standard_domain;
-use super::proto::{entry, graph, model, node};
+use super::proto::{entry, graph, model, node, tensor};
 use super::tensor::parse_entry;
 use super::wire::{Encoder, Field, Fields};
 use super::{Error, Graph, Model, Node, NodeId, Result, check, check_any_order};
@@ -19,6 +19,7 @@ pub struct Patch {
     before: BTreeMap<usize, Vec<NodeDef>>,
     appended: Vec<NodeDef>,
     initializers: Vec<TensorDef>,
+    replaced_initializers: Vec<TensorDef>,
     inputs: Vec<ValueDef>,
     outputs: Vec<ValueDef>,
     replaced: Vec<(usize, usize, String)>,
@@ -47,6 +48,32 @@ impl Patch {
     /// Adds a constant. One of an input's name is that input's default.
     pub fn add_initializer(&mut self, tensor: TensorDef) -> &mut Self {
         self.initializers.push(tensor);
+        self
+    }
+
+    /// Puts a constant in the place of the one of its name.
+    pub fn replace_initializer(&mut self, tensor: TensorDef) -> &mut Self {
+        self.replaced_initializers.push(tensor);
+        self
+    }
+
+    /// Gives what the edit adds other names, wherever the edit says them; names of the model stay. `rename` gives none to
+    /// keep a name.
+    pub fn rename(&mut self, rename: impl Fn(&str) -> Option<String>) -> &mut Self {
+        let nodes = self.before.values().flatten().chain(&self.appended);
+        let nodes = nodes.flat_map(|node| node.outputs_made().iter().map(String::as_str).chain([node.name()]));
+        let constants = self.initializers.iter().map(TensorDef::name);
+        let own = nodes.chain(constants).chain(self.inputs.iter().map(ValueDef::name));
+        let names: BTreeMap<String, String> = own.filter_map(|name| Some((name.to_owned(), rename(name)?))).collect();
+        let renamed = |name: &mut String| {
+            if let Some(new) = names.get(name.as_str()) {
+                name.clone_from(new);
+            }
+        };
+        self.before.values_mut().flatten().chain(&mut self.appended).for_each(|node| node.each_name(renamed));
+        self.initializers.iter_mut().for_each(|tensor| renamed(tensor.name_mut()));
+        self.inputs.iter_mut().chain(&mut self.outputs).for_each(|value| renamed(value.name_mut()));
+        self.replaced.iter_mut().for_each(|(_, _, tensor)| renamed(tensor));
         self
     }
 
@@ -106,7 +133,8 @@ impl Patch {
 
     fn edits_graph(&self) -> bool {
         let nodes = self.before.is_empty() && self.appended.is_empty() && self.replaced.is_empty();
-        !(nodes && self.initializers.is_empty() && self.inputs.is_empty() && self.outputs.is_empty())
+        let constants = self.initializers.is_empty() && self.replaced_initializers.is_empty();
+        !(nodes && constants && self.inputs.is_empty() && self.outputs.is_empty())
     }
 
     fn check_node_names(&self, graph: &Graph) -> Result<()> {
@@ -139,6 +167,10 @@ impl Patch {
     }
 
     fn edit_graph(&self, graph: &Graph) -> Result<Graph> {
+        let has = |name: &str| graph.initializers().iter().any(|tensor| tensor.name() == name);
+        if let Some(tensor) = self.replaced_initializers.iter().find(|tensor| !has(tensor.name())) {
+            return Err(Error::NoInitializer { tensor: tensor.name().to_owned() });
+        }
         let count = graph.nodes().len();
         let mut replaced = self.replacements()?;
         let named = self.before.keys().chain(replaced.keys());
@@ -148,6 +180,14 @@ impl Patch {
         let mut fields = Vec::with_capacity(graph.fields().len());
         let mut nodes = graph.nodes().iter();
         for field in graph.fields() {
+            if field.number == graph::INITIALIZER
+                && !self.replaced_initializers.is_empty()
+                && let Some(name) = initializer_name(field)?
+                && let Some(new) = self.replaced_initializers.iter().find(|tensor| tensor.name() == name)
+            {
+                fields.push(wrap(graph::MESSAGE, graph::INITIALIZER, &new.encode()?)?);
+                continue;
+            }
             let Some(existing) = nodes.as_slice().first().filter(|_| field.number == graph::NODE) else {
                 fields.push(field.clone());
                 continue;
@@ -181,6 +221,17 @@ impl Patch {
         }
         Ok(replaced)
     }
+}
+
+/// The name of an initializer, read only where the edit replaces some.
+fn initializer_name(field: &Field) -> Result<Option<String>> {
+    for part in Fields::new(tensor::MESSAGE, field.bytes()?) {
+        let part = part?;
+        if part.number == tensor::NAME {
+            return part.string().map(Some);
+        }
+    }
+    Ok(None)
 }
 
 fn check_edited(before: &Model, after: &Model) -> Result<()> {
@@ -378,5 +429,36 @@ mod tests {
             refused(|p| _ = p.add_output(ValueDef::new("no", DataType::Float, []))),
             Error::OutputUndefined { .. }
         ));
+    }
+
+    /// Only what the edit adds gets another name, also where the model's own nodes come to read it.
+    #[test]
+    fn what_an_edit_adds_is_renamed_and_constants_are_replaced() {
+        let model = small_model();
+        let project = find(&model, "split");
+        let mut patch = Patch::new("rename");
+        patch
+            .insert_before(project, NodeDef::new("MatMul", "branch").inputs(["x", "M"]).outputs(["branch_out"]))
+            .insert_before(project, NodeDef::new("Add", "sum").inputs(["h", "branch_out"]).outputs(["h_sum"]))
+            .replace_input(project, 0, "h_sum")
+            .add_initializer(TensorDef::from_f32s("M", &[2, 4], &[0.0; 8]))
+            .add_input(ValueDef::new("M", DataType::Float, [2.into(), 4.into()]))
+            .rename(|name| Some(format!("second.{name}")));
+        let patched = patch.apply(&model).unwrap();
+        let index = Index::new(patched.graph());
+        let node = |name: &str| patched.graph().node(find(&patched, name)).unwrap();
+        assert_eq!(node("second.branch").inputs(), ["x", "second.M"]);
+        assert_eq!(node("second.sum").inputs(), ["h", "second.branch_out"]);
+        assert_eq!(node("split").input(0), Some("second.h_sum"));
+        assert!(index.input("second.M").is_some() && index.initializer("second.M").is_some());
+
+        let mut patch = Patch::new("replace");
+        patch.replace_initializer(TensorDef::from_f32s("second.M", &[2, 4], &[0.5; 8]));
+        let replaced = patch.apply(&patched).unwrap();
+        let values = |model: &Model| Index::new(model.graph()).initializer("second.M").unwrap().to_f32s().unwrap();
+        assert_eq!((values(&patched), values(&replaced)), (vec![0.0; 8], vec![0.5; 8]));
+        assert_eq!(replaced.to_bytes().len(), patched.to_bytes().len(), "nothing else changes");
+        let unknown = |p: &mut Patch| _ = p.replace_initializer(TensorDef::from_f32s("nowhere", &[], &[0.0]));
+        assert!(matches!(refused(unknown), Error::NoInitializer { tensor } if tensor == "nowhere"));
     }
 }

@@ -4,6 +4,7 @@
 //! Knows nothing of adapters, checkpoints or how a graph was made: it sees a file with named inputs and outputs.
 
 mod decode;
+mod given;
 mod guard;
 pub mod library;
 mod ort_session;
@@ -17,6 +18,7 @@ mod value;
 use std::path::PathBuf;
 
 pub use decode::{CachePort, DecoderPorts, GraphDecoder, last_logits, left_pad, positions};
+pub use given::{Given, WithGiven};
 pub use ort_session::{Optimization, OrtOptions, OrtSession};
 pub use session::{Dim, Port, RuntimeInfo, Session};
 pub use tensor::Tensor;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{Session as InnerSession, SessionInputValue};
+use ort::session::{Adapter, RunOptions, Session as InnerSession, SessionInputValue};
 use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, Tensor as OrtTensor, TensorElementType, ValueType};
 use serde::{Deserialize, Serialize};
 
@@ -40,9 +40,20 @@ pub struct OrtOptions {
 pub struct OrtSession {
     inner: InnerSession,
     inputs: Vec<Port>,
+    optional: Vec<Port>,
     outputs: Vec<Port>,
+    /// The adapter that is active, in the options of a run.
+    adapter: Option<Active>,
     library: PathBuf,
     optimization: Optimization,
+}
+
+struct Active(RunOptions);
+
+impl std::fmt::Debug for Active {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Active")
+    }
 }
 
 impl OrtSession {
@@ -59,7 +70,27 @@ impl OrtSession {
         let ports = |outlets: &[Outlet]| outlets.iter().map(port).collect::<Result<Vec<_>>>();
         let inputs = ports(inner.inputs())?;
         let outputs = ports(inner.outputs())?;
-        Ok(Self { inner, inputs, outputs, library: library.into(), optimization: options.optimization })
+        let optional = inner.overridable_initializers();
+        let optional = optional.iter().map(|default| port_of(default.name(), default.dtype()));
+        let optional = optional.collect::<Result<Vec<_>>>()?;
+        let (library, optimization) = (library.into(), options.optimization);
+        Ok(Self { inner, inputs, optional, outputs, adapter: None, library, optimization })
+    }
+
+    /// Makes the values of an `.onnx_adapter` file those of the graph's slots from the next run on, through ONNX Runtime's
+    /// adapter API; none for the graph's own defaults.
+    ///
+    /// # Errors
+    /// When ONNX Runtime does not read the file. That its values fit the graph shows at the run.
+    pub fn set_adapter(&mut self, file: Option<&Path>) -> Result<()> {
+        let active = |file: &Path| -> Result<Active> {
+            let refused = |reason: String| Error::Load { runtime: NAME, path: file.into(), reason };
+            let mut options = RunOptions::new().map_err(run_error)?;
+            guarded(|| options.add_adapter(&Adapter::from_file(file, None)?)).map_err(refused)?;
+            Ok(Active(options))
+        };
+        self.adapter = file.map(active).transpose()?;
+        Ok(())
     }
 }
 
@@ -85,6 +116,10 @@ impl Session for OrtSession {
         &self.inputs
     }
 
+    fn optional_inputs(&self) -> &[Port] {
+        &self.optional
+    }
+
     fn outputs(&self) -> &[Port] {
         &self.outputs
     }
@@ -105,17 +140,25 @@ impl Session for OrtSession {
     }
 
     fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
-        let feeds = order_feeds(&self.inputs, feeds)?;
+        let feeds = order_feeds(&self.inputs, &self.optional, feeds)?;
         let feeds = feeds.into_iter().map(|(name, tensor)| Ok((name, SessionInputValue::from(tensor.into_ort()?))));
         let feeds = feeds.collect::<Result<Vec<_>>>()?;
-        let outputs = self.inner.run(feeds).map_err(run_error)?;
+        let outputs = match &self.adapter {
+            Some(Active(options)) => self.inner.run_with_options(feeds, options),
+            None => self.inner.run(feeds),
+        };
+        let outputs = outputs.map_err(run_error)?;
         Ok(outputs.into_iter().map(|(name, value)| (name.to_owned(), Tensor::ort(value))).collect())
     }
 }
 
 fn port(outlet: &Outlet) -> Result<Port> {
-    let ValueType::Tensor { shape, dimension_symbols, .. } = outlet.dtype() else {
-        return Err(unsupported(outlet.dtype()));
+    port_of(outlet.name(), outlet.dtype())
+}
+
+fn port_of(name: &str, found: &ValueType) -> Result<Port> {
+    let ValueType::Tensor { shape, dimension_symbols, .. } = found else {
+        return Err(unsupported(found));
     };
     let symbols = dimension_symbols.iter().map(String::as_str).chain(std::iter::repeat(""));
     let dims = shape.iter().zip(symbols).map(|(size, symbol)| match (usize::try_from(*size), symbol) {
@@ -123,7 +166,7 @@ fn port(outlet: &Outlet) -> Result<Port> {
         (Err(_), "") => Dim::Unknown,
         (Err(_), name) => Dim::Named(name.into()),
     });
-    Ok(Port { name: outlet.name().into(), dtype: dtype(outlet.dtype())?, dims: dims.collect() })
+    Ok(Port { name: name.into(), dtype: dtype(found)?, dims: dims.collect() })
 }
 
 fn unsupported(found: &ValueType) -> Error {

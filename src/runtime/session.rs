@@ -67,6 +67,11 @@ pub trait Session: Send {
     /// The inputs that must be fed, in the graph's order.
     fn inputs(&self) -> &[Port];
 
+    /// The inputs that have a default and may be fed as well.
+    fn optional_inputs(&self) -> &[Port] {
+        &[]
+    }
+
     /// The outputs, in the graph's order.
     fn outputs(&self) -> &[Port];
 
@@ -96,6 +101,9 @@ macro_rules! forward {
             fn inputs(&self) -> &[Port] {
                 (**self).inputs()
             }
+            fn optional_inputs(&self) -> &[Port] {
+                (**self).optional_inputs()
+            }
             fn outputs(&self) -> &[Port] {
                 (**self).outputs()
             }
@@ -112,12 +120,18 @@ macro_rules! forward {
 forward!(Box<S>);
 forward!(&mut S);
 
-/// Puts feeds into the order of the inputs, after checking that each input is fed once with its type and a shape that
-/// fits, that dimensions of one name agree, and that nothing else is fed.
-pub(super) fn order_feeds(inputs: &[Port], mut feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+/// Puts feeds into the order of the inputs, the optional ones that are fed last, after checking that each input is fed once with
+/// its type and a shape that fits, that dimensions of one name agree, and that nothing else is fed.
+pub(super) fn order_feeds(
+    inputs: &[Port],
+    optional: &[Port],
+    mut feeds: Vec<(String, Tensor)>,
+) -> Result<Vec<(String, Tensor)>> {
     let mut sizes: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
-    let mut ordered = Vec::with_capacity(inputs.len());
-    for port in inputs {
+    let mut ordered = Vec::with_capacity(feeds.len());
+    let is_fed = |port: &&Port| feeds.iter().any(|(name, _)| *name == port.name);
+    let wanted: Vec<&Port> = inputs.iter().chain(optional.iter().filter(is_fed)).collect();
+    for port in wanted.iter().copied() {
         let Some(index) = feeds.iter().position(|(name, _)| *name == port.name) else {
             return Err(Error::Feed { reason: format!("the input {port} is missing") });
         };
@@ -131,7 +145,7 @@ pub(super) fn order_feeds(inputs: &[Port], mut feeds: Vec<(String, Tensor)>) -> 
     }
     match feeds.first() {
         None => Ok(ordered),
-        Some((name, _)) if inputs.iter().any(|port| port.name == *name) => {
+        Some((name, _)) if wanted.iter().any(|port| port.name == *name) => {
             Err(Error::Feed { reason: format!("the input `{name}` was given twice") })
         }
         Some((name, _)) => {
@@ -179,11 +193,11 @@ mod tests {
         let batch = || Dim::Named("batch".into());
         let inputs =
             [port("ids", DType::I64, &[batch(), Dim::Unknown]), port("past", DType::F32, &[batch(), Dim::Fixed(2)])];
-        let reason = |feeds| order_feeds(&inputs, feeds).unwrap_err().to_string();
+        let reason = |feeds| order_feeds(&inputs, &[], feeds).unwrap_err().to_string();
         let ids = || feed("ids", DType::I64, &[3, 5]);
         let past = || feed("past", DType::F32, &[3, 2]);
 
-        let ordered = order_feeds(&inputs, vec![past(), ids()]).unwrap();
+        let ordered = order_feeds(&inputs, &[], vec![past(), ids()]).unwrap();
         assert_eq!(ordered.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["ids", "past"]);
         assert!(reason(vec![ids()]).contains("past: f32[batch, 2] is missing"));
         assert!(reason(vec![ids(), past(), feed("x", DType::F32, &[])]).contains("no input `x`; it has ids: i64"));

@@ -42,6 +42,8 @@ impl Default for TractOptions {
 /// A graph in tract.
 pub struct TractSession {
     path: PathBuf,
+    /// Inputs with a default that are fed all the same.
+    fed: Vec<String>,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
     plans: Plans,
@@ -61,8 +63,16 @@ impl TractSession {
     /// # Errors
     /// When the file cannot be read, or tract does not know an operator or element type of it.
     pub fn open(graph: &Path, options: TractOptions) -> Result<Self> {
+        Self::open_fed(graph, &[], options)
+    }
+
+    /// As [`open`](Self::open), with inputs to feed although they have a default: to tract it is either an input or a constant.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_fed(graph: &Path, fed: &[String], options: TractOptions) -> Result<Self> {
         std::fs::File::open(graph).map_err(crate::files::Error::io("open", graph))?;
-        let (model, inputs, outputs) = guarded(|| parse(graph)).map_err(|reason| load_error(graph, reason))?;
+        let (model, inputs, outputs) = guarded(|| parse(graph, fed)).map_err(|reason| load_error(graph, reason))?;
         let symbolic = options.symbolic.then(|| guarded(|| symbolic_plan(model.clone(), &inputs)));
         let plans = match symbolic {
             Some(Ok(plan)) => Plans::Symbolic(plan),
@@ -72,7 +82,7 @@ impl TractSession {
                 Plans::per_shape(model)
             }
         };
-        Ok(Self { path: graph.into(), inputs, outputs, plans, kept_plans: options.kept_plans.max(1) })
+        Ok(Self { path: graph.into(), fed: fed.into(), inputs, outputs, plans, kept_plans: options.kept_plans.max(1) })
     }
 
     fn run_plan(&mut self, feeds: TVec<TValue>) -> Result<TVec<TValue>> {
@@ -84,7 +94,8 @@ impl TractSession {
             };
             // An exporter's dimension names can contradict what the nodes compute, which shows only here.
             tracing::debug!(graph = %self.path.display(), reason, "tract's symbolic plan does not run");
-            let (model, ..) = guarded(|| parse(&self.path)).map_err(|reason| load_error(&self.path, reason))?;
+            let (model, ..) =
+                guarded(|| parse(&self.path, &self.fed)).map_err(|reason| load_error(&self.path, reason))?;
             self.plans = Plans::per_shape(model);
         }
         let plan = self.plan_for(feeds.iter().map(|value| value.shape().into()).collect())?;
@@ -146,7 +157,7 @@ impl Session for TractSession {
     }
 
     fn run_tensors(&mut self, feeds: Vec<(String, AnyTensor)>) -> Result<Vec<(String, AnyTensor)>> {
-        let feeds = order_feeds(&self.inputs, feeds)?;
+        let feeds = order_feeds(&self.inputs, &[], feeds)?;
         let feeds = feeds.into_iter().map(|(_, tensor)| tensor.into_tract()).collect::<Result<TVec<TValue>>>()?;
         let outputs = self.run_plan(feeds)?;
         let names = self.outputs.iter().map(|port| port.name.clone());
@@ -154,11 +165,14 @@ impl Session for TractSession {
     }
 }
 
-fn parse(graph: &Path) -> TractResult<(InferenceModel, Vec<Port>, Vec<Port>)> {
+fn parse(graph: &Path, fed: &[String]) -> TractResult<(InferenceModel, Vec<Port>, Vec<Port>)> {
     // Declared output and inner shapes name dimensions in the exporter's way, which tract cannot unify with what it
     // finds itself.
     let onnx = tract_onnx::onnx().with_ignore_output_shapes(true).with_ignore_value_info(true);
-    let proto = onnx.proto_model_for_path(graph)?;
+    let mut proto = onnx.proto_model_for_path(graph)?;
+    if let Some(graph) = &mut proto.graph {
+        graph.initializer.retain(|tensor| !fed.contains(&tensor.name));
+    }
     let (inputs, outputs) = ports(&proto)?;
     let folder = graph.parent().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
     let folder = folder.map(|folder| folder.to_str().context("the folder's name is not UTF-8")).transpose()?;

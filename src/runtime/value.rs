@@ -58,7 +58,7 @@ macro_rules! values {
                 })
             }
 
-            fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<Self> {
+            pub(super) fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<Self> {
                 match dtype {
                     $(DType::$variant => {
                         let data = bytes.chunks_exact(size_of::<$type>()).map(<$type>::read_le).collect();

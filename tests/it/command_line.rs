@@ -193,7 +193,7 @@ fn adapters_and_graphs_that_do_not_fit() {
 
     prefold::onnx::truncated × cut/model.onnx: truncated: ModelProto at byte 22 lacks at least 911151 bytes help: the file is cut off or damaged; fetch or export it again
 
-    prefold::fold::already_folded × the graph carries an adapter already (baked) help: fold into the base graph instead
+    prefold::fold::already_folded × the graph carries an adapter already (fits) help: pass --stack to add to it, --replace to put the new one in its place, or fold into the base graph
 
     prefold::files::exists × the output folded already exists help: choose another --out, or pass --overwrite to replace it
 

@@ -4,6 +4,7 @@
 mod checkpoints;
 mod command_line;
 mod data;
+mod emissions;
 mod export;
 mod fused;
 mod gradients;

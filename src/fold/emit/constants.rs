@@ -1,54 +1,91 @@
-//! Constants of an emission: the adapter's tensors in the graph's type, inline or in a data file of their own.
+//! What an emission gives nodes to read: the adapter's tensors in the graph's type, and numbers that every adapter shares.
+//!
+//! A method asks for a tensor by name and value and reads what comes back. How the tensor stands in the graph is decided
+//! here and in [`emission`](super::emission), never by a method.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use crate::adapter::Adapter;
+use super::emission::{ADAPTER_IDS, Emission, bank_name};
 use crate::fold::{Error, Result};
-use crate::onnx::{DataType, ExternalWriter, Patch, TensorDef};
+use crate::onnx::{DataType, NodeDef, NodeId, Patch, TensorDef};
 
-/// Adapter tensors together larger than this go into a data file of their own.
-const INLINE_LIMIT: usize = 64 << 20;
-const DATA_NAME: &str = "adapter.onnx.data";
-/// Tensors of fewer elements stay inline.
-const SMALL: usize = 256;
+/// A tensor of an adapter as its graph takes it: what is constant for one adapter, computed.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Parameter {
+    pub(crate) name: String,
+    pub(crate) data_type: DataType,
+    pub(crate) dims: Vec<i64>,
+    /// Little-endian, row-major.
+    pub(crate) bytes: Vec<u8>,
+    /// The value of every element where no adapter is active, with which the graph is the base graph.
+    pub(crate) off: f64,
+}
 
 pub(super) struct Constants {
+    /// The type of what is added next.
     data_type: DataType,
-    external: Option<ExternalWriter>,
+    /// The type of the first.
+    first: DataType,
+    emission: Emission,
+    parameters: Vec<Parameter>,
     /// Shared constants that the patch holds already.
     added: BTreeSet<String>,
 }
 
 impl Constants {
-    pub(super) fn new(adapter: &Adapter, data_type: DataType, folder: &Path) -> Result<Self> {
-        let is_large = adapter.num_parameters() > INLINE_LIMIT / 4;
-        let external = is_large.then(|| ExternalWriter::create(folder, DATA_NAME)).transpose()?;
-        Ok(Self { data_type, external, added: BTreeSet::new() })
+    pub(super) fn new(data_type: DataType, emission: Emission) -> Self {
+        Self { data_type, first: data_type, emission, parameters: Vec::new(), added: BTreeSet::new() }
     }
 
-    /// A tensor in the graph's type.
+    /// The type that the nodes written next compute in.
+    pub(super) fn set_type(&mut self, data_type: DataType) {
+        self.data_type = data_type;
+    }
+
+    pub(super) fn data_type(&self) -> DataType {
+        self.data_type
+    }
+
+    /// A tensor of the adapter in the graph's type, and the name to read it by. Where no adapter is active it is zero.
+    ///
+    /// In a bank it has one more dimension, the rows of the batch, before all others: nodes must take `[batch, …]` wherever
+    /// they take `[…]`, by broadcasting over activations that begin with the batch. A vector is given as `[1, n]`.
     pub(super) fn add(&mut self, patch: &mut Patch, name: &str, tensor: &Tensor) -> Result<String> {
-        let bytes = bytes_of(tensor, self.data_type).map_err(Error::Convert)?;
-        let dims: Vec<i64> = tensor.dims().iter().map(|d| *d as i64).collect();
-        patch.add_initializer(match &mut self.external {
-            Some(external) if tensor.elem_count() > SMALL => {
-                external.write(name, self.data_type, &dims, |out| out.write_all(&bytes))?
-            }
-            _ => TensorDef::inline(name, self.data_type, &dims, bytes),
-        });
-        Ok(name.to_owned())
+        self.add_off(patch, name, tensor, 0.0)
     }
 
-    /// A number in the graph's type; the same name is added once.
-    pub(super) fn number(&mut self, patch: &mut Patch, name: &str, value: f64) -> Result<String> {
-        if self.added.insert(name.to_owned()) {
-            let number = Tensor::new(value, &candle_core::Device::Cpu).map_err(Error::Convert)?;
-            self.add(patch, name, &number)?;
+    /// As [`add`](Self::add), with another value where no adapter is active: one for a factor.
+    pub(super) fn add_off(&mut self, patch: &mut Patch, name: &str, tensor: &Tensor, off: f64) -> Result<String> {
+        let row = format!("{name}/row");
+        let is_bank = self.emission == Emission::Bank;
+        if self.parameters.iter().all(|parameter| parameter.name != name) {
+            let mut dims: Vec<i64> = tensor.dims().iter().map(|d| *d as i64).collect();
+            if is_bank {
+                while dims.len() < 2 {
+                    dims.insert(0, 1);
+                }
+                let gather = NodeDef::new("Gather", format!("/{}/Gather", name.replace('.', "/"))).attr_int("axis", 0);
+                let gather = gather.inputs([bank_name(name), ADAPTER_IDS.to_owned()]).outputs([row.as_str()]);
+                patch.insert_before(NodeId(0), gather);
+            }
+            let bytes = bytes_of(tensor, self.data_type).map_err(Error::Convert)?;
+            let data_type = self.data_type;
+            self.parameters.push(Parameter { name: name.to_owned(), data_type, dims, bytes, off });
         }
-        Ok(name.to_owned())
+        Ok(if is_bank { row } else { name.to_owned() })
+    }
+
+    /// A number in the graph's type, the same for every adapter; the same name is added once.
+    pub(super) fn number(&mut self, patch: &mut Patch, name: &str, value: f64) -> Result<String> {
+        let name = if self.data_type == self.first { name.to_owned() } else { format!("{name}_{}", self.data_type) };
+        if self.added.insert(name.clone()) {
+            let number = Tensor::new(value, &Device::Cpu).map_err(Error::Convert)?;
+            let bytes = bytes_of(&number, self.data_type).map_err(Error::Convert)?;
+            patch.add_initializer(TensorDef::inline(name.as_str(), self.data_type, &[], bytes));
+        }
+        Ok(name)
     }
 
     /// Whether a node or constant of this name was not written before; it counts as written from now on.
@@ -64,11 +101,8 @@ impl Constants {
         name.to_owned()
     }
 
-    pub(super) fn finish(self) -> Result<()> {
-        if let Some(external) = self.external {
-            external.finish()?;
-        }
-        Ok(())
+    pub(super) fn into_parameters(self) -> Vec<Parameter> {
+        self.parameters
     }
 }
 
@@ -85,4 +119,13 @@ fn bytes_of(tensor: &Tensor, data_type: DataType) -> candle_core::Result<Vec<u8>
         }
         _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
     })
+}
+
+/// `count` elements of one value.
+pub(super) fn filled(data_type: DataType, count: usize, value: f64) -> Result<Vec<u8>> {
+    if value == 0.0 {
+        let bits = data_type.bits().unwrap_or(32) as usize;
+        return Ok(vec![0; count.saturating_mul(bits / 8)]);
+    }
+    Tensor::full(value, count, &Device::Cpu).and_then(|t| bytes_of(&t, data_type)).map_err(Error::Convert)
 }

@@ -1,22 +1,27 @@
-//! Writing an adapter into a graph: `term` for every method that adds a term at the attention sites, and one file for
-//! each other way to act.
+//! Writing an adapter into a graph: `term` for every method that adds a term at the attention sites, one file for each other
+//! way to act, and `emission` for how its tensors stand there.
+//!
+//! Method and emission know nothing of each other. A method writes its nodes and asks `Constants` for tensors by name and value;
+//! it is run once for each adapter, the nodes of the first are kept, and the values of all are the emission's.
 
 mod constants;
+mod emission;
 mod lora;
 mod prefix;
 mod term;
+mod types;
 
 use std::path::Path;
 
 use super::{Error, Result, Site};
 use crate::adapter::{Adapter, Method};
-use crate::onnx::{DataType, Model, Patch};
+use crate::onnx::{DataType, Index, Model, Patch};
 use constants::Constants;
+pub(crate) use constants::Parameter;
+pub use emission::{ADAPTER_IDS, Emission};
+pub(crate) use emission::{bank_name, enlarged, padded, restack};
 
-/// The metadata entry that says which adapter a graph carries.
-pub const MARK: &str = "prefold.adapter";
-
-/// What an emission is given.
+/// What a method is given.
 struct Job<'a> {
     model: &'a Model,
     /// The folder of the model's external data.
@@ -27,19 +32,32 @@ struct Job<'a> {
     patch: Patch,
 }
 
-/// The edit that puts an adapter's tensors into the graph as constants. `source` is the folder of the graph, whose external
-/// data is read where an adapter depends on it; new external data goes to `folder`.
+/// Where adapters are written.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) model: &'a Model,
+    /// The folder of the graph, whose external data is read where an adapter depends on it.
+    pub(super) source: &'a Path,
+    /// The adapted layers' sites.
+    pub(super) sites: &'a [Site],
+}
+
+/// Nodes and values of one adapter. The nodes read the tensors of an emission, which the edit does not hold yet.
 ///
 /// # Errors
-/// When the graph's type or heads do not fit the adapter, or its method cannot be written.
-pub fn baked(model: &Model, source: &Path, adapter: &Adapter, sites: &[Site], folder: &Path) -> Result<Patch> {
-    for site in sites {
+/// When the graph's type or heads do not fit the adapter, or its method cannot be written in this emission.
+pub(super) fn write(place: Place, adapter: &Adapter, emission: Emission) -> Result<(Patch, Vec<Parameter>)> {
+    for site in place.sites {
         check_heads(site, adapter)?;
     }
-    let constants = Constants::new(adapter, float_type(model)?, folder)?;
-    let patch = Patch::new(format!("fold {}, baked", adapter.config().method.name()));
+    check_emission(adapter, emission)?;
+    let data_type = first_type(place)?;
+    let method = &adapter.config().method;
+    let constants = Constants::new(data_type, emission);
+    let patch = Patch::new(format!("fold {}, {emission}", method.name()));
+    let Place { model, source, sites } = place;
     let mut job = Job { model, source, adapter, sites, constants, patch };
-    match &adapter.config().method {
+    match method {
         Method::Lora(lora) => lora::write(&mut job, lora)?,
         Method::Prefix(prefix) => prefix::write(&mut job, prefix)?,
         Method::Full(_) => {
@@ -50,10 +68,42 @@ pub fn baked(model: &Model, source: &Path, adapter: &Adapter, sites: &[Site], fo
         }
         method => term::write(&mut job, method.as_method())?,
     }
-    let Job { constants, mut patch, .. } = job;
-    constants.finish()?;
-    patch.set_metadata(MARK, adapter.config().base_model.as_deref().unwrap_or("baked"));
-    Ok(patch)
+    let Job { constants, patch, .. } = job;
+    Ok((patch, constants.into_parameters()))
+}
+
+/// The edit that puts adapters into a graph, and the values of each.
+///
+/// # Errors
+/// As [`write`], and when adapters do not fit into one graph or new external data cannot be written to `folder`.
+pub(super) fn emit(
+    place: Place,
+    adapters: &[Adapter],
+    emission: Emission,
+    folder: &Path,
+) -> Result<(Patch, Vec<Vec<Parameter>>)> {
+    let mut kept = None;
+    let mut values = Vec::with_capacity(adapters.len());
+    for adapter in adapters {
+        let (patch, parameters) = write(place, adapter, emission)?;
+        kept.get_or_insert(patch);
+        values.push(parameters);
+    }
+    let Some(mut patch) = kept else { return Err(Error::NoAdapter) };
+    emission::emit(&mut patch, place.model, emission, &values, folder)?;
+    Ok((patch, values))
+}
+
+/// Where no adapter is active a graph must be the base graph, which not every method can say with a value of its tensors.
+fn check_emission(adapter: &Adapter, emission: Emission) -> Result<()> {
+    let what = match &adapter.config().method {
+        _ if emission == Emission::Baked => return Ok(()),
+        Method::Prefix(_) => "prefix tuning",
+        Method::Lora(lora) if lora.dora => "DoRA",
+        _ => return Ok(()),
+    };
+    let what = format!("{what} as a {emission}");
+    Err(Error::NotFolded { what, help: "fold it with --emission baked" })
 }
 
 fn check_heads(site: &Site, adapter: &Adapter) -> Result<()> {
@@ -72,11 +122,13 @@ fn check_heads(site: &Site, adapter: &Adapter) -> Result<()> {
     Ok(())
 }
 
-/// The type that attention computes in: that of the logits.
-fn float_type(model: &Model) -> Result<DataType> {
-    let found = model.graph().outputs().first().and_then(|o| o.elem_type());
-    match found {
-        Some(t @ (DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double)) => Ok(t),
+/// The type that attention computes in: that of the first site's output, or of the logits where nothing says.
+fn first_type(place: Place) -> Result<DataType> {
+    let index = Index::new(place.model.graph());
+    let of_site = place.sites.iter().find_map(|site| types::float_type(&index, &site.output));
+    let of_logits = || place.model.graph().outputs().first().and_then(|output| output.elem_type());
+    match of_site.or_else(of_logits) {
+        Some(found) if types::is_float(found) => Ok(found),
         other => Err(Error::DataType { found: other.map_or("no declared type".into(), |t| t.to_string()) }),
     }
 }

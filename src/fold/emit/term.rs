@@ -16,43 +16,48 @@ use std::collections::BTreeSet;
 
 use candle_core::{DType, Tensor};
 
-use super::Job;
+use super::{Job, types};
 use crate::adapter::term::{Binary, Map, Step, Value, spread};
 use crate::adapter::{AdapterMethod, Query, Tensors, Term};
 use crate::fold::{Error, Layout, Result, Site, locate};
-use crate::onnx::{NodeDef, NodeId};
+use crate::onnx::{DataType, Index, NodeDef, NodeId};
 
 pub(super) fn write(job: &mut Job, method: &dyn AdapterMethod) -> Result<()> {
     let wide = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::F64)?));
     let tensors = job.adapter.tensors().iter().map(wide).collect::<candle_core::Result<Tensors>>();
     let tensors = tensors.map_err(Error::Convert)?;
-    for site in job.sites {
+    let (model, sites) = (job.model, job.sites);
+    let index = Index::new(model.graph());
+    for site in sites {
         if let Some(term) = method.term(job.adapter.config(), site.layer) {
             let constants = term.values(&tensors, job.adapter.config().num_heads, None).map_err(Error::Convert)?;
-            Emission::new(job, site)?.write(&term, &constants)?;
+            let output_type = types::float_type(&index, &site.output);
+            Writer::new(job, site, output_type)?.write(&index, &term, &constants)?;
         }
     }
     Ok(())
 }
 
 /// The nodes of one site.
-struct Emission<'a, 'j> {
+struct Writer<'a, 'j> {
     job: &'a mut Job<'j>,
     site: &'a Site,
     /// The node before which all stand: the first reader of the output.
     first: NodeId,
+    /// The type of the output, where the graph says.
+    output_type: Option<DataType>,
     /// Names of the site's nodes.
     names: BTreeSet<String>,
 }
 
-impl<'a, 'j> Emission<'a, 'j> {
-    fn new(job: &'a mut Job<'j>, site: &'a Site) -> Result<Self> {
+impl<'a, 'j> Writer<'a, 'j> {
+    fn new(job: &'a mut Job<'j>, site: &'a Site, output_type: Option<DataType>) -> Result<Self> {
         let Some(first) = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index()) else {
             let reason = format!("nothing reads its output `{}`", site.output);
             let help = "the graph computes attention that it does not use: look at how it was exported";
             return Err(Error::Site { anchor: site.anchor.clone(), reason, help });
         };
-        Ok(Self { job, site, first, names: BTreeSet::new() })
+        Ok(Self { job, site, first, output_type, names: BTreeSet::new() })
     }
 
     /// Adds a node under a name like `name`, and returns its output.
@@ -87,12 +92,16 @@ impl<'a, 'j> Emission<'a, 'j> {
         self.job.constants.number(&mut self.job.patch, name, value)
     }
 
-    fn write(mut self, term: &Term, constants: &[Option<Tensor>]) -> Result<()> {
+    fn write(mut self, index: &Index, term: &Term, constants: &[Option<Tensor>]) -> Result<()> {
+        let wanted =
+            term.steps().iter().find_map(|step| if let Step::Query(query) = step { Some(*query) } else { None });
+        let query = wanted.map(|query| self.query(index, query)).transpose()?;
         let mut outputs: Vec<String> = Vec::with_capacity(constants.len());
         for (index, step) in term.steps().iter().enumerate() {
             // what is constant is written where a node reads it
-            let output = match constants.get(index) {
-                Some(Some(_)) => String::new(),
+            let output = match (step, constants.get(index)) {
+                (_, Some(Some(_))) => String::new(),
+                (Step::Query(_), _) => query.clone().unwrap_or_default(),
                 _ => self.step(term, step, &outputs, constants)?,
             };
             outputs.push(output);
@@ -110,8 +119,7 @@ impl<'a, 'j> Emission<'a, 'j> {
 
     fn step(&mut self, term: &Term, step: &Step, outputs: &[String], constants: &[Option<Tensor>]) -> Result<String> {
         match step {
-            Step::Query(query) => self.query(*query),
-            Step::Tensor(_) | Step::Number(_) => Ok(String::new()),
+            Step::Query(_) | Step::Tensor(_) | Step::Number(_) => Ok(String::new()),
             Step::Map(map, x) => {
                 let x = self.operand(term, *x, outputs, constants)?;
                 self.map(*map, &x)
@@ -151,8 +159,9 @@ impl<'a, 'j> Emission<'a, 'j> {
         if let Some(Step::Number(number)) = term.steps().get(index) {
             return self.number(&format!("prefold/number_{number}"), *number);
         }
-        let name = match term.steps().get(index) {
-            Some(Step::Tensor(name)) => format!("prefold.{name}"),
+        let name = match (term.label_of(value), term.steps().get(index)) {
+            (Some(label), _) => format!("prefold.{label}"),
+            (None, Some(Step::Tensor(name))) => format!("prefold.{name}"),
             _ => format!("prefold.layers.{}.constant_{index}", self.site.layer),
         };
         let heads = self.job.adapter.config().num_heads;
@@ -161,7 +170,8 @@ impl<'a, 'j> Emission<'a, 'j> {
         self.job.constants.add(&mut self.job.patch, &name, &spread.map_err(Error::Convert)?)
     }
 
-    fn query(&mut self, query: Query) -> Result<String> {
+    /// The query, heads first. What is written from here on computes in its type.
+    fn query(&mut self, index: &Index, query: Query) -> Result<String> {
         let source = locate::query(self.job.model, self.site, query)?;
         // sites come in graph order, so that what several share stands before the first of them
         for node in source.nodes {
@@ -174,8 +184,14 @@ impl<'a, 'j> Emission<'a, 'j> {
                 self.job.patch.add_initializer(tensor);
             }
         }
+        if let Some(found) = types::float_type(index, &source.tensor).or(self.output_type) {
+            self.job.constants.set_type(found);
+        }
         if source.layout == Layout::HeadsFirst {
             return Ok(source.tensor);
+        }
+        if let Some(heads_first) = heads_first(index, &source.tensor) {
+            return Ok(heads_first.to_owned());
         }
         let config = self.job.adapter.config();
         let shape = [0, 0, config.num_heads as i64, config.head_dim as i64];
@@ -206,8 +222,9 @@ impl<'a, 'j> Emission<'a, 'j> {
                 let scaled = self.node("Mul", "Mul_root_half", &[x, &root_half]);
                 let erf = self.node("Erf", "Erf", &[&scaled]);
                 let sum = self.node("Add", "Add_one", &[&erf, &one]);
-                let product = self.node("Mul", "Mul_gelu", &[x, &sum]);
-                self.node("Mul", "Mul_half", &[&product, &half])
+                // halved first: in float16 twice a large x is infinite, and times a zero M no number
+                let halved = self.node("Mul", "Mul_half", &[x, &half]);
+                self.node("Mul", "Mul_gelu", &[&halved, &sum])
             }
         })
     }
@@ -220,11 +237,53 @@ impl<'a, 'j> Emission<'a, 'j> {
             let merged = self.transpose("Transpose_merge", &term);
             term = self.reshape("Reshape_merge", &merged, "prefold/merge_heads", &shape);
         }
+        if let Some(output_type) = self.output_type.filter(|found| *found != self.job.constants.data_type()) {
+            let to = i64::from(output_type.code());
+            term = self.node_with(|name| NodeDef::new("Cast", name).attr_int("to", to), "Cast", &[&term]);
+        }
         let site = self.site;
         let sum = self.node("Add", "Add", &[&site.output, &term]);
         for reader in &site.readers {
             self.job.patch.replace_input(reader.node, reader.slot, sum.as_str());
         }
         Ok(())
+    }
+}
+
+/// The heads-first tensor that a merged one was made from by transposing and reshaping, so that it need not be split again.
+///
+/// ```text
+/// heads first [B, h, S, d] ─ Transpose(0, 2, 1, 3) ─ Reshape ─ merged [B, S, h·d]
+/// ```
+fn heads_first<'g>(index: &Index<'g>, merged: &str) -> Option<&'g str> {
+    let reshape = index.producer(merged).filter(|node| node.is("", "Reshape"))?;
+    let transpose = index.producer(reshape.input(0)?).filter(|node| node.is("", "Transpose"))?;
+    let order = transpose.attribute("perm")?;
+    (order.as_ints() == Some(&[0, 2, 1, 3])).then(|| transpose.input(0)).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{ModelBuilder, TensorDef, ValueDef};
+
+    #[test]
+    fn a_query_that_was_heads_first_is_not_split_again() {
+        let model = |perm: &[i64]| {
+            let mut builder = ModelBuilder::new("g", 8);
+            let dims = ["batch".into(), 2.into(), "sequence".into(), 4.into()];
+            builder.opset("", 17).input(ValueDef::new("rotated", DataType::Float, dims));
+            builder.output(ValueDef::new("merged", DataType::Float, ["batch".into(), "sequence".into(), 8.into()]));
+            builder.initializer(TensorDef::from_i64s("shape", &[3], &[0, 0, 8]));
+            let transpose = NodeDef::new("Transpose", "t").attr_ints("perm", perm);
+            builder.node(transpose.inputs(["rotated"]).outputs(["turned"]));
+            builder.node(NodeDef::new("Reshape", "r").inputs(["turned", "shape"]).outputs(["merged"]));
+            builder.build().unwrap()
+        };
+        let of = |perm: &[i64]| heads_first(&Index::new(model(perm).graph()), "merged").map(str::to_owned);
+        assert_eq!(of(&[0, 2, 1, 3]).as_deref(), Some("rotated"));
+        assert_eq!(of(&[0, 2, 3, 1]), None);
+        let model = model(&[0, 2, 1, 3]);
+        assert_eq!(heads_first(&Index::new(model.graph()), "turned"), None);
     }
 }
