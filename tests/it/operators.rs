@@ -7,7 +7,7 @@ use std::path::Path;
 use ndarray::{Array4, ArrayD, Axis, concatenate, s};
 use prefold::adapter::{Adapter, AdapterConfig, Query};
 use prefold::fold::locate::{self, QuerySource};
-use prefold::fold::{Layout, fold};
+use prefold::fold::{FoldOptions, Layout, NamedAdapter, fold};
 use prefold::onnx::{DataType, Dim, Model, ModelBuilder, NodeDef, TensorDef, ValueDef};
 use prefold::runtime::{DType, NamedValues, OrtOptions, OrtSession, Session, Value};
 
@@ -125,7 +125,9 @@ impl Graph {
         let adapter = Adapter::new(config, [("layers.0.M".to_owned(), tensor)].into()).unwrap();
         let model = self.model();
         let scratch = tempfile::tempdir().unwrap();
-        let (folded, _) = fold(&model, scratch.path(), &adapter, scratch.path()).unwrap();
+        let adapters = [NamedAdapter { name: "one".into(), adapter: adapter.clone() }];
+        let options = FoldOptions::default();
+        let (folded, _) = fold(&model, scratch.path(), &adapters, options, scratch.path()).unwrap();
         let read = |model: &Model| run(library, model, &self.feeds).take("read").unwrap().into_f32().unwrap();
         let (before, after) = (read(&model), read(&folded));
         let merged = before.ndim() == 3;
