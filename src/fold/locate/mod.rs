@@ -2,6 +2,7 @@
 
 mod decomposed;
 mod group_query_attention;
+pub mod projections;
 mod unrotated;
 
 use serde::Serialize;
