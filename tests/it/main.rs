@@ -7,6 +7,7 @@ mod data;
 mod export;
 mod gradients;
 mod graphs;
+mod linear_maps;
 mod methods;
 mod oracles;
 mod peft;

@@ -127,7 +127,9 @@ fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
             let column = part.place.columns.as_ref().map_or(Some(&output), |columns| columns.get(output));
             for (inner, value) in row.iter().enumerate() {
                 let entry = column.and_then(|column| b.get_mut((start + inner) * width + column));
-                let Some(entry) = entry else { candle_core::bail!("the columns of a packed product do not fit its maps") };
+                let Some(entry) = entry else {
+                    candle_core::bail!("the columns of a packed product do not fit its maps")
+                };
                 *entry = value * part.map.scale;
             }
         }
@@ -167,7 +169,9 @@ fn scaling(job: &Job, index: &Index, parts: &[Part]) -> Result<Option<(Tensor, O
 /// A float weight as `[out, in]`, in float64.
 fn weight(job: &Job, index: &Index, node: &LinearNode) -> Result<Tensor> {
     let found = index.initializer(&node.weight).filter(|_| node.storage == WeightStorage::Float);
-    let Some(found) = found else { return Err(stopped(node, "DoRA needs the norms of its weight, which is quantised")) };
+    let Some(found) = found else {
+        return Err(stopped(node, "DoRA needs the norms of its weight, which is quantised"));
+    };
     let dims: Vec<usize> = found.dims().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();
     let [rows, columns] = dims[..] else { return Err(stopped(node, "its weight has not two dimensions")) };
     let values = found.data_in(job.source)?.to_f32s()?;

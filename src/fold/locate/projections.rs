@@ -130,10 +130,10 @@ impl<'g> Finder<'_, 'g> {
                     let range = start..start + self.width(part);
                     start = range.end;
                     let whole: usize = PARTS.iter().map(|part| self.width(*part)).sum();
-                    let projection = leaf.clone().and_then(|leaf| self.whole(&leaf, whole)).map(|node| Projection {
-                        node,
-                        columns: Some(range.collect()),
-                    });
+                    let projection = leaf
+                        .clone()
+                        .and_then(|leaf| self.whole(&leaf, whole))
+                        .map(|node| Projection { node, columns: Some(range.collect()) });
                     self.put(site.layer, part, projection);
                 })
             }
@@ -170,7 +170,8 @@ impl<'g> Finder<'_, 'g> {
         }
         let [Some(weights), Some(value), _] = inputs else { return Err(format!("`{}` lacks an operand", core.name())) };
         let softmax = walk.nearest(weights, |node| node.is("", "Softmax"));
-        let scores = softmax.and_then(|node| node.input(0)).and_then(|scores| walk.nearest(scores, |node| walk.mixes(node)));
+        let scores =
+            softmax.and_then(|node| node.input(0)).and_then(|scores| walk.nearest(scores, |node| walk.mixes(node)));
         let operands = scores.and_then(|node| node.input(0).zip(node.input(1)));
         let Some((query, key)) = operands else { return Err("no product of queries and keys was found".into()) };
         Ok(Operands::Apart([query, key, value]))
@@ -179,7 +180,9 @@ impl<'g> Finder<'_, 'g> {
     /// The one linear map that a tensor is made by.
     fn only_leaf(&self, tensor: &'g str) -> Found<Leaf> {
         let leaves = self.walk.leaves(tensor, &HashSet::new());
-        let Some(first) = leaves.first() else { return Err(format!("no linear map of constant weights makes `{tensor}`")) };
+        let Some(first) = leaves.first() else {
+            return Err(format!("no linear map of constant weights makes `{tensor}`"));
+        };
         if leaves.iter().any(|leaf| leaf.linear != first.linear) {
             return Err(format!("several linear maps make `{tensor}`"));
         }
@@ -239,7 +242,9 @@ impl<'g> Finder<'_, 'g> {
                     }
                     self.put(layer, Linear::Up, Ok(up));
                 }
-                Err(reason) => [Linear::Gate, Linear::Up].into_iter().for_each(|l| self.put(layer, l, Err(reason.clone()))),
+                Err(reason) => {
+                    [Linear::Gate, Linear::Up].into_iter().for_each(|l| self.put(layer, l, Err(reason.clone())))
+                }
             }
         }
     }
@@ -299,7 +304,8 @@ impl<'g> Finder<'_, 'g> {
 }
 
 fn is_fused(node: &Node) -> bool {
-    const KNOWN: [&str; 4] = ["MultiHeadAttention", "GroupQueryAttention", "Attention", "DecoderMaskedMultiHeadAttention"];
+    const KNOWN: [&str; 4] =
+        ["MultiHeadAttention", "GroupQueryAttention", "Attention", "DecoderMaskedMultiHeadAttention"];
     node.is("", "Attention") || KNOWN.iter().any(|op| node.is(MICROSOFT, op))
 }
 
@@ -319,6 +325,3 @@ fn contradiction(name: &str, layer: usize, linear: Linear) -> Option<String> {
     let named = |linear: &Linear| name.split(['/', '.']).any(|part| part == last(*linear));
     Linear::ALL.into_iter().find(named).filter(|named| *named != linear).map(|named| last(named).to_owned())
 }
-
-#[cfg(test)]
-mod tests;

@@ -37,9 +37,9 @@ pub(super) fn columns(
             break;
         }
         let Some(node) = index.graph().node(step.node) else { continue };
-        columns = columns
-            .through(index, node, step.output)
-            .ok_or_else(|| format!("`{}` ({}) cuts a packed product in a way that is not known", node.name(), node.op_type()))?;
+        columns = columns.through(index, node, step.output).ok_or_else(|| {
+            format!("`{}` ({}) cuts a packed product in a way that is not known", node.name(), node.op_type())
+        })?;
     }
     if columns.numbers.len() == width {
         return Ok(columns.numbers);
@@ -58,7 +58,8 @@ impl Columns {
             "Transpose" => self.transpose(node.attribute("perm")?.as_ints()?),
             "Split" => {
                 let axis = self.axis(attribute("axis").unwrap_or(0))?;
-                let sizes = match node.attribute("split").and_then(|a| a.as_ints()).map(<[i64]>::to_vec).or(constant(1)) {
+                let sizes = match node.attribute("split").and_then(|a| a.as_ints()).map(<[i64]>::to_vec).or(constant(1))
+                {
                     Some(sizes) => sizes,
                     None => {
                         let parts = node.outputs().len();
@@ -167,7 +168,11 @@ impl Columns {
         if length == 0 || start.checked_add(length)? > size {
             return None;
         }
-        let kept = self.numbers.iter().enumerate().filter(|(place, _)| (start..start + length).contains(&(place / inner % size)));
+        let kept = self
+            .numbers
+            .iter()
+            .enumerate()
+            .filter(|(place, _)| (start..start + length).contains(&(place / inner % size)));
         let numbers = kept.map(|(_, number)| *number).collect();
         let mut axes = self.axes;
         *axes.get_mut(axis)? = length;

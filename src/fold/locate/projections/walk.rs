@@ -128,7 +128,18 @@ fn ends(node: &Node) -> bool {
 
 fn is_activation(node: &Node) -> bool {
     const KNOWN: [&str; 13] = [
-        "Sigmoid", "Tanh", "Erf", "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "Relu", "Softplus", "Elu", "Mish", "HardSwish",
+        "Sigmoid",
+        "Tanh",
+        "Erf",
+        "Gelu",
+        "FastGelu",
+        "BiasGelu",
+        "QuickGelu",
+        "Relu",
+        "Softplus",
+        "Elu",
+        "Mish",
+        "HardSwish",
         "Swish",
     ];
     KNOWN.contains(&node.op_type())
