@@ -11,7 +11,7 @@ use prefold::base::{Checkpoint, Decoder, DecoderSpec, Input, NoHook, SiteHook};
 use prefold::fold::locate::projections::{Projections, WeightStorage};
 use prefold::fold::{fold_folder, locate};
 use prefold::onnx::{Index, Model};
-use prefold::runtime::{GraphDecoder, OrtOptions, OrtSession, TractOptions, TractSession, library};
+use prefold::runtime::{GraphDecoder, Optimization, OrtOptions, OrtSession, library};
 
 use crate::support::{fixture, shared};
 
@@ -34,10 +34,11 @@ fn graphs() -> Vec<(String, PathBuf, PathBuf)> {
     let folders = |path: &Path| std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
     let all = folders(&graphs).into_iter().flat_map(|exporter| folders(&exporter));
     let mut found: Vec<_> = all
-        .filter(|graph| locate::sites(&Model::open(graph).unwrap()).is_ok())
+        .filter(|graph| graph.join("model.onnx").is_file() && locate::sites(&Model::open(graph).unwrap()).is_ok())
         .map(|graph| (graph.display().to_string(), graph.clone(), oracles.join(graph.file_name().unwrap())))
         .collect();
     found.sort();
+    assert!(!found.is_empty(), "no site is found in any graph");
     found
 }
 
@@ -96,11 +97,15 @@ fn prefill(
 }
 
 fn ort(graph: &Path) -> Option<GraphDecoder<Box<dyn prefold::runtime::Session>>> {
+    open(graph, Optimization::All)
+}
+
+fn open(graph: &Path, optimization: Optimization) -> Option<GraphDecoder<Box<dyn prefold::runtime::Session>>> {
     let Ok(library) = library::find(None, &prefold::files::cache_folder().unwrap()) else {
         eprintln!("skipped: no ONNX Runtime here (prefold runtime install)");
         return None;
     };
-    let options = OrtOptions { threads: Some(1), ..OrtOptions::default() };
+    let options = OrtOptions { threads: Some(1), optimization };
     let session = OrtSession::open(&library, &graph.join("model.onnx"), options).unwrap();
     Some(GraphDecoder::new(Box::new(session) as Box<dyn prefold::runtime::Session>).unwrap())
 }
@@ -168,21 +173,18 @@ fn lora_beside_quantised_products_is_what_names_say() {
         let (ids, mask) = (integers("input_ids"), integers("attention_mask"));
         let stored =
             |name: &str| -> Logits { io[name].to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap() };
-        let Some(mut base) = ort(&graph) else { return };
+        // as written, as the recipe ran it: an optimiser may round int8 activations elsewhere
+        let Some(mut base) = open(&graph, Optimization::Off) else { return };
         let plain = prefill(&mut base, &ids, &mask);
-        // ONNX Runtime's optimiser rounds int8 activations elsewhere: what it does to the base graph is the measure
-        let allowed = 1e-4 + 4.0 * distance(&plain, &stored("logits"), &mask);
+        assert!(distance(&plain, &stored("logits"), &mask) < 1e-4, "{name}");
         for adapter in ["lora", "rslora"] {
             let scratch = tempfile::tempdir().unwrap();
             fold_folder(&graph, &fixture("peft").join(adapter), scratch.path()).unwrap();
-            let mut folded = ort(scratch.path()).unwrap();
-            let found = prefill(&mut folded, &ids, &mask);
+            let found = prefill(&mut open(scratch.path(), Optimization::Off).unwrap(), &ids, &mask);
             let adapted = distance(&found, &stored(&format!("logits.{adapter}")), &mask);
-            eprintln!(
-                "{name} {adapter}: {adapted:.1e} of {allowed:.1e}, effect {:.1e}",
-                distance(&found, &plain, &mask)
-            );
-            assert!(adapted < allowed && allowed < 0.5, "{name} {adapter}: {adapted:.1e} of {allowed:.1e}");
+            let effect = distance(&found, &plain, &mask);
+            eprintln!("{name} {adapter}: {adapted:.1e}, effect {effect:.1e}");
+            assert!(adapted < 1e-4 && effect > 1.0, "{name} {adapter}: {adapted:.1e}");
         }
     }
 }
@@ -213,30 +215,4 @@ fn a_zero_lora_changes_no_logit() {
         let (before, after) = (prefill(&mut base, &ids, &mask), prefill(&mut ort(&out).unwrap(), &ids, &mask));
         assert!(before == after, "{}: {:.1e}", graph.display(), distance(&after, &before, &mask));
     }
-}
-
-/// tract runs the folded int8 and float graphs of standard operators that it runs unfolded.
-#[test]
-fn tract_agrees_where_it_runs_the_graph() {
-    let graph = fixture("quantized/int8_dynamic");
-    let open = |folder: &Path| {
-        let session = TractSession::open(&folder.join("model.onnx"), TractOptions::default()).ok()?;
-        GraphDecoder::new(Box::new(session) as Box<dyn prefold::runtime::Session>).ok()
-    };
-    let scratch = tempfile::tempdir().unwrap();
-    fold_folder(&graph, &fixture("peft/lora"), scratch.path()).unwrap();
-    let io = io(&graph);
-    let integers =
-        |name: &str| Array2::from_shape_vec((2, 9), io[name].flatten_all().unwrap().to_vec1().unwrap()).unwrap();
-    let (ids, mask) = (integers("input_ids"), integers("attention_mask"));
-    let Some(mut base) = open(&graph) else { return eprintln!("skipped: tract does not run the quantised base graph") };
-    base.reset();
-    if base.prefill(&ids, &mask).is_err() {
-        return eprintln!("skipped: tract does not run the quantised base graph");
-    }
-    let found = prefill(&mut open(scratch.path()).unwrap(), &ids, &mask);
-    let stored: Logits = io["logits.lora"].to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-    let distance = distance(&found, &stored, &mask);
-    eprintln!("tract: {distance:.1e}");
-    assert!(distance < 0.5);
 }
