@@ -125,7 +125,7 @@ impl Columns {
                 // what is not a number is whatever is left, if it is the last
                 _ => left,
             };
-            if left % size != 0 {
+            if !left.is_multiple_of(size) {
                 return None;
             }
             left /= size;
