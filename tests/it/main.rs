@@ -9,6 +9,7 @@ mod export;
 mod fused;
 mod gradients;
 mod graphs;
+mod linear_maps;
 mod methods;
 mod operators;
 mod oracles;

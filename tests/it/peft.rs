@@ -111,6 +111,15 @@ fn fused_modules_become_their_parts_and_whole_again() {
     }
 }
 
+#[test]
+fn fused_modules_of_gpt2_and_gpt_neox_are_read_and_written() {
+    for name in ["gpt2", "gpt_neox"] {
+        let checkpoint = Checkpoint::open(&fixture("oracles").join(name)).unwrap();
+        let decoder = Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap();
+        check(name, checkpoint.spec(), &decoder);
+    }
+}
+
 /// After training, the parts of a fused module have grown apart: PEFT's folder holds them in a greater rank.
 #[test]
 fn parts_that_grew_apart_are_one_module_of_greater_rank() {

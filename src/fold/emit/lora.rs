@@ -1,67 +1,87 @@
-//! LoRA beside the linear maps of a graph that prefold exported.
+//! LoRA beside the linear maps of a graph, whatever their weights are kept in.
 //!
 //! ```text
-//! x ─┬─ MatMul W ──────────────────────────┐
-//!    └─ MatMul Aᵀ ─ MatMul s·Bᵀ ────────── Add ─ (Mul m/‖W + s·BA‖) ─► what read the product
+//! x ─┬─ product with W (+ bias) ───────────┐
+//!    └─ MatMul Aᵀ ─ MatMul s·Bᵀ ────────── Add ─ (Mul m/‖W + s·BA‖ ─ (Add)) ─► what read the product
 //! ```
 //!
-//! The factor of DoRA is computed here, from the weight as it stands in the graph.
+//! Where a product holds several maps, their A stand side by side, those that are equal once, and every B fills the columns
+//! of its own map. The factor of DoRA is computed here, from the weight as it stands in the graph, and does not touch a bias that the
+//! product holds already.
+
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
 use super::Job;
 use crate::adapter::{Lora, LoraMap};
 use crate::base::Linear;
-use crate::fold::{Error, Result};
-use crate::onnx::{Index, Node, NodeDef};
+use crate::fold::locate::projections::{LinearNode, Projection, Projections, WeightStorage};
+use crate::fold::{Error, Result, locate};
+use crate::onnx::{Index, NodeDef, NodeId};
 
-const HELP: &str = "export the base model with `prefold export`, whose nodes prefold knows by name";
+const HELP: &str = "fold into the graph with float weights, as it was before it was quantised or optimised";
+
+/// An adapted map in the graph.
+struct Part<'p> {
+    linear: Linear,
+    map: LoraMap,
+    place: &'p Projection,
+}
 
 pub(super) fn write(job: &mut Job, lora: &Lora) -> Result<()> {
     let index = Index::new(job.model.graph());
+    let projections = Projections::find(&index, &locate::sites(job.model)?, job.adapter.config());
+    let mut products: BTreeMap<NodeId, (usize, Vec<Part>)> = BTreeMap::new();
     for (layer, linear) in lora.sites(job.adapter.config()) {
-        let map = lora.map(job.adapter.tensors(), layer, linear)?;
-        add(job, &index, layer, linear, &map)?;
+        let map = lora.map(job.adapter.tensors(), layer, linear)?.to_dtype(DType::F64).map_err(Error::Convert)?;
+        let place = projections.get(layer, linear)?;
+        products.entry(place.node.id).or_insert((layer, Vec::new())).1.push(Part { linear, map, place });
+    }
+    for (layer, parts) in products.values() {
+        add(job, &index, *layer, parts)?;
     }
     Ok(())
 }
 
-fn add(job: &mut Job, index: &Index, layer: usize, linear: Linear, map: &LoraMap) -> Result<()> {
-    let anchor = format!("/model/layers.{layer}/{}/MatMul", linear.module().replace('.', "/"));
-    let stopped = |reason: &str| Error::Site { anchor: anchor.clone(), reason: reason.into(), help: HELP };
-    let node = index.graph().nodes().iter().find(|node| node.name() == anchor && node.is("", "MatMul"));
-    let Some(node) = node else { return Err(stopped("the graph has no MatMul of this name")) };
-    let (Some(x), Some(product)) = (node.input(0), node.output(0)) else {
-        return Err(stopped("it has no input or no output"));
+fn stopped(node: &LinearNode, reason: &str) -> Error {
+    Error::Site { anchor: node.name.clone(), reason: reason.into(), help: HELP }
+}
+
+fn add(job: &mut Job, index: &Index, layer: usize, parts: &[Part]) -> Result<()> {
+    let Some(first) = parts.first() else { return Ok(()) };
+    let node = &first.place.node;
+    let readers = &node.readers;
+    let before = readers.iter().map(|reader| reader.node).min_by_key(|node| node.index());
+    let Some(before) = before.filter(|_| index.captured_by(&node.product).is_empty()) else {
+        return Err(stopped(node, "its product is not read in the graph that makes it"));
     };
-    let readers = index.consumers(product);
-    let Some(first) = readers.iter().map(|reader| reader.node).min_by_key(|node| node.index()) else {
-        return Err(stopped("nothing reads its output"));
-    };
-    let at = |op: &str| format!("/prefold/layers.{layer}/{}/{op}", linear.module().replace('.', "/"));
-    let name = |part: &str| format!("prefold.layers.{layer}.{}.{part}", linear.module());
-    let transposed = |x: &Tensor, factor: f64| (x.to_dtype(DType::F64)?.t()? * factor)?.contiguous();
-    let a = transposed(&map.a, 1.0).map_err(Error::Convert)?;
-    let b = transposed(&map.b, map.scale).map_err(Error::Convert)?;
+    let module = module(parts);
+    let at = |op: &str| format!("/prefold/layers.{layer}/{}/{op}", module.replace('.', "/"));
+    let name = |part: &str| format!("prefold.layers.{layer}.{module}.{part}");
+    let (a, b) = factors(parts).map_err(Error::Convert)?;
     let a = job.constants.add(&mut job.patch, &name("lora_A"), &a)?;
     let b = job.constants.add(&mut job.patch, &name("lora_B"), &b)?;
+    let scaling = scaling(job, index, parts)?;
+    let scaling = scaling.map(|(factor, shift)| {
+        let factor = job.constants.add(&mut job.patch, &name("dora"), &factor)?;
+        let shift = shift.map(|shift| job.constants.add(&mut job.patch, &name("dora_bias"), &shift)).transpose()?;
+        Ok::<_, Error>((factor, shift))
+    });
+    let scaling = scaling.transpose()?;
     let mut node_of = |op: &str, label: &str, inputs: [&str; 2]| {
         let output = format!("{}/output_0", at(label));
-        let node = NodeDef::new(op, at(label)).inputs(inputs).outputs([output.as_str()]);
-        job.patch.insert_before(first, node);
+        job.patch.insert_before(before, NodeDef::new(op, at(label)).inputs(inputs).outputs([output.as_str()]));
         output
     };
-    let inner = node_of("MatMul", "MatMul_A", [x, &a]);
+    let inner = node_of("MatMul", "MatMul_A", [&node.input, &a]);
     let delta = node_of("MatMul", "MatMul_B", [&inner, &b]);
-    let mut sum = node_of("Add", "Add", [product, &delta]);
-    if let Some(magnitude) = &map.magnitude {
-        let weight = weight(job, index, node)?.ok_or_else(|| stopped("its weight is no constant of two dimensions"))?;
-        let ratio = ratio(map, magnitude, &weight).map_err(Error::Convert)?;
-        let ratio = job.constants.add(&mut job.patch, &name("dora"), &ratio)?;
-        let output = format!("{}/output_0", at("Mul"));
-        let node = NodeDef::new("Mul", at("Mul")).inputs([sum.as_str(), &ratio]).outputs([output.as_str()]);
-        job.patch.insert_before(first, node);
-        sum = output;
+    let mut sum = node_of("Add", "Add", [&node.product, &delta]);
+    if let Some((factor, shift)) = scaling {
+        sum = node_of("Mul", "Mul", [&sum, &factor]);
+        if let Some(shift) = shift {
+            sum = node_of("Add", "Add_bias", [&sum, &shift]);
+        }
     }
     for reader in readers {
         job.patch.replace_input(reader.node, reader.slot, sum.as_str());
@@ -69,17 +89,105 @@ fn add(job: &mut Job, index: &Index, layer: usize, linear: Linear, map: &LoraMap
     Ok(())
 }
 
-/// The `[in, out]` right side of a MatMul.
-fn weight(job: &Job, index: &Index, node: &Node) -> Result<Option<Tensor>> {
-    let Some(found) = node.input(1).and_then(|name| index.initializer(name)) else { return Ok(None) };
-    let dims: Vec<usize> = found.dims().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();
-    let [width, out] = dims[..] else { return Ok(None) };
-    let values = found.data_in(job.source)?.to_f32s()?;
-    Tensor::from_vec(values, (width, out), &Device::Cpu).map(Some).map_err(Error::Convert)
+/// The name of a product: that of its map, or of the module that holds its maps.
+fn module(parts: &[Part]) -> String {
+    match parts {
+        [part] => part.linear.module().to_owned(),
+        _ if parts.iter().all(|part| matches!(part.linear, Linear::Gate | Linear::Up)) => "mlp.gate_up_proj".into(),
+        _ => "self_attn.qkv_proj".into(),
+    }
 }
 
-/// `m / ‖W + s · B A‖`, `[out]`, in float64.
-fn ratio(map: &LoraMap, magnitude: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
-    let norms = map.to_dtype(DType::F64)?.norms(&weight.t()?.to_dtype(DType::F64)?)?;
-    magnitude.to_dtype(DType::F64)? / norms
+/// `Aᵀ` of `[in, rank]` and `s · Bᵀ` of `[rank, out]` of a whole product.
+fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
+    let mut rows: Vec<&Tensor> = Vec::new();
+    let mut starts = Vec::with_capacity(parts.len());
+    let mut rank = 0;
+    let mut known: Vec<(Vec<f64>, usize)> = Vec::new();
+    for part in parts {
+        let values = part.map.a.flatten_all()?.to_vec1::<f64>()?;
+        match known.iter().find(|(other, _)| *other == values) {
+            Some((_, start)) => starts.push(*start),
+            None => {
+                known.push((values, rank));
+                starts.push(rank);
+                rows.push(&part.map.a);
+                rank += part.map.a.dim(0)?;
+            }
+        }
+    }
+    let a = Tensor::cat(&rows, 0)?.t()?.contiguous()?;
+    if let [Part { map, place: Projection { columns: None, .. }, .. }] = parts {
+        return Ok((a, (map.b.t()? * map.scale)?.contiguous()?));
+    }
+    let width = parts.iter().find_map(|part| part.place.node.width).unwrap_or(0);
+    let mut b = vec![0.0; rank * width];
+    for (part, start) in parts.iter().zip(starts) {
+        for (output, row) in part.map.b.to_vec2::<f64>()?.iter().enumerate() {
+            let column = part.place.columns.as_ref().map_or(Some(&output), |columns| columns.get(output));
+            for (inner, value) in row.iter().enumerate() {
+                let entry = column.and_then(|column| b.get_mut((start + inner) * width + column));
+                let Some(entry) = entry else {
+                    candle_core::bail!("the columns of a packed product do not fit its maps")
+                };
+                *entry = value * part.map.scale;
+            }
+        }
+    }
+    Ok((a, Tensor::from_vec(b, (rank, width), &Device::Cpu)?))
+}
+
+/// DoRA's factor on the outputs of a product, and what it must not take from the bias inside.
+fn scaling(job: &Job, index: &Index, parts: &[Part]) -> Result<Option<(Tensor, Option<Tensor>)>> {
+    let Some(node) = parts.first().map(|part| &part.place.node) else { return Ok(None) };
+    if parts.iter().all(|part| part.map.magnitude.is_none()) {
+        return Ok(None);
+    }
+    let weight = weight(job, index, node)?;
+    let mut factor = vec![1.0; weight.dim(0).map_err(Error::Convert)?];
+    for part in parts {
+        let Some(magnitude) = &part.map.magnitude else { continue };
+        for (output, ratio) in ratio(part, magnitude, &weight).map_err(Error::Convert)?.into_iter().enumerate() {
+            let column = part.place.columns.as_ref().map_or(Some(&output), |columns| columns.get(output)).copied();
+            if let Some(entry) = column.and_then(|column| factor.get_mut(column)) {
+                *entry = ratio;
+            }
+        }
+    }
+    let shift = match &node.bias {
+        None => None,
+        Some(name) => {
+            let bias = index.initializer(name).ok_or_else(|| stopped(node, "its bias is no constant"))?;
+            let bias = bias.data_in(job.source)?.to_f32s()?;
+            let shift = bias.iter().zip(&factor).map(|(bias, factor)| f64::from(*bias) * (1.0 - factor));
+            Some(Tensor::new(shift.collect::<Vec<_>>(), &Device::Cpu).map_err(Error::Convert)?)
+        }
+    };
+    Ok(Some((Tensor::new(factor, &Device::Cpu).map_err(Error::Convert)?, shift)))
+}
+
+/// A float weight as `[out, in]`, in float64.
+fn weight(job: &Job, index: &Index, node: &LinearNode) -> Result<Tensor> {
+    let found = index.initializer(&node.weight).filter(|_| node.storage == WeightStorage::Float);
+    let Some(found) = found else {
+        return Err(stopped(node, "DoRA needs the norms of its weight, which is quantised"));
+    };
+    let dims: Vec<usize> = found.dims().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();
+    let [rows, columns] = dims[..] else { return Err(stopped(node, "its weight has not two dimensions")) };
+    let values = found.data_in(job.source)?.to_f32s()?;
+    let weight = Tensor::from_vec(values, (rows, columns), &Device::Cpu).and_then(|w| w.to_dtype(DType::F64));
+    let oriented = weight.and_then(|w| if node.transposed { Ok(w) } else { w.t()?.contiguous() });
+    oriented.map_err(Error::Convert)
+}
+
+/// `m / ‖W + s · B A‖`, in float64.
+fn ratio(part: &Part, magnitude: &Tensor, weight: &Tensor) -> candle_core::Result<Vec<f64>> {
+    let own = match &part.place.columns {
+        None => weight.clone(),
+        Some(columns) => {
+            let rows: Vec<u32> = columns.iter().map(|column| *column as u32).collect();
+            weight.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?
+        }
+    };
+    (magnitude / part.map.norms(&own)?)?.to_vec1::<f64>()
 }

@@ -7,6 +7,7 @@ mod group_query_attention;
 mod microsoft_attention;
 mod multi_head_attention;
 mod other_operators;
+pub mod projections;
 mod rotary;
 mod unrotated;
 
