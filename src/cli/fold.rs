@@ -8,7 +8,7 @@ use miette::Result;
 
 use super::{existing_graph, keep_apart};
 use crate::files::StagedFolder;
-use crate::fold::fold_folder;
+use crate::fold::{Carry, fold_folder_with};
 use crate::onnx::MODEL_NAME;
 
 /// Put an adapter into an ONNX graph
@@ -23,6 +23,10 @@ pub(super) struct Fold {
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
+    /// Hard-link the graph's external data instead of copying it: at once and without space. The `onnx` package refuses
+    /// such files, runtimes do not
+    #[arg(long)]
+    link: bool,
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
@@ -32,7 +36,8 @@ impl Fold {
     pub(super) fn run(self) -> Result<ExitCode> {
         keep_apart(&self.out, &[&self.graph, &self.adapter])?;
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
-        let folded = fold_folder(&existing_graph(&self.graph)?, &self.adapter, staged.path())?;
+        let carry = if self.link { Carry::Link } else { Carry::Copy };
+        let folded = fold_folder_with(&existing_graph(&self.graph)?, &self.adapter, staged.path(), carry)?;
         let out = staged.commit()?;
         println!("{} ({} sites)", out.join(MODEL_NAME).display(), folded.sites.len());
         Ok(ExitCode::SUCCESS)

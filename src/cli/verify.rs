@@ -13,7 +13,7 @@ use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, NoHook, SiteHook};
 use crate::export::{Dialect, ExportOptions, Precision, export};
 use crate::files::{FileFact, Manifest};
-use crate::fold::fold_folder;
+use crate::fold::{Carry, fold_folder_with};
 use crate::onnx::{DataType, MODEL_NAME, Model as Graph, external_files};
 use crate::parity::{
     Budget, Candidate, CaseOptions, Check, Facts, Model, NoOpPair, Reference, Report, Verdict, generated_prompts,
@@ -235,7 +235,7 @@ fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine]
         std::fs::create_dir(folder).map_err(crate::files::Error::io("create folder", folder))?;
     }
     Adapter::zeros(adapter.config().clone())?.save(&zeros)?;
-    fold_folder(&base, &zeros, &folded)?;
+    fold_folder_with(&base, &zeros, &folded, Carry::Link)?;
     for engine in engines {
         let (base, folded) = (base.clone(), folded.join(MODEL_NAME));
         check.no_op(NoOpPair {
@@ -319,7 +319,8 @@ pub(super) fn compile(
     // weights that the adapter replaced are the checkpoint's, and nothing is left to fold
     let replaced = adapter.base_weights().is_some();
     export(checkpoint, &export_args.options(), if replaced { folder } else { base.path() })?;
-    let folded = if replaced { None } else { Some(fold_folder(base.path(), path, folder)?) };
+    // the links are the only ones left once the temporary folder is gone
+    let folded = if replaced { None } else { Some(fold_folder_with(base.path(), path, folder, Carry::Link)?) };
     let subject = Subject {
         checkpoint,
         graph: folder.join(MODEL_NAME),

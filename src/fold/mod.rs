@@ -7,8 +7,9 @@
 //! ```
 //!
 //! The graph is edited as a file: nodes and constants are added, the reader of each attention output reads the sum instead,
-//! and every other byte stays as it is. Weights are linked or copied as files and never read. Knows no training.
+//! and every other byte stays as it is. Weights travel as files ([`Carry`]) and are never read. Knows no training.
 
+mod carry;
 pub mod emit;
 mod error;
 pub mod locate;
@@ -18,13 +19,14 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use carry::{CarriedFile, Carry};
 pub use error::{Error, Result};
 pub use locate::{Layout, Site};
 
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::base::family;
 use crate::files::{self, Manifest};
-use crate::onnx::{MODEL_NAME, Model, external_files};
+use crate::onnx::{MODEL_NAME, Model, data_files};
 
 /// How an adapter stands in a graph.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -70,18 +72,27 @@ pub fn fold(model: &Model, source: &Path, adapter: &Adapter, folder: &Path) -> R
 }
 
 /// Folds the adapter at `adapter` into the graph at `graph` and writes `model.onnx`, its data and the manifest into a
-/// folder that exists.
+/// folder that exists. External data is copied.
 ///
 /// # Errors
 /// When either cannot be read, [`fold`] fails, or a file cannot be written.
 pub fn fold_folder(graph: &Path, adapter: &Path, folder: &Path) -> Result<Folded> {
+    fold_folder_with(graph, adapter, folder, Carry::Copy)
+}
+
+/// As [`fold_folder`], with the external data brought to the folder as `carry` says.
+///
+/// # Errors
+/// As [`fold_folder`], and when a link cannot be made.
+pub fn fold_folder_with(graph: &Path, adapter: &Path, folder: &Path, carry: Carry) -> Result<Folded> {
     let graph = graph_file(graph);
     let model = Model::open(&graph)?;
+    let data = data_files(&model, folder_of(&graph))?;
     let opened = open_adapter(&graph, adapter)?;
     let (edited, folded) = fold(&model, folder_of(&graph), &opened, folder)?;
     let target = folder.join(MODEL_NAME);
     edited.save(&target)?;
-    let data = carry_files(&model, &graph, folder)?;
+    let data = carry::carry(&data, folder_of(&graph), folder, carry)?;
     let options = serde_json::json!({ "emission": folded.emission });
     let mut manifest = Manifest::new("fold", options).input("graph", &graph)?.output("graph", &target)?;
     if adapter.is_dir() {
@@ -111,44 +122,4 @@ fn open_adapter(graph: &Path, adapter: &Path) -> Result<Adapter> {
     }
     let config: serde_json::Value = files::read_json(&path, "a model configuration")?;
     Ok(Adapter::open_for(adapter, &family::spec_from_config(&path, &config)?)?)
-}
-
-/// Files that travel with a graph beside its data.
-const COMPANIONS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "genai_config.json",
-];
-
-/// Links, or else copies, the graph's external data and companions; returns the names of the data files.
-fn carry_files(model: &Model, graph: &Path, folder: &Path) -> Result<Vec<String>> {
-    let source = folder_of(graph);
-    let data: Vec<String> = external_files(model)?.into_iter().collect();
-    for name in &data {
-        let (from, to) = (source.join(name), folder.join(name));
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent).map_err(files::Error::io("create folder", parent))?;
-        }
-        link_or_copy(&from, &to)?;
-    }
-    for name in COMPANIONS {
-        let from = source.join(name);
-        if from.is_file() {
-            std::fs::copy(&from, folder.join(name)).map_err(files::Error::io("copy", &from))?;
-        }
-    }
-    Ok(data)
-}
-
-fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
-    let real = from.canonicalize().map_err(files::Error::io("find the external data", from))?;
-    if std::fs::hard_link(&real, to).is_ok() {
-        return Ok(());
-    }
-    std::fs::copy(&real, to).map_err(files::Error::io("copy", from))?;
-    Ok(())
 }

@@ -95,10 +95,26 @@ pub enum Error {
         offset: usize,
     },
     /// The model is larger than protobuf allows.
-    #[error("the model would take {bytes} bytes in one file, and protobuf ends at 2 GiB")]
-    #[diagnostic(code(prefold::onnx::too_large), help("keep the weights in an external data file"))]
+    #[error("the model would take {bytes} bytes in one file without its initializers, and protobuf ends at 2 GiB")]
+    #[diagnostic(
+        code(prefold::onnx::too_large),
+        help("turn constant nodes that hold weights into initializers, which can be external")
+    )]
     TooLarge {
         /// The size it would have.
+        bytes: u64,
+    },
+
+    /// A file is larger than protobuf allows.
+    #[error("the file has {bytes} bytes, and a protobuf message ends at 2 GiB: no runtime reads it")]
+    #[diagnostic(
+        code(prefold::onnx::file_too_large),
+        help(
+            "export it again with its weights as external data, for instance `onnx.save(…, save_as_external_data=True)`"
+        )
+    )]
+    FileTooLarge {
+        /// Its size.
         bytes: u64,
     },
 

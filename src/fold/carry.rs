@@ -1,0 +1,85 @@
+//! The files around a graph: its external data, configuration and tokenizer, brought to the folder of the edited graph.
+//!
+//! Data files are moved as files and never parsed. The default is a copy, which shares its blocks with the first where the
+//! file system can: the `onnx` package from version 1.23 on refuses a data file that has several hard links. Neither a
+//! symbolic link nor a location outside of the graph's folder would be accepted by the runtimes.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Result};
+use crate::files::{self, Carried};
+use crate::onnx::{DataFile, MODEL_NAME};
+
+/// How the external data of a graph comes to the folder of another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Carry {
+    /// As a file of its own.
+    #[default]
+    Copy,
+    /// As a hard link: at once and without space, where both folders are on one disk. The `onnx` package refuses such
+    /// files; runtimes do not.
+    Link,
+}
+
+/// A data file in its new folder.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CarriedFile {
+    /// Its place in the folder.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// How it came there.
+    pub by: Carried,
+}
+
+/// Files that travel with a graph beside its data.
+const COMPANIONS: [&str; 14] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "genai_config.json",
+];
+
+/// Brings data files, and the companions found in `source`, to `folder`.
+pub(super) fn carry(data: &[DataFile], source: &Path, folder: &Path, how: Carry) -> Result<Vec<CarriedFile>> {
+    let carried = data.iter().map(|file| carry_data(file, folder, how)).collect::<Result<Vec<_>>>()?;
+    for name in COMPANIONS {
+        let (from, to) = (source.join(name), folder.join(name));
+        if from.is_file() && !to.exists() {
+            std::fs::copy(&from, &to).map_err(files::Error::io("copy", &from))?;
+        }
+    }
+    Ok(carried)
+}
+
+fn carry_data(file: &DataFile, folder: &Path, how: Carry) -> Result<CarriedFile> {
+    let (name, to) = (file.location.display().to_string(), folder.join(&file.location));
+    let reserved = [MODEL_NAME, files::MANIFEST_NAME].map(Path::new).contains(&file.location.as_path());
+    if reserved || to.symlink_metadata().is_ok() {
+        return Err(Error::NameTaken { name });
+    }
+    if let Some(parent) = to.parent() {
+        std::fs::create_dir_all(parent).map_err(files::Error::io("create folder", parent))?;
+    }
+    let by = match how {
+        Carry::Copy => files::copy_file(&file.path, &to)?,
+        Carry::Link => files::link_file(&file.path, &to).or_else(|reason| {
+            tracing::warn!("{reason}; it is copied instead");
+            files::copy_file(&file.path, &to)
+        })?,
+    };
+    Ok(CarriedFile { name, bytes: file.bytes, by })
+}
