@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
 use crate::files::{self, Carried};
-use crate::onnx::{DataFile, MODEL_NAME};
+use crate::onnx::{self, DataFile, MODEL_NAME, Model, NEWEST_IR, NEWEST_OPSET, check_any_order, data_files};
 
 /// How the external data of a graph comes to the folder of another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +52,20 @@ const COMPANIONS: [&str; 14] = [
     "preprocessor_config.json",
     "genai_config.json",
 ];
+
+/// Opens a graph that holds together: its structure is checked, and its data files are there and long enough.
+pub(super) fn open(graph: &Path, source: &Path) -> Result<(Model, Vec<DataFile>)> {
+    let model = Model::open(graph)?;
+    let (ir, opset) = (model.ir_version(), model.opset("").unwrap_or(0));
+    if ir > NEWEST_IR || opset > NEWEST_OPSET {
+        tracing::warn!(
+            "the graph is of IR version {ir}, operator set {opset}; known here are {NEWEST_IR} and {NEWEST_OPSET}"
+        );
+    }
+    let checked = check_any_order(&model).and_then(|()| data_files(&model, source));
+    let in_file = |source| onnx::Error::InFile { path: graph.into(), source: Box::new(source) };
+    Ok((model, checked.map_err(in_file)?))
+}
 
 /// Brings data files, and the companions found in `source`, to `folder`.
 pub(super) fn carry(data: &[DataFile], source: &Path, folder: &Path, how: Carry) -> Result<Vec<CarriedFile>> {

@@ -26,7 +26,7 @@ pub use locate::{Layout, Site};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::base::family;
 use crate::files::{self, Manifest};
-use crate::onnx::{MODEL_NAME, Model, data_files};
+use crate::onnx::{MODEL_NAME, Model};
 
 /// How an adapter stands in a graph.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -86,8 +86,7 @@ pub fn fold_folder(graph: &Path, adapter: &Path, folder: &Path) -> Result<Folded
 /// As [`fold_folder`], and when a link cannot be made.
 pub fn fold_folder_with(graph: &Path, adapter: &Path, folder: &Path, carry: Carry) -> Result<Folded> {
     let graph = graph_file(graph);
-    let model = Model::open(&graph)?;
-    let data = data_files(&model, folder_of(&graph))?;
+    let (model, data) = carry::open(&graph, folder_of(&graph))?;
     let opened = open_adapter(&graph, adapter)?;
     let (edited, folded) = fold(&model, folder_of(&graph), &opened, folder)?;
     let target = folder.join(MODEL_NAME);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::external::{check_location, location_error, plain_location};
 use super::proto::{function, model, training};
 use super::wire::{Field, Fields};
-use super::{AttributeValue, Error, Graph, Model, Node, NodeId, Result, TensorInfo};
+use super::{AttributeValue, Error, Graph, Model, Node, NodeId, Result, Storage, TensorInfo};
 use crate::files;
 
 /// A file that holds tensors of a model.
@@ -37,14 +37,19 @@ pub fn external_files(model: &Model) -> Result<BTreeSet<String>> {
 }
 
 /// The data files of a model in `folder`, each of which exists, lies in the folder and holds every piece that the model
-/// refers to. Their content is not read.
+/// refers to. Their content is not read. Every tensor, in a file or in the model, takes the bytes that its type and
+/// dimensions say.
 ///
 /// # Errors
 /// What of this does not hold, with the first tensor concerned.
 pub fn data_files(model: &Model, folder: &Path) -> Result<Vec<DataFile>> {
     let mut found: BTreeMap<PathBuf, DataFile> = BTreeMap::new();
     visit_tensors(model, &mut |tensor| {
-        let Some(external) = tensor.external() else { return Ok(()) };
+        let external = match tensor.storage() {
+            Storage::External(external) => external,
+            Storage::Raw(raw) => return check_size(tensor, raw.len() as u64),
+            Storage::Typed => return Ok(()),
+        };
         check_location(tensor.name(), &external.location)?;
         let location = plain_location(&external.location);
         let file = match found.get(&location) {
@@ -59,19 +64,20 @@ pub fn data_files(model: &Model, folder: &Path) -> Result<Vec<DataFile>> {
             }
         };
         let length = external.length.or(tensor.byte_len()).unwrap_or(0);
-        external.check_fits(tensor.name(), length, &file.path, file.bytes)?;
-        match (external.length, tensor.byte_len()) {
-            (Some(length), Some(expected)) if length != expected => Err(Error::TensorSize {
-                tensor: tensor.name().to_owned(),
-                data_type: tensor.data_type(),
-                dims: tensor.dims().to_vec(),
-                found: length,
-                expected: Some(expected),
-            }),
-            _ => Ok(()),
-        }
+        check_size(tensor, length)?;
+        external.check_fits(tensor.name(), length, &folder.join(&file.location), file.bytes)
     })?;
     Ok(found.into_values().collect())
+}
+
+/// A type without a fixed size, one that is not known here for instance, is not judged.
+fn check_size(tensor: &TensorInfo, found: u64) -> Result<()> {
+    if tensor.data_type().bits().is_none() || tensor.byte_len() == Some(found) {
+        return Ok(());
+    }
+    let (name, dims) = (tensor.name().to_owned(), tensor.dims().to_vec());
+    let expected = tensor.byte_len();
+    Err(Error::TensorSize { tensor: name, data_type: tensor.data_type(), dims, found, expected })
 }
 
 /// Calls `visit` with every constant tensor of a model.

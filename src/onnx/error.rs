@@ -193,6 +193,30 @@ pub enum Error {
         /// The domain; the empty name is `ai.onnx`.
         domain: String,
     },
+    /// Two tensors that a node wants of one type are of two.
+    #[error("{node} is given {first} of type {first_type} and `{second}` of type {second_type}")]
+    #[diagnostic(code(prefold::onnx::types), help("cast one of them"))]
+    TypeConflict {
+        /// The node, or the input or output that is declared otherwise.
+        node: String,
+        /// The first tensor.
+        first: String,
+        /// Its type.
+        first_type: super::DataType,
+        /// The second tensor.
+        second: String,
+        /// Its type.
+        second_type: super::DataType,
+    },
+    /// Shapes do not go together.
+    #[error("{node}: {reason}")]
+    #[diagnostic(code(prefold::onnx::shapes), help("the tensors are of another model, or in another layout"))]
+    ShapeConflict {
+        /// The node, or the input or output that is declared otherwise.
+        node: String,
+        /// What does not fit.
+        reason: String,
+    },
     /// The model imports an operator set older than needed.
     #[error("the model imports version {found} of the operator set `{domain}`, and version {needed} is needed")]
     #[diagnostic(code(prefold::onnx::old_opset), help("export the model again at operator set {needed} or later"))]

@@ -1,5 +1,7 @@
 //! What holds for whole files: nothing is lost, and nothing that a file holds makes the reader panic.
 
+mod lossless;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -10,7 +12,7 @@ use super::proto::{attribute, graph, model, node, tensor, types, value};
 use super::wire::Encoder;
 use super::{
     DataType, Error, Graph, Index, Model, ModelBuilder, Node, NodeDef, Patch, TensorDef, ValueDef, check,
-    check_any_order, external_files,
+    check_any_order, check_types, data_files, external_files,
 };
 
 /// A field number that no ONNX message has.
@@ -241,7 +243,7 @@ fn exercise(bytes: Vec<u8>) -> Result<(), Error> {
     let model = Model::from_bytes(bytes.clone())?;
     assert!(model.to_bytes() == bytes);
     let _listing = model.graph().to_string();
-    let _files = external_files(&model);
+    let _files = (external_files(&model), data_files(&model, Path::new("/nonexistent")), check_types(&model));
     let index = Index::new(model.graph());
     for tensor in model.graph().initializers() {
         let _values = (tensor.to_f32s(), tensor.to_i64s(), tensor.data_in(Path::new("/nonexistent")));

@@ -1,12 +1,14 @@
 //! End-to-end tests: prefold as its users meet it, against oracles from other implementations.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
+mod bad_graphs;
 mod checkpoints;
 mod command_line;
 mod data;
 mod export;
 mod gradients;
 mod graphs;
+mod large_graph;
 mod methods;
 mod oracles;
 mod peft;
