@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
 mod bad_graphs;
+mod bench;
 mod checkpoints;
 mod command_line;
 mod data;

@@ -333,11 +333,11 @@ mod tests {
         let port = |dtype, dims: &[Dim]| Port { name: "adapter_ids".into(), dtype, dims: dims.into() };
         let given = |text: &str| text.parse::<ExtraInput>().unwrap();
         let batch = Dim::Named("batch".into());
-        let ids = given("adapter_ids=0,2, 1").tensor(&port(DType::I64, &[batch.clone()]), 3).unwrap();
+        let ids = given("adapter_ids=0,2, 1").tensor(&port(DType::I64, std::slice::from_ref(&batch)), 3).unwrap();
         assert_eq!(ids, Value::I64(ndarray::arr1(&[0, 2, 1]).into_dyn()));
         let zeros = given("adapter_ids=0").tensor(&port(DType::F32, &[batch.clone(), Dim::Fixed(2)]), 2).unwrap();
         assert_eq!(zeros, Value::F32(ArrayD::zeros(vec![2, 2])));
-        assert!(given("adapter_ids=0,1").tensor(&port(DType::I64, &[batch]), 3).is_err());
+        assert!(given("adapter_ids=0,1").tensor(&port(DType::I64, std::slice::from_ref(&batch)), 3).is_err());
         assert!("adapter_ids".parse::<ExtraInput>().is_err() && "a=b".parse::<ExtraInput>().is_err());
     }
 }
