@@ -205,7 +205,9 @@ fn real_models_are_read_checked_and_written_byte_for_byte() {
         let sorted = !path.components().any(|part| part.as_os_str() == "optimum_fp16");
         assert_eq!(check(&model).is_ok(), sorted, "{}", path.display());
         let folder = path.parent().unwrap();
-        external_files(&model).unwrap().iter().for_each(|name| assert!(folder.join(name).is_file(), "{name}"));
+        let data = data_files(&model, folder).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert_eq!(data.len(), external_files(&model).unwrap().len(), "{}", path.display());
+        check_types(&model).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         for tensor in model.graph().initializers() {
             tensor.data_in(folder).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         }

@@ -20,7 +20,8 @@ struct Known {
 
 impl Known {
     fn of_value(value: &ValueInfo) -> Self {
-        let size = |dim: &Dim| if let Dim::Value(size) = dim { Some(*size) } else { None };
+        // Some exporters write 0 or -1 where a size is open.
+        let size = |dim: &Dim| if let Dim::Value(size @ 1..) = dim { Some(*size) } else { None };
         Self {
             elem: value.elem_type().filter(|elem| *elem != DataType::Undefined),
             shape: value.shape().map(|shape| shape.iter().map(size).collect()),
