@@ -8,7 +8,7 @@ use miette::Result;
 
 use super::{existing_graph, keep_apart, named_adapter, usage};
 use crate::files::StagedFolder;
-use crate::fold::{ADAPTER_EXTENSION, Emission, FoldOptions, Over, fold_adapters};
+use crate::fold::{ADAPTER_EXTENSION, Carry, Emission, FoldOptions, Over, fold_adapters};
 use crate::onnx::MODEL_NAME;
 
 /// Put an adapter into an ONNX graph
@@ -40,6 +40,10 @@ pub(super) struct Fold {
     /// Take the last adapter that was folded off first
     #[arg(long)]
     replace: bool,
+    /// Hard-link the graph's external data instead of copying it: at once and without space. The `onnx` package refuses
+    /// such files, runtimes do not
+    #[arg(long)]
+    link: bool,
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
@@ -60,7 +64,8 @@ impl Fold {
             _ => Over::Refuse,
         };
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
-        let options = FoldOptions { emission: self.emission, over };
+        let carry = if self.link { Carry::Link } else { Carry::Copy };
+        let options = FoldOptions { emission: self.emission, over, carry };
         let folded = fold_adapters(&existing_graph(&self.graph)?, &adapters, options, staged.path())?;
         let out = staged.commit()?;
         let what = match self.emission {

@@ -13,7 +13,7 @@ use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, NoHook, SiteHook};
 use crate::export::{Dialect, ExportOptions, Precision, export};
 use crate::files::{FileFact, Manifest};
-use crate::fold::{ADAPTER_IDS, Emission, FoldOptions, Record, fold_adapters, fold_folder, name_of, slot_values};
+use crate::fold::{ADAPTER_IDS, Carry, Emission, FoldOptions, Record, fold_adapters, name_of, slot_values};
 use crate::onnx::{DataType, MODEL_NAME, Model as Graph, external_files};
 use crate::parity::{
     Budget, Candidate, CaseOptions, Check, Facts, Model, NoOpPair, Reference, Report, Verdict, generated_prompts,
@@ -283,7 +283,8 @@ fn no_op(context: &Context, subject: &Subject, graph: &Graph, engines: &[Engine]
             std::fs::create_dir(folder).map_err(crate::files::Error::io("create folder", folder))?;
         }
         Adapter::zeros(adapter.config().clone())?.save(&zeros)?;
-        fold_folder(&base, &zeros, &folded)?;
+        let options = FoldOptions { carry: Carry::Link, ..FoldOptions::default() };
+        fold_adapters(&base, &[(name_of(&zeros), zeros)], options, &folded)?;
         (folded.join(MODEL_NAME), Vec::new())
     };
     for engine in engines {
@@ -370,6 +371,7 @@ pub(super) fn compile(
     // weights that the adapter replaced are the checkpoint's, and nothing is left to fold
     let replaced = adapter.base_weights().is_some();
     export(checkpoint, &export_args.options(), if replaced { folder } else { base.path() })?;
+    // the links are the only ones left once the temporary folder is gone
     let folded = if replaced { None } else { Some(fold_compiled(base.path(), path, emission, folder)?) };
     let subject = Subject {
         checkpoint,
@@ -392,6 +394,6 @@ pub(super) fn compile(
 }
 
 fn fold_compiled(base: &Path, adapter: &Path, emission: Emission, folder: &Path) -> Result<crate::fold::Folded> {
-    let options = FoldOptions { emission, ..FoldOptions::default() };
+    let options = FoldOptions { emission, carry: Carry::Link, ..FoldOptions::default() };
     Ok(fold_adapters(base, &[(name_of(adapter), adapter.to_path_buf())], options, folder)?)
 }

@@ -3,6 +3,7 @@
 //! Knows nothing of models, graphs or adapters.
 
 mod cache;
+mod copy;
 mod hash;
 mod manifest;
 mod map;
@@ -12,6 +13,7 @@ mod wheel;
 use std::path::PathBuf;
 
 pub use cache::cache_folder;
+pub use copy::{Carried, copy_file, link_file};
 pub use hash::{sha256_bytes, sha256_file, sha256_pieces};
 pub use manifest::{FileFact, MANIFEST_NAME, Manifest};
 pub use map::MappedFile;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::emit::{self, Parameter, Place, bank_name};
 use super::{
-    Emission, Error, NamedAdapter, Record, Result, carry_files, folder_of, graph_file, record, scope_names, stack,
+    Carry, Emission, Error, NamedAdapter, Record, Result, carry, folder_of, graph_file, record, scope_names, stack,
 };
 use crate::files::Manifest;
 use crate::onnx::{MODEL_NAME, Model, Patch, TensorInfo};
@@ -46,7 +46,7 @@ pub fn bank_of(model: &Model) -> Result<Record> {
 pub fn edit_bank(graph: &Path, edit: &BankEdit, folder: &Path) -> Result<Vec<String>> {
     let graph = graph_file(graph);
     let source = folder_of(&graph);
-    let model = Model::open(&graph)?;
+    let (model, files) = carry::open(&graph, source)?;
     let mut fold = bank_of(&model)?;
     let (before, _) = record::last(&model)?;
     let mut rows = rows(&model, source, &fold)?;
@@ -88,7 +88,7 @@ pub fn edit_bank(graph: &Path, edit: &BankEdit, folder: &Path) -> Result<Vec<Str
     let edited = fold.seal(&before, &patch.apply(&model)?)?;
     let target = folder.join(MODEL_NAME);
     edited.save(&target)?;
-    let data = carry_files(&edited, source, folder)?;
+    let data = carry::carry(&edited, &files, source, folder, Carry::Copy)?;
     let mut manifest = Manifest::new("bank", serde_json::json!({ "rows": names }));
     manifest = manifest.input("graph", &graph)?.output("graph", &target)?;
     manifest.facts = serde_json::json!({ "adapters": names, "external_data": data });

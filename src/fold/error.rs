@@ -197,6 +197,16 @@ pub enum Error {
     #[error(transparent)]
     #[diagnostic(transparent)]
     Base(#[from] crate::base::Error),
+    /// A data file of the graph has the name of a file that the fold writes.
+    #[error("the graph keeps tensors in a file named {name}, and so is a file of the folder that is being written")]
+    #[diagnostic(
+        code(prefold::fold::name_taken),
+        help("save the graph with its external data under another name, for instance `model.onnx.data`")
+    )]
+    NameTaken {
+        /// The file's name.
+        name: String,
+    },
     /// A tensor of the adapter could not be converted.
     #[error("candle failed while converting the adapter: {0}")]
     #[diagnostic(code(prefold::fold::convert))]

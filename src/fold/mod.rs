@@ -7,11 +7,12 @@
 //! ```
 //!
 //! The graph is edited as a file: nodes and constants are added, the reader of each attention output reads the sum instead,
-//! and every other byte stays as it is. Weights are linked or copied as files and never read.
+//! and every other byte stays as it is. Weights travel as files ([`Carry`]) and are never read.
 //! What was folded, and the way back to the file before, stands in the graph's metadata: [`unfold_folder`] gives that file's bytes,
 //! and a second fold finds the base graph's sites by it. Knows no training.
 
 mod bank;
+mod carry;
 mod delta;
 pub mod emit;
 mod error;
@@ -27,6 +28,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub use bank::{BankEdit, bank_of, edit_bank};
+pub use carry::{CarriedFile, Carry};
 pub use emit::{ADAPTER_IDS, Emission};
 pub use error::{Error, Result};
 pub use locate::{Layout, Site};
@@ -39,7 +41,7 @@ pub use unfold::{Unfolded, unfold_folder};
 use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::base::family;
 use crate::files::{self, Manifest};
-use crate::onnx::{MODEL_NAME, Model, external_files};
+use crate::onnx::{MODEL_NAME, Model};
 use emit::{Parameter, Place};
 
 /// What to do with a graph that carries an adapter already.
@@ -61,6 +63,8 @@ pub struct FoldOptions {
     pub emission: Emission,
     /// What to do with a graph that carries an adapter already.
     pub over: Over,
+    /// How the external data comes to the new folder.
+    pub carry: Carry,
 }
 
 /// An adapter with the name that a graph knows it by.
@@ -248,7 +252,7 @@ pub fn fold_adapters(
     folder: &Path,
 ) -> Result<Folded> {
     let graph = graph_file(graph);
-    let model = Model::open(&graph)?;
+    let (model, files) = carry::open(&graph, folder_of(&graph))?;
     let opened = adapters
         .iter()
         .map(|(name, path)| Ok(NamedAdapter { name: name.clone(), adapter: open_adapter(&graph, path)? }));
@@ -256,7 +260,7 @@ pub fn fold_adapters(
     let (edited, folded) = fold(&model, folder_of(&graph), &opened, options, folder)?;
     let target = folder.join(MODEL_NAME);
     edited.save(&target)?;
-    let data = carry_files(&edited, folder_of(&graph), folder)?;
+    let data = carry::carry(&edited, &files, folder_of(&graph), folder, options.carry)?;
     let mut manifest = Manifest::new("fold", serde_json::json!({ "emission": folded.emission }));
     manifest = manifest.input("graph", &graph)?.output("graph", &target)?;
     for (name, values) in folded.adapters.iter().zip(&folded.slot_values) {
@@ -302,47 +306,4 @@ pub fn open_adapter(graph: &Path, adapter: &Path) -> Result<Adapter> {
     }
     let config: serde_json::Value = files::read_json(&path, "a model configuration")?;
     Ok(Adapter::open_for(adapter, &family::spec_from_config(&path, &config)?)?)
-}
-
-/// Files that travel with a graph beside its data.
-const COMPANIONS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "genai_config.json",
-];
-
-/// Links, or else copies, the graph's external data and companions, as far as the folder has them not; returns the names of
-/// the data files.
-fn carry_files(model: &Model, source: &Path, folder: &Path) -> Result<Vec<String>> {
-    let data: Vec<String> = external_files(model)?.into_iter().collect();
-    for name in &data {
-        let (from, to) = (source.join(name), folder.join(name));
-        if to.exists() {
-            continue;
-        }
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent).map_err(files::Error::io("create folder", parent))?;
-        }
-        link_or_copy(&from, &to)?;
-    }
-    for name in COMPANIONS {
-        let from = source.join(name);
-        if from.is_file() {
-            std::fs::copy(&from, folder.join(name)).map_err(files::Error::io("copy", &from))?;
-        }
-    }
-    Ok(data)
-}
-
-fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
-    let real = from.canonicalize().map_err(files::Error::io("find the external data", from))?;
-    if std::fs::hard_link(&real, to).is_ok() {
-        return Ok(());
-    }
-    std::fs::copy(&real, to).map_err(files::Error::io("copy", from))?;
-    Ok(())
 }

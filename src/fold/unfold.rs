@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use super::{Record, Result, carry_files, folder_of, graph_file, record};
+use super::{Carry, Record, Result, carry, folder_of, graph_file, record};
 use crate::files::Manifest;
-use crate::onnx::{MODEL_NAME, Model};
+use crate::onnx::MODEL_NAME;
 
 /// What an unfold did.
 #[derive(Clone, Debug)]
@@ -19,7 +19,8 @@ pub struct Unfolded {
 /// When the graph carries no fold with a way back, it was changed since, or a file cannot be written.
 pub fn unfold_folder(graph: &Path, all: bool, folder: &Path) -> Result<Unfolded> {
     let graph = graph_file(graph);
-    let (mut model, first) = record::last(&Model::open(&graph)?)?;
+    let (folded, files) = carry::open(&graph, folder_of(&graph))?;
+    let (mut model, first) = record::last(&folded)?;
     let mut folds = vec![first];
     while all && !Record::all(&model)?.is_empty() {
         let (before, fold) = record::last(&model)?;
@@ -28,7 +29,7 @@ pub fn unfold_folder(graph: &Path, all: bool, folder: &Path) -> Result<Unfolded>
     }
     let target = folder.join(MODEL_NAME);
     model.save(&target)?;
-    let data = carry_files(&model, folder_of(&graph), folder)?;
+    let data = carry::carry(&model, &files, folder_of(&graph), folder, Carry::Copy)?;
     let mut manifest = Manifest::new("unfold", serde_json::json!({ "all": all }));
     manifest = manifest.input("graph", &graph)?.output("graph", &target)?;
     let folds_off: Vec<_> = folds

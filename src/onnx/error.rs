@@ -95,10 +95,26 @@ pub enum Error {
         offset: usize,
     },
     /// The model is larger than protobuf allows.
-    #[error("the model would take {bytes} bytes in one file, and protobuf ends at 2 GiB")]
-    #[diagnostic(code(prefold::onnx::too_large), help("keep the weights in an external data file"))]
+    #[error("the model would take {bytes} bytes in one file without its initializers, and protobuf ends at 2 GiB")]
+    #[diagnostic(
+        code(prefold::onnx::too_large),
+        help("turn constant nodes that hold weights into initializers, which can be external")
+    )]
     TooLarge {
         /// The size it would have.
+        bytes: u64,
+    },
+
+    /// A file is larger than protobuf allows.
+    #[error("the file has {bytes} bytes, and a protobuf message ends at 2 GiB: no runtime reads it")]
+    #[diagnostic(
+        code(prefold::onnx::file_too_large),
+        help(
+            "export it again with its weights as external data, for instance `onnx.save(…, save_as_external_data=True)`"
+        )
+    )]
+    FileTooLarge {
+        /// Its size.
         bytes: u64,
     },
 
@@ -176,6 +192,30 @@ pub enum Error {
         node: String,
         /// The domain; the empty name is `ai.onnx`.
         domain: String,
+    },
+    /// Two tensors that a node wants of one type are of two.
+    #[error("{node} is given {first} of type {first_type} and `{second}` of type {second_type}")]
+    #[diagnostic(code(prefold::onnx::types), help("cast one of them"))]
+    TypeConflict {
+        /// The node, or the input or output that is declared otherwise.
+        node: String,
+        /// The first tensor.
+        first: String,
+        /// Its type.
+        first_type: super::DataType,
+        /// The second tensor.
+        second: String,
+        /// Its type.
+        second_type: super::DataType,
+    },
+    /// Shapes do not go together.
+    #[error("{node}: {reason}")]
+    #[diagnostic(code(prefold::onnx::shapes), help("the tensors are of another model, or in another layout"))]
+    ShapeConflict {
+        /// The node, or the input or output that is declared otherwise.
+        node: String,
+        /// What does not fit.
+        reason: String,
     },
     /// The model imports an operator set older than needed.
     #[error("the model imports version {found} of the operator set `{domain}`, and version {needed} is needed")]

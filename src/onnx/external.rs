@@ -3,14 +3,11 @@
 //! <https://onnx.ai/onnx/repo-docs/ExternalData.html>. A location is a path relative to the model's folder; whatever leads out
 //! of that folder is refused, since a model is data from elsewhere and must not read other files.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
 
-use super::proto::{function, model, training};
-use super::wire::{Field, Fields};
-use super::{AttributeValue, DataType, Error, Graph, Model, Node, NodeId, Result, TensorDef, TensorInfo};
+use super::{DataType, Error, Result, TensorDef};
 use crate::files;
 
 /// Where a written tensor begins is a multiple of this: the page size that the specification asks for, so that a tensor can
@@ -66,6 +63,15 @@ impl ExternalRef {
         Ok(real)
     }
 
+    /// Whether `length` bytes of the piece lie in a file of `size` bytes.
+    pub(super) fn check_fits(&self, tensor: &str, length: u64, path: &Path, size: u64) -> Result<()> {
+        if self.offset.checked_add(length).is_some_and(|end| end <= size) {
+            return Ok(());
+        }
+        let (tensor, path, offset) = (tensor.to_owned(), path.to_owned(), self.offset);
+        Err(Error::ShortDataFile { tensor, path, offset, length, size })
+    }
+
     /// Reads the piece, which must be `expected` bytes long.
     pub(crate) fn read(&self, tensor: &str, expected: u64, folder: &Path) -> Result<Vec<u8>> {
         let path = self.resolve(tensor, folder)?;
@@ -73,10 +79,7 @@ impl ExternalRef {
         let size = file.metadata().map_err(files::Error::io("read", &path))?.len();
         let length = self.length.unwrap_or(expected);
         // Checked before anything is allocated: the length is the model's word, the size is the file system's.
-        if self.offset.checked_add(length).is_none_or(|end| end > size) {
-            let (tensor, offset) = (tensor.to_owned(), self.offset);
-            return Err(Error::ShortDataFile { tensor, path, offset, length, size });
-        }
+        self.check_fits(tensor, length, &path, size)?;
         file.seek(SeekFrom::Start(self.offset)).map_err(files::Error::io("read", &path))?;
         let mut bytes = Vec::new();
         file.take(length).read_to_end(&mut bytes).map_err(files::Error::io("read", &path))?;
@@ -84,93 +87,30 @@ impl ExternalRef {
     }
 }
 
-fn location_error(tensor: &str, location: &str, reason: &'static str) -> Error {
+pub(super) fn location_error(tensor: &str, location: &str, reason: &'static str) -> Error {
     Error::Location { tensor: tensor.to_owned(), location: location.to_owned(), reason }
 }
 
-/// Refuses a location that does not name a file below the model's folder, as far as its text can tell.
-fn check_location(tensor: &str, location: &str) -> Result<()> {
+/// Refuses a location that does not name a file below the model's folder, as far as its text can tell; what would lead out
+/// on another system is refused too, since folders travel.
+pub(super) fn check_location(tensor: &str, location: &str) -> Result<()> {
     let refuse = |reason| Err(location_error(tensor, location, reason));
     if location.contains('\0') {
         return refuse("holds a zero byte");
     }
-    let mut names = 0usize;
-    for component in Path::new(location).components() {
-        match component {
-            Component::Normal(_) => names += 1,
-            Component::CurDir => {}
-            Component::ParentDir => return refuse("leads out of a folder with `..`"),
-            Component::RootDir | Component::Prefix(_) => return refuse("is an absolute path"),
-        }
+    let has_drive = location.as_bytes().get(1) == Some(&b':');
+    if location.starts_with(['/', '\\']) || has_drive || Path::new(location).is_absolute() {
+        return refuse("is an absolute path");
     }
-    if names == 0 { refuse("names no file") } else { Ok(()) }
+    if location.split(['/', '\\']).any(|name| name == "..") {
+        return refuse("leads out of a folder with `..`");
+    }
+    if plain_location(location).as_os_str().is_empty() { refuse("names no file") } else { Ok(()) }
 }
 
-/// The data files that a model refers to, anywhere: initializers, attributes, nested graphs, functions, training.
-///
-/// # Errors
-/// When a location is absolute or leaves the model's folder.
-pub fn external_files(model: &Model) -> Result<BTreeSet<String>> {
-    let mut files = BTreeSet::new();
-    graph_files(model.graph(), &mut files)?;
-    for field in model.fields() {
-        match field.number {
-            model::FUNCTIONS => function_files(field, &mut files)?,
-            model::TRAINING_INFO => training_files(field, &mut files)?,
-            _ => {}
-        }
-    }
-    Ok(files)
-}
-
-fn graph_files(graph: &Graph, files: &mut BTreeSet<String>) -> Result<()> {
-    let sparse = graph.sparse_initializers().iter().flat_map(|sparse| [&sparse.values, &sparse.indices]);
-    for tensor in graph.initializers().iter().chain(sparse) {
-        tensor_file(tensor, files)?;
-    }
-    graph.nodes().iter().try_for_each(|node| node_files(node, files))
-}
-
-fn node_files(node: &Node, files: &mut BTreeSet<String>) -> Result<()> {
-    for attribute in node.attributes() {
-        match attribute.value() {
-            AttributeValue::Tensor(tensor) => tensor_file(tensor, files)?,
-            AttributeValue::Tensors(tensors) => tensors.iter().try_for_each(|tensor| tensor_file(tensor, files))?,
-            AttributeValue::SparseTensors(tensors) => {
-                let parts = tensors.iter().flat_map(|sparse| [&sparse.values, &sparse.indices]);
-                { parts }.try_for_each(|tensor| tensor_file(tensor, files))?;
-            }
-            _ => attribute.graphs().iter().try_for_each(|graph| graph_files(graph, files))?,
-        }
-    }
-    Ok(())
-}
-
-fn tensor_file(tensor: &TensorInfo, files: &mut BTreeSet<String>) -> Result<()> {
-    let Some(external) = tensor.external() else { return Ok(()) };
-    check_location(tensor.name(), &external.location)?;
-    files.insert(external.location.clone());
-    Ok(())
-}
-
-fn function_files(function: &Field, files: &mut BTreeSet<String>) -> Result<()> {
-    for field in Fields::new(function::MESSAGE, function.bytes()?) {
-        let field = field?;
-        if field.number == function::NODE {
-            node_files(&Node::parse(NodeId(0), field.bytes()?, 1)?, files)?;
-        }
-    }
-    Ok(())
-}
-
-fn training_files(training: &Field, files: &mut BTreeSet<String>) -> Result<()> {
-    for field in Fields::new(training::MESSAGE, training.bytes()?) {
-        let field = field?;
-        if matches!(field.number, training::INITIALIZATION | training::ALGORITHM) {
-            graph_files(&Graph::parse(field.bytes()?, 0)?, files)?;
-        }
-    }
-    Ok(())
+/// A location without `.` and doubled separators: two spellings of one file become one.
+pub(super) fn plain_location(location: &str) -> PathBuf {
+    Path::new(location).components().filter(|part| matches!(part, Component::Normal(_))).collect()
 }
 
 /// Writes tensors one after the other into one data file, each by a callback, so that no more than one need be in memory.
@@ -193,6 +133,14 @@ impl ExternalWriter {
         Ok(Self { path, location: name.to_owned(), file: Counted { inner: BufWriter::new(file), written: 0 } })
     }
 
+    /// Writes into a file that will have this path and, in the model's folder, this name.
+    pub(super) fn into_file(file: &File, path: &Path, name: &str) -> Result<Self> {
+        check_location("", name)?;
+        let file = file.try_clone().map_err(files::Error::io("write", path))?;
+        let file = Counted { inner: BufWriter::new(file), written: 0 };
+        Ok(Self { path: path.to_owned(), location: name.to_owned(), file })
+    }
+
     /// Adds a tensor: `write` gives its little-endian bytes, as many as type and dimensions say. What comes back goes into
     /// a [`ModelBuilder`](super::ModelBuilder) or a [`Patch`](super::Patch).
     ///
@@ -205,6 +153,18 @@ impl ExternalWriter {
         dims: &[i64],
         write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
     ) -> Result<TensorDef> {
+        let external = self.place(name, data_type, dims, write)?;
+        Ok(TensorDef::external(name, data_type, dims, external))
+    }
+
+    /// As [`write`](Self::write), and says where the tensor is.
+    pub(super) fn place(
+        &mut self,
+        name: &str,
+        data_type: DataType,
+        dims: &[i64],
+        write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+    ) -> Result<ExternalRef> {
         let size = || Error::TensorSize { tensor: name.into(), data_type, dims: dims.into(), found: 0, expected: None };
         let expected = data_type.byte_len(dims).ok_or_else(size)?;
         self.align().map_err(files::Error::io("write", &self.path))?;
@@ -214,8 +174,7 @@ impl ExternalWriter {
         if written != expected {
             return Err(Error::Written { tensor: name.to_owned(), written, expected });
         }
-        let external = ExternalRef { location: self.location.clone(), offset, length: Some(expected) };
-        Ok(TensorDef::external(name, data_type, dims, external))
+        Ok(ExternalRef { location: self.location.clone(), offset, length: Some(expected) })
     }
 
     /// Ends the file, and says how long it is.
@@ -254,16 +213,18 @@ impl<W: Write> Write for Counted<W> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::collections::BTreeSet;
+
     use super::super::tests::reference_check;
-    use super::super::{ModelBuilder, NodeDef, ValueDef};
+    use super::super::{Model, ModelBuilder, NodeDef, ValueDef, external_files};
     use super::*;
 
     fn external(location: &str) -> ExternalRef {
         ExternalRef { location: location.to_owned(), offset: 0, length: None }
     }
 
-    fn model_with(tensors: Vec<TensorDef>) -> Model {
+    pub(in crate::onnx) fn model_with(tensors: Vec<TensorDef>) -> Model {
         let mut builder = ModelBuilder::new("g", 8);
         builder.opset("", 17).input(ValueDef::new("x", DataType::Float, [2.into()]));
         for (position, tensor) in tensors.into_iter().enumerate() {
@@ -318,7 +279,19 @@ mod tests {
 
     #[test]
     fn locations_that_leave_the_folder_are_refused() {
-        for location in ["", ".", "/etc/passwd", "../secret", "weights/../../secret", "a\0b"] {
+        for location in [
+            "",
+            ".",
+            "./",
+            "/etc/passwd",
+            "../secret",
+            "weights/../../secret",
+            "a\0b",
+            "..\\secret",
+            "\\\\host\\share",
+            "C:\\secret",
+            "C:secret",
+        ] {
             let tensor = TensorDef::external("w", DataType::Float, &[2], external(location));
             let model = model_with(vec![tensor]);
             assert!(matches!(external_files(&model), Err(Error::Location { .. })), "{location:?}");

@@ -9,6 +9,9 @@
 //! and saving changes nothing; replacing one input of one node encodes that one field again, and the length prefixes of the
 //! messages around it.
 //!
+//! Field numbers are those of the specification as of IR version [`NEWEST_IR`] and operator set [`NEWEST_OPSET`]; models from
+//! IR version 3 on are edited. What a newer version adds are unknown fields and operators here, and passes through.
+//!
 //! ```no_run
 //! use prefold::onnx::{Index, Model, NodeDef, Patch};
 //!
@@ -28,6 +31,7 @@ mod attribute;
 mod builder;
 mod bytes;
 mod check;
+mod data_files;
 mod data_type;
 mod def;
 mod error;
@@ -37,27 +41,37 @@ mod index;
 mod listing;
 mod model;
 mod node;
+mod outgrown;
 mod patch;
 mod proto;
 mod tensor;
+mod types;
 mod value;
 mod wire;
 
 #[cfg(test)]
 mod tests;
 
+/// The newest version of the format that is known here, that of the `onnx` package 1.23; newer ones pass through.
+pub const NEWEST_IR: i64 = 14;
+
+/// The newest version of the standard operators that is known here; nodes of newer ones are kept as they are.
+pub const NEWEST_OPSET: i64 = 28;
+
 pub use attribute::{Attribute, AttributeValue};
 pub use builder::ModelBuilder;
 pub use bytes::Bytes;
 pub use check::{check, check_any_order};
+pub use data_files::{DataFile, data_files, external_files};
 pub use data_type::DataType;
 pub use def::{FunctionDef, NodeDef, TensorDef, ValueDef};
 pub use error::{Error, Result};
-pub use external::{EXTERNAL_ALIGNMENT, ExternalRef, ExternalWriter, external_files};
+pub use external::{EXTERNAL_ALIGNMENT, ExternalRef, ExternalWriter};
 pub use graph::{Graph, MAX_GRAPH_DEPTH};
 pub use index::{Index, Use};
 pub use model::{MODEL_NAME, Model, OpsetImport};
 pub use node::{Node, NodeId};
 pub use patch::Patch;
 pub use tensor::{SparseTensor, Storage, TensorData, TensorInfo};
+pub use types::check_types;
 pub use value::{Dim, ValueInfo, ValueType};

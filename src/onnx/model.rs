@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::graph::Graph;
 use super::node::standard_domain;
+use super::outgrown::externalize;
 use super::proto::{model, opset};
 use super::tensor::parse_entry;
 use super::wire::{Encoder, Field, Fields};
@@ -43,11 +44,14 @@ impl Model {
     /// Opens an `.onnx` file, or the `model.onnx` of a folder. The file is memory-mapped; external data is not read.
     ///
     /// # Errors
-    /// When the file cannot be read or is not an ONNX model.
+    /// When the file cannot be read, is not an ONNX model, or is larger than protobuf allows.
     pub fn open(path: &Path) -> Result<Self> {
         let path = if path.is_dir() { path.join(MODEL_NAME) } else { path.to_owned() };
         let map = MappedFile::open(&path)?;
-        Self::parse(&Bytes::from_map(map)).map_err(|source| Error::InFile { path, source: Box::new(source) })
+        let bytes = map.bytes().len() as u64;
+        let parsed =
+            if bytes > MAX_BYTES { Err(Error::FileTooLarge { bytes }) } else { Self::parse(&Bytes::from_map(map)) };
+        parsed.map_err(|source| Error::InFile { path, source: Box::new(source) })
     }
 
     /// Reads a model from memory.
@@ -174,16 +178,24 @@ impl Model {
         bytes
     }
 
-    /// Writes the model to a file, which is replaced whole or not at all. External data is not copied.
+    /// Writes the model to a file, which is replaced whole or not at all. External data is not copied. Where the file
+    /// would pass protobuf's limit of 2 GiB, initializers of 1 KiB and more go to a data file beside it.
     ///
     /// # Errors
-    /// When the model is too large for one file, or the file cannot be written.
+    /// When the model is too large for one file without its initializers, or a file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let bytes = self.encoded_len();
-        if bytes > MAX_BYTES {
-            let source = Box::new(Error::TooLarge { bytes });
-            return Err(Error::InFile { path: path.into(), source });
+        self.save_within(path, MAX_BYTES)
+    }
+
+    pub(super) fn save_within(&self, path: &Path, limit: u64) -> Result<()> {
+        if self.encoded_len() > limit {
+            let in_file = |source| Error::InFile { path: path.into(), source: Box::new(source) };
+            return externalize(self, path, limit).map_err(in_file)?.write(path);
         }
+        self.write(path)
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
         // The pieces may be mapped from this very file, so it is replaced by a rename and never written into.
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let staged = stage(parent).map_err(files::Error::io("create a file in", parent))?;
@@ -199,7 +211,7 @@ impl Model {
 }
 
 /// A temporary file with an ordinary file's permissions (a temporary file is private by default).
-fn stage(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+pub(super) fn stage(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".prefold-").suffix(".partial");
     #[cfg(unix)]

@@ -7,7 +7,7 @@ use super::node::standard_domain;
 use super::proto::{entry, graph, model, node, tensor};
 use super::tensor::parse_entry;
 use super::wire::{Encoder, Field, Fields};
-use super::{Error, Graph, Model, Node, NodeId, Result, check, check_any_order};
+use super::{Error, Graph, Model, Node, NodeId, Result, check, check_any_order, check_types};
 
 /// An edit of a model's main graph: collected first, checked and applied as a whole afterwards.
 ///
@@ -111,7 +111,7 @@ impl Patch {
     ///
     /// # Errors
     /// When a node or slot does not exist, a name is taken, an operator set is too old, or the result does not pass
-    /// [`check()`](super::check()). A fault that the model had before is not blamed on the edit; that its nodes do not stand
+    /// [`check()`](super::check()) or [`check_types`]. A fault that the model had before is not blamed on the edit; that its nodes do not stand
     /// in topological order is tolerated, as runtimes do.
     pub fn apply(self, model: &Model) -> Result<Model> {
         let label = self.label.clone();
@@ -236,8 +236,12 @@ fn initializer_name(field: &Field) -> Result<Option<String>> {
 
 fn check_edited(before: &Model, after: &Model) -> Result<()> {
     match check(after) {
-        Err(Error::UseBeforeDefinition { .. }) if check(before).is_err() => check_any_order(after),
-        result => result,
+        Err(Error::UseBeforeDefinition { .. }) if check(before).is_err() => check_any_order(after)?,
+        result => result?,
+    }
+    match check_types(after) {
+        Err(conflict) if check_types(before).is_ok() => Err(conflict),
+        _ => Ok(()),
     }
 }
 
@@ -425,6 +429,9 @@ mod tests {
             refused(|p| _ = p.add_initializer(TensorDef::from_i64s("y", &[], &[1]))),
             Error::Duplicate { .. }
         ));
+        let of = |op: &str, other: &str| NodeDef::new(op, "new").inputs(["h", other]).outputs(["n"]);
+        assert!(matches!(refused(|p| _ = p.append_node(of("Add", "target"))), Error::TypeConflict { .. }));
+        assert!(matches!(refused(|p| _ = p.append_node(of("MatMul", "w"))), Error::ShapeConflict { .. }));
         assert!(matches!(
             refused(|p| _ = p.add_output(ValueDef::new("no", DataType::Float, []))),
             Error::OutputUndefined { .. }

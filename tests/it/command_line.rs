@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::support::{arg, fixture, prefold, prefold_ok};
 
 /// The error text of a command that must fail with exit code 1, without paths of this machine.
-fn failure(folder: &Path, args: &[&str]) -> String {
+pub fn failure(folder: &Path, args: &[&str]) -> String {
     let output = prefold(folder, args);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{args:?}: {error}");
@@ -16,7 +16,7 @@ fn failure(folder: &Path, args: &[&str]) -> String {
 }
 
 /// Names in a folder, sorted.
-fn names(folder: &Path) -> Vec<String> {
+pub fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
     names.sort();

@@ -62,7 +62,13 @@ impl Bench {
 
     fn fold(&self, graph: &str, adapters: &[&str], emission: Emission, over: Over, out: &str) {
         let adapters: Vec<_> = adapters.iter().map(|name| ((*name).to_owned(), self.at(name))).collect();
-        fold_adapters(&self.at(graph), &adapters, FoldOptions { emission, over }, &self.folder(out)).unwrap();
+        fold_adapters(
+            &self.at(graph),
+            &adapters,
+            FoldOptions { emission, over, ..FoldOptions::default() },
+            &self.folder(out),
+        )
+        .unwrap();
     }
 
     /// candle's logits of one row, `[seq, vocab]`.

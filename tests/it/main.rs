@@ -1,6 +1,8 @@
 //! End-to-end tests: prefold as its users meet it, against oracles from other implementations.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
+mod bad_graphs;
+mod bench;
 mod checkpoints;
 mod command_line;
 mod data;
@@ -9,6 +11,7 @@ mod export;
 mod fused;
 mod gradients;
 mod graphs;
+mod large_graph;
 mod linear_maps;
 mod methods;
 mod operators;

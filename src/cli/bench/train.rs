@@ -1,4 +1,4 @@
-//! `prefold bench`
+//! `prefold bench train`
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,44 +6,25 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use clap::{Args, Subcommand};
+use clap::Args;
 use miette::{IntoDiagnostic, Result};
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
-use super::memory::peak_resident;
-use super::{Context, usage};
+use super::super::memory::peak_resident;
+use super::super::{Context, usage};
+use super::median;
 use crate::adapter::{Adapter, AdapterOptions, MethodName};
 use crate::base::{Checkpoint, Decoder, DecoderSpec, WeightRole, family};
 use crate::data::{Batch, IGNORED};
 use crate::files;
 use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Sft, batch_gradients, clip_gradients};
 
-/// Measure
-#[derive(Args, Debug)]
-pub(super) struct Bench {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Debug, Subcommand)]
-enum What {
-    Train(BenchTrain),
-}
-
-impl Bench {
-    pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
-        match self.what {
-            What::Train(command) => command.run(context),
-        }
-    }
-}
-
 /// Measure a training step: forward, loss, backward, clipping, AdamW
 ///
 /// Token ids are random; the labelled positions are the last of each row.
 #[derive(Args, Debug)]
-struct BenchTrain {
+pub(super) struct BenchTrain {
     /// Hugging Face folder, .gguf file, or the name of a fetched model; of a folder without weights, or its config.json,
     /// random weights
     #[arg(long)]
@@ -106,7 +87,7 @@ struct Report {
 }
 
 impl BenchTrain {
-    fn run(self, context: &Context) -> Result<ExitCode> {
+    pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         let largest = 1 << 20;
         for (option, value) in [("--batch", self.batch), ("--seq", self.seq), ("--steps", self.steps)] {
             if value == 0 || value > largest {
@@ -285,10 +266,4 @@ fn matmul_rate(spec: &DecoderSpec, rows: usize) -> Result<f64> {
         Ok(2.0 * (rows * width * columns) as f64 / best)
     };
     product().into_diagnostic()
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }

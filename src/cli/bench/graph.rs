@@ -1,0 +1,343 @@
+//! `prefold bench graph`
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::Instant;
+
+use clap::Args;
+use miette::{IntoDiagnostic, Result};
+use ndarray::{Array2, ArrayD};
+use rand::{RngExt, SeedableRng};
+use serde::Serialize;
+
+use super::super::verify::{Engine, open_session};
+use super::super::{Context, existing_graph, style, usage};
+use super::median;
+use crate::runtime::{
+    self, DType, Dim, Error, GraphDecoder, OrtOptions, OrtSession, Port, RuntimeInfo, Session, Tensor, Value, library,
+};
+
+/// Measure decoder graphs beside each other: prefill and decoding with a cache
+///
+/// The graphs take turns, and every turn begins with another, so that what else the machine does meets all of them. Ratios
+/// are of times to the first graph, the median over the turns.
+#[derive(Args, Debug)]
+pub(super) struct BenchGraph {
+    /// The graphs: folders that hold model.onnx, or .onnx files; the first is what the others are compared with
+    #[arg(required = true, value_name = "GRAPH")]
+    graphs: Vec<PathBuf>,
+    /// The runtime
+    #[arg(long, value_enum, default_value = "ort")]
+    runtime: Engine,
+    /// Threads inside one operator of ONNX Runtime [default: one per core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Tokens of each prompt
+    #[arg(long, default_value_t = 64)]
+    prompt_length: usize,
+    /// Cached steps after it
+    #[arg(long, default_value_t = 32)]
+    decode_steps: usize,
+    /// Rows of the batch
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Measured turns of each graph; one more comes before them
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// What a further input is fed, in graphs that have it: one number, or as many as it has elements, as
+    /// `adapter_ids=0,1,2,3`; may be repeated
+    #[arg(long = "input", value_name = "NAME=VALUES")]
+    inputs: Vec<ExtraInput>,
+    /// Width of a head, for graphs whose cache does not declare it
+    #[arg(long)]
+    head_dim: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// An input beside those of every decoder.
+#[derive(Clone, Debug)]
+struct ExtraInput {
+    name: String,
+    values: Vec<f64>,
+}
+
+impl FromStr for ExtraInput {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let (name, values) = text.split_once('=').ok_or("expected NAME=VALUES")?;
+        let number = |value: &str| value.trim().parse().map_err(|_| format!("`{value}` is no number"));
+        let values = values.split(',').map(number).collect::<std::result::Result<_, _>>()?;
+        Ok(Self { name: name.to_owned(), values })
+    }
+}
+
+impl ExtraInput {
+    /// The tensor for a port; sizes that it does not fix are the batch's.
+    fn tensor(&self, port: &Port, batch: usize) -> runtime::Result<Value> {
+        let size = |dim: &Dim| if let Dim::Fixed(size) = dim { *size } else { batch };
+        let shape: Vec<usize> = port.dims.iter().map(size).collect();
+        let misfit = |why: &str| Error::Feed { reason: format!("the input {port} {why}, given {:?}", self.values) };
+        let elements = shape.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
+        let values = match (self.values.as_slice(), elements) {
+            (&[value], Some(elements)) if elements <= 1 << 28 => vec![value; elements],
+            (values, Some(elements)) if values.len() == elements => values.to_vec(),
+            _ => return Err(misfit(&format!("takes one number or those of a tensor {shape:?}"))),
+        };
+        let array = ArrayD::from_shape_vec(shape, values).map_err(|source| misfit(&source.to_string()))?;
+        Ok(match port.dtype {
+            DType::F64 => array.into(),
+            DType::F32 => array.mapv(|v| v as f32).into(),
+            DType::F16 => array.mapv(half::f16::from_f64).into(),
+            DType::Bf16 => array.mapv(half::bf16::from_f64).into(),
+            DType::I64 => array.mapv(|v| v as i64).into(),
+            DType::I32 => array.mapv(|v| v as i32).into(),
+            DType::I8 => array.mapv(|v| v as i8).into(),
+            DType::U8 => array.mapv(|v| v as u8).into(),
+            DType::Bool => array.mapv(|v| v != 0.0).into(),
+        })
+    }
+}
+
+/// A session whose further inputs are fed the same in every run, and not seen from outside.
+struct Fed {
+    inner: Box<dyn Session>,
+    inputs: Vec<Port>,
+    extra: Vec<(String, Value)>,
+}
+
+impl Fed {
+    fn new(inner: Box<dyn Session>, given: &[ExtraInput], batch: usize) -> runtime::Result<Self> {
+        let mut extra = Vec::new();
+        let mut inputs = Vec::new();
+        for port in inner.inputs() {
+            match given.iter().find(|input| input.name == port.name) {
+                Some(input) => extra.push((port.name.clone(), input.tensor(port, batch)?)),
+                None => inputs.push(port.clone()),
+            }
+        }
+        Ok(Self { inner, inputs, extra })
+    }
+}
+
+impl Session for Fed {
+    fn inputs(&self) -> &[Port] {
+        &self.inputs
+    }
+
+    fn outputs(&self) -> &[Port] {
+        self.inner.outputs()
+    }
+
+    fn info(&self) -> RuntimeInfo {
+        self.inner.info()
+    }
+
+    fn run_tensors(&mut self, mut feeds: Vec<(String, Tensor)>) -> runtime::Result<Vec<(String, Tensor)>> {
+        feeds.extend(self.extra.iter().map(|(name, value)| (name.clone(), value.clone().into())));
+        self.inner.run_tensors(feeds)
+    }
+}
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    runtime: RuntimeInfo,
+    threads: Option<usize>,
+    prompt_length: usize,
+    decode_steps: usize,
+    batch: usize,
+    graphs: Vec<Measured>,
+}
+
+/// One graph's turns.
+#[derive(Debug, Serialize)]
+struct Measured {
+    graph: PathBuf,
+    /// Names of the further inputs that it was fed.
+    inputs: Vec<String>,
+    /// Seconds of loading it.
+    load_seconds: f64,
+    /// Seconds of each prefill.
+    prefill_seconds: Vec<f64>,
+    /// Seconds of all cached steps of each turn.
+    decode_seconds: Vec<f64>,
+    median_prefill_ms: f64,
+    /// New tokens of all rows in a second.
+    decode_tokens_per_second: f64,
+    /// Its time over the first graph's, turn by turn, the median.
+    prefill_ratio: f64,
+    decode_ratio: f64,
+}
+
+impl BenchGraph {
+    pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
+        let numbers = [
+            ("--prompt-length", self.prompt_length),
+            ("--decode-steps", self.decode_steps),
+            ("--batch", self.batch),
+            ("--rounds", self.rounds),
+        ];
+        let largest = 1 << 20;
+        if let Some((option, value)) = numbers.into_iter().find(|(_, value)| !(1..=largest).contains(value)) {
+            return Err(usage(format!("{option} is {value}"), format!("give a number from 1 to {largest}")));
+        }
+        let report = self.measure(context)?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report).into_diagnostic()?);
+            return Ok(ExitCode::SUCCESS);
+        }
+        println!("{}", table(&report));
+        println!(
+            "{} {}, batch {}, {} prompt tokens, {} steps, median of {} turns",
+            report.runtime.runtime,
+            report.runtime.version,
+            self.batch,
+            self.prompt_length,
+            self.decode_steps,
+            self.rounds
+        );
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn measure(&self, context: &Context) -> Result<Report> {
+        let mut decoders = Vec::new();
+        let mut graphs = Vec::new();
+        for graph in &self.graphs {
+            let started = Instant::now();
+            let session = Fed::new(self.open(context, &existing_graph(graph)?)?, &self.inputs, self.batch)?;
+            let load_seconds = started.elapsed().as_secs_f64();
+            graphs.push(Measured::new(
+                graph,
+                load_seconds,
+                session.extra.iter().map(|(name, _)| name.clone()).collect(),
+            ));
+            decoders.push(match self.head_dim {
+                Some(head_dim) => GraphDecoder::with_head_dim(session, head_dim)?,
+                None => GraphDecoder::new(session)?,
+            });
+        }
+        let fed: Vec<&String> = graphs.iter().flat_map(|graph| &graph.inputs).collect();
+        if let Some(unused) = self.inputs.iter().find(|input| !fed.contains(&&input.name)) {
+            return Err(usage(
+                format!("no graph has an input `{}`", unused.name),
+                "`prefold inspect GRAPH` lists the inputs of a graph",
+            ));
+        }
+        let prompt = self.prompt(&decoders);
+        for round in 0..=self.rounds {
+            for turn in 0..decoders.len() {
+                let at = (round + turn) % decoders.len();
+                let (Some(decoder), Some(graph)) = (decoders.get_mut(at), graphs.get_mut(at)) else { continue };
+                let (prefill, decode) = self.turn(decoder, &prompt)?;
+                if round > 0 {
+                    graph.prefill_seconds.push(prefill);
+                    graph.decode_seconds.push(decode);
+                }
+            }
+        }
+        let first = graphs.first().map(|first| (first.prefill_seconds.clone(), first.decode_seconds.clone()));
+        let (prefill, decode) = first.unwrap_or_default();
+        graphs.iter_mut().for_each(|graph| graph.summarise(self, &prefill, &decode));
+        let runtime = decoders.first_mut().map(|decoder| decoder.session_mut().info());
+        let runtime = runtime.ok_or_else(|| usage("no graph was given", "name one or more"))?;
+        Ok(Report {
+            runtime,
+            threads: self.threads,
+            prompt_length: self.prompt_length,
+            decode_steps: self.decode_steps,
+            batch: self.batch,
+            graphs,
+        })
+    }
+
+    fn open(&self, context: &Context, graph: &Path) -> Result<Box<dyn Session>> {
+        if self.runtime == Engine::Ort && self.threads.is_some() {
+            let library = library::find(context.global.ort_lib.as_deref(), &context.cache)?;
+            let options = OrtOptions { threads: self.threads, ..OrtOptions::default() };
+            return Ok(Box::new(OrtSession::open(&library, graph, options)?));
+        }
+        Ok(open_session(context, self.runtime, graph)?)
+    }
+
+    /// Tokens that every graph has, the same ones every time.
+    fn prompt(&self, decoders: &[GraphDecoder<Fed>]) -> Array2<i64> {
+        let vocab = decoders.iter().filter_map(|decoder| decoder.ports().vocab_size).min().unwrap_or(256);
+        let mut random = rand_pcg::Pcg64Mcg::seed_from_u64(0);
+        let last = i64::try_from(vocab).unwrap_or(i64::MAX).max(2);
+        Array2::from_shape_fn((self.batch, self.prompt_length), |_| random.random_range(1..last))
+    }
+
+    /// Seconds of a prefill and of the steps after it.
+    fn turn(&self, decoder: &mut GraphDecoder<Fed>, prompt: &Array2<i64>) -> Result<(f64, f64)> {
+        decoder.reset();
+        let started = Instant::now();
+        decoder.prefill(prompt, &Array2::ones(prompt.raw_dim()))?;
+        let prefill = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        for step in 0..self.decode_steps {
+            let next: Vec<i64> = prompt.column(step % self.prompt_length).to_vec();
+            decoder.step(&next)?;
+        }
+        Ok((prefill, started.elapsed().as_secs_f64()))
+    }
+}
+
+impl Measured {
+    fn new(graph: &Path, load_seconds: f64, inputs: Vec<String>) -> Self {
+        Self {
+            graph: graph.to_owned(),
+            inputs,
+            load_seconds,
+            prefill_seconds: Vec::new(),
+            decode_seconds: Vec::new(),
+            median_prefill_ms: f64::NAN,
+            decode_tokens_per_second: f64::NAN,
+            prefill_ratio: f64::NAN,
+            decode_ratio: f64::NAN,
+        }
+    }
+
+    fn summarise(&mut self, options: &BenchGraph, first_prefill: &[f64], first_decode: &[f64]) {
+        let ratio = |own: &[f64], first: &[f64]| median(&own.iter().zip(first).map(|(a, b)| a / b).collect::<Vec<_>>());
+        self.median_prefill_ms = median(&self.prefill_seconds) * 1e3;
+        self.decode_tokens_per_second = (options.decode_steps * options.batch) as f64 / median(&self.decode_seconds);
+        self.prefill_ratio = ratio(&self.prefill_seconds, first_prefill);
+        self.decode_ratio = ratio(&self.decode_seconds, first_decode);
+    }
+}
+
+fn table(report: &Report) -> comfy_table::Table {
+    let mut table = style::table(&["graph", "prefill ms", "ratio", "decode tokens/s", "time ratio"]);
+    for graph in &report.graphs {
+        table.add_row([
+            graph.graph.display().to_string(),
+            format!("{:.1}", graph.median_prefill_ms),
+            format!("{:.3}", graph.prefill_ratio),
+            format!("{:.1}", graph.decode_tokens_per_second),
+            format!("{:.3}", graph.decode_ratio),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn further_inputs_fill_their_port() {
+        let port = |dtype, dims: &[Dim]| Port { name: "adapter_ids".into(), dtype, dims: dims.into() };
+        let given = |text: &str| text.parse::<ExtraInput>().unwrap();
+        let batch = Dim::Named("batch".into());
+        let ids = given("adapter_ids=0,2, 1").tensor(&port(DType::I64, std::slice::from_ref(&batch)), 3).unwrap();
+        assert_eq!(ids, Value::I64(ndarray::arr1(&[0, 2, 1]).into_dyn()));
+        let zeros = given("adapter_ids=0").tensor(&port(DType::F32, &[batch.clone(), Dim::Fixed(2)]), 2).unwrap();
+        assert_eq!(zeros, Value::F32(ArrayD::zeros(vec![2, 2])));
+        assert!(given("adapter_ids=0,1").tensor(&port(DType::I64, std::slice::from_ref(&batch)), 3).is_err());
+        assert!("adapter_ids".parse::<ExtraInput>().is_err() && "a=b".parse::<ExtraInput>().is_err());
+    }
+}
