@@ -19,7 +19,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use error::{Error, Result};
-pub use locate::{Layout, Site};
+pub use locate::{Exactness, Layout, Site};
 
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::base::family;
@@ -42,6 +42,8 @@ pub struct Folded {
     pub emission: Emission,
     /// The sites that carry the adapter, by layer.
     pub sites: Vec<Site>,
+    /// For which inputs the adapter computes what it was trained to.
+    pub exactness: Exactness,
 }
 
 /// The folder and file that a graph's path names: a folder that holds `model.onnx`, or the file itself.
@@ -60,13 +62,14 @@ pub fn fold(model: &Model, source: &Path, adapter: &Adapter, folder: &Path) -> R
     }
     let config = adapter.config();
     let sites = locate::sites(model)?;
-    if sites.len() != config.num_layers {
-        return Err(Error::SiteCount { sites: sites.len(), layers: config.num_layers });
+    let layers = locate::num_layers(&sites);
+    if layers != config.num_layers {
+        return Err(Error::SiteCount { sites: layers, layers: config.num_layers });
     }
     let adapted = config.adapted_layers();
     let sites: Vec<Site> = sites.into_iter().filter(|site| adapted.contains(&site.layer)).collect();
     let patch = emit::baked(model, source, adapter, &sites, folder)?;
-    Ok((patch.apply(model)?, Folded { emission: Emission::Baked, sites }))
+    Ok((patch.apply(model)?, Folded { emission: Emission::Baked, sites, exactness: locate::exactness(model) }))
 }
 
 /// Folds the adapter at `adapter` into the graph at `graph` and writes `model.onnx`, its data and the manifest into a
@@ -90,7 +93,7 @@ pub fn fold_folder(graph: &Path, adapter: &Path, folder: &Path) -> Result<Folded
     } else {
         manifest = manifest.input("adapter", adapter)?;
     }
-    manifest.facts = serde_json::json!({ "sites": folded.sites, "external_data": data, "adapter": opened.config() });
+    manifest.facts = serde_json::json!({ "sites": folded.sites, "exactness": folded.exactness, "external_data": data, "adapter": opened.config() });
     manifest.write(folder)?;
     Ok(folded)
 }

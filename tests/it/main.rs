@@ -5,6 +5,7 @@ mod checkpoints;
 mod command_line;
 mod data;
 mod export;
+mod foreign;
 mod gradients;
 mod graphs;
 mod methods;

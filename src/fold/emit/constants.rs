@@ -29,8 +29,11 @@ impl Constants {
         Ok(Self { data_type, external, added: BTreeSet::new() })
     }
 
-    /// A tensor in the graph's type.
+    /// A tensor in the graph's type; branches that hold one layer share it.
     pub(super) fn add(&mut self, patch: &mut Patch, name: &str, tensor: &Tensor) -> Result<String> {
+        if !self.added.insert(name.to_owned()) {
+            return Ok(name.to_owned());
+        }
         let bytes = bytes_of(tensor, self.data_type).map_err(Error::Convert)?;
         let dims: Vec<i64> = tensor.dims().iter().map(|d| *d as i64).collect();
         patch.add_initializer(match &mut self.external {
@@ -44,11 +47,8 @@ impl Constants {
 
     /// A number in the graph's type; the same name is added once.
     pub(super) fn number(&mut self, patch: &mut Patch, name: &str, value: f64) -> Result<String> {
-        if self.added.insert(name.to_owned()) {
-            let number = Tensor::new(value, &candle_core::Device::Cpu).map_err(Error::Convert)?;
-            self.add(patch, name, &number)?;
-        }
-        Ok(name.to_owned())
+        let number = Tensor::new(value, &candle_core::Device::Cpu).map_err(Error::Convert)?;
+        self.add(patch, name, &number)
     }
 
     /// A list of integers; the same name is added once.

@@ -31,17 +31,8 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         return Err(stopped(node, "query, key and value are packed into one tensor", HELP));
     };
     Ok(Site {
-        layer: 0,
-        shape: SHAPE,
-        anchor: node.name().to_owned(),
-        query: query.to_owned(),
-        query_layout: Layout::Merged,
-        output: output.to_owned(),
-        output_layout: Layout::Merged,
         readers: index.consumers(output).to_vec(),
         num_heads: integer("num_heads"),
-        head_dim: None,
-        num_kv_heads: None,
-        width: None,
+        ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
     })
 }
