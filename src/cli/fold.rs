@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use clap::Args;
 use miette::Result;
 
-use super::{existing_graph, keep_apart};
+use super::site_proof::ProofArgs;
+use super::{Context, existing_graph, keep_apart};
 use crate::files::StagedFolder;
 use crate::fold::fold_folder;
 use crate::onnx::MODEL_NAME;
@@ -26,13 +27,16 @@ pub(super) struct Fold {
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
+    #[command(flatten)]
+    proof: ProofArgs,
 }
 
 impl Fold {
-    pub(super) fn run(self) -> Result<ExitCode> {
+    pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         keep_apart(&self.out, &[&self.graph, &self.adapter])?;
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
         let folded = fold_folder(&existing_graph(&self.graph)?, &self.adapter, staged.path())?;
+        self.proof.run(context, &self.graph, &self.adapter, staged.path())?;
         let out = staged.commit()?;
         println!("{} ({} sites)", out.join(MODEL_NAME).display(), folded.sites.len());
         Ok(ExitCode::SUCCESS)

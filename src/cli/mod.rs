@@ -24,6 +24,7 @@ mod preview;
 mod progress;
 mod runtime;
 mod schema;
+mod site_proof;
 mod style;
 mod train;
 mod verify;
@@ -135,7 +136,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Fetch(command) => command.run(&context),
         Command::Train(command) => command.run(&context),
         Command::Export(command) => command.run(&context),
-        Command::Fold(command) => command.run(),
+        Command::Fold(command) => command.run(&context),
         Command::Compile(command) => command.run(&context),
         Command::Verify(command) => command.run(&context),
         Command::Generate(command) => command.run(&context),
