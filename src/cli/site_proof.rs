@@ -58,6 +58,9 @@ impl ProofArgs {
     pub(super) fn run(&self, context: &Context, graph: &Path, adapter: &Path, folder: &Path) -> Result<()> {
         let graph = graph_file(graph);
         let found = self.prove(context, &graph, adapter)?;
+        if let (Some(why), true) = (found.get("why"), self.proof != Proof::Never) {
+            tracing::warn!("the sites were not proved: {why}");
+        }
         let path = folder.join(MANIFEST_NAME);
         let mut manifest: Manifest = read_json(&path, "a prefold manifest")?;
         if let Value::Object(facts) = &mut manifest.facts {

@@ -26,15 +26,13 @@ pub(super) fn number_layers(index: &Index, sites: &mut [Site]) -> Result<()> {
         }
     }
     for ((site, layer), caches) in sites.iter().zip(&layers).zip(&caches) {
-        if let Some(cache) = caches.iter().find(|cache| *cache != layer) {
-            let reason = if cache > layer && caches.len() == 1 {
-                format!(
-                    "`{}` is number {layer} in the flow of data and reads the cache of layer {cache}: the attention of layer {layer} was not found",
-                    site.anchor
-                )
-            } else {
-                format!("`{}` is number {layer} in the flow of data and reads the cache of layer {cache}", site.anchor)
-            };
+        // a layer may share the cache of one before it
+        if let Some(cache) = caches.iter().find(|cache| *cache > layer) {
+            let reason = format!(
+                "`{}` is number {layer} in the flow of data and reads the cache of layer {cache}: the attention of layer {layer} \
+                 was not found",
+                site.anchor
+            );
             return Err(Error::Layers { reason, place: place(&scope) });
         }
     }
@@ -73,7 +71,7 @@ fn place(scope: &str) -> String {
     if scope.is_empty() { "in the main graph".to_owned() } else { format!("in branch `{scope}`") }
 }
 
-/// For each node, the most sites on one way that ends with it.
+/// For each node, the most sites on one way that ends with it; nodes may stand in any order.
 fn depths(index: &Index, outputs: &BTreeSet<&str>) -> HashMap<NodeId, usize> {
     let mut depths: HashMap<NodeId, usize> = HashMap::with_capacity(index.graph().nodes().len());
     let mut entered: BTreeSet<NodeId> = BTreeSet::new();
@@ -81,18 +79,17 @@ fn depths(index: &Index, outputs: &BTreeSet<&str>) -> HashMap<NodeId, usize> {
     for last in index.graph().nodes() {
         let mut open: Vec<&Node> = vec![last];
         while let Some(&node) = open.last() {
-            let before: Vec<&Node> = node.inputs().iter().filter_map(|input| own(input)).collect();
-            // entered twice means that what was not ready then cannot become ready: a cycle
-            let waiting = before.iter().filter(|node| !depths.contains_key(&node.id()));
-            let waiting: Vec<&Node> = waiting.copied().filter(|_| entered.insert(node.id())).collect();
-            if waiting.is_empty() {
-                let most = before.iter().filter_map(|node| depths.get(&node.id())).max().copied().unwrap_or(0);
-                let is_site = node.outputs().iter().any(|output| outputs.contains(output.as_str()));
-                depths.entry(node.id()).or_insert(most + usize::from(is_site));
-                open.pop();
-            } else {
-                open.extend(waiting);
+            entered.insert(node.id());
+            let before = || node.inputs().iter().filter_map(|input| own(input));
+            // what was entered and has no depth yet is on the way to this node: a cycle
+            if let Some(next) = before().find(|node| !entered.contains(&node.id())) {
+                open.push(next);
+                continue;
             }
+            let most = before().filter_map(|node| depths.get(&node.id())).max().copied().unwrap_or(0);
+            let is_site = node.outputs().iter().any(|output| outputs.contains(output.as_str()));
+            depths.entry(node.id()).or_insert(most + usize::from(is_site));
+            open.pop();
         }
     }
     depths
