@@ -248,8 +248,11 @@ fn output<'g>(index: &Index<'g>, softmax: &Node, product: &'g Node, axes: Axes) 
                 format!("`{}` ({}) turns its output {axes} into what is not known", node.name(), node.op_type());
             return Err(stop(reason));
         };
-        if after.is_merged() && !axes.is_merged() {
-            merged = Some(node);
+        match (axes.is_merged(), after.is_merged()) {
+            (false, true) => merged = Some(node),
+            // heads that are parted again are those of what comes next
+            (true, false) => break,
+            _ => {}
         }
         (axes, tensor) = (after, output);
     }
