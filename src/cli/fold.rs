@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use clap::Args;
 use miette::Result;
 
-use super::{existing_graph, keep_apart, named_adapter, usage};
+use super::site_proof::ProofArgs;
+use super::{Context, existing_graph, keep_apart, named_adapter, usage};
 use crate::files::StagedFolder;
 use crate::fold::{ADAPTER_EXTENSION, Carry, Emission, FoldOptions, Over, fold_adapters};
 use crate::onnx::MODEL_NAME;
@@ -47,10 +48,12 @@ pub(super) struct Fold {
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
+    #[command(flatten)]
+    proof: ProofArgs,
 }
 
 impl Fold {
-    pub(super) fn run(self) -> Result<ExitCode> {
+    pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         let adapters: Vec<(String, PathBuf)> = self.adapter.iter().map(|text| named_adapter(text)).collect();
         let inputs: Vec<&Path> =
             std::iter::once(&self.graph).chain(adapters.iter().map(|(_, path)| path)).map(PathBuf::as_path).collect();
@@ -67,6 +70,9 @@ impl Fold {
         let carry = if self.link { Carry::Link } else { Carry::Copy };
         let options = FoldOptions { emission: self.emission, over, carry };
         let folded = fold_adapters(&existing_graph(&self.graph)?, &adapters, options, staged.path())?;
+        if let Some((_, adapter)) = adapters.first() {
+            self.proof.run(context, &self.graph, adapter, staged.path())?;
+        }
         let out = staged.commit()?;
         let what = match self.emission {
             Emission::Baked => String::new(),

@@ -21,6 +21,9 @@ pub(super) struct Inspect {
     /// As JSON
     #[arg(long)]
     json: bool,
+    /// Of a graph: what was matched of every attention block, or how far the match got and which node stopped it
+    #[arg(long)]
+    explain: bool,
 }
 
 impl Inspect {
@@ -29,7 +32,7 @@ impl Inspect {
             if self.path.join(CONFIG_NAME).is_file() || self.path.extension().is_some_and(|e| e == "safetensors") {
                 adapter(&self.path)?
             } else if self.path.join(MODEL_NAME).is_file() || self.path.extension().is_some_and(|e| e == "onnx") {
-                graph(&existing_graph(&self.path)?)?
+                graph(&existing_graph(&self.path)?, self.explain)?
             } else {
                 checkpoint(&context.checkpoint(&self.path.to_string_lossy())?)?
             };
@@ -114,7 +117,7 @@ fn peft_adapter(path: &Path) -> Result<Value> {
     }))
 }
 
-fn graph(path: &Path) -> Result<Value> {
+fn graph(path: &Path, explain: bool) -> Result<Value> {
     let model = Model::open(path)?;
     let graph = model.graph();
     let mut operators = std::collections::BTreeMap::<String, usize>::new();
@@ -133,7 +136,7 @@ fn graph(path: &Path) -> Result<Value> {
         .map(|o| format!("{} {}", if o.domain.is_empty() { "ai.onnx" } else { &o.domain }, o.version))
         .collect();
     let bytes: u64 = graph.initializers().iter().filter_map(|t| t.byte_len()).sum();
-    Ok(json!({
+    let mut facts = json!({
         "kind": "graph",
         "producer": model.producer().0,
         "ir_version": model.ir_version(),
@@ -146,7 +149,14 @@ fn graph(path: &Path) -> Result<Value> {
         "outputs": values(graph.outputs()),
         "operators": operators,
         "sites": sites,
-    }))
+        "exactness": locate::exactness(&model),
+    });
+    if let Value::Object(facts) = &mut facts
+        && explain
+    {
+        facts.insert("attention".into(), json!(locate::explain(&model)));
+    }
+    Ok(facts)
 }
 
 /// `name: type[dims]`.
@@ -186,6 +196,7 @@ fn line(value: &Value) -> String {
             .map(|(k, v)| format!("{k} {}", line(v)))
             .collect::<Vec<_>>()
             .join(", "),
+        Value::Array(items) => items.iter().map(line).collect::<Vec<_>>().join(" → "),
         other => other.to_string(),
     }
 }

@@ -26,6 +26,7 @@ mod preview;
 mod progress;
 mod runtime;
 mod schema;
+mod site_proof;
 mod style;
 mod train;
 mod unfold;
@@ -140,7 +141,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Fetch(command) => command.run(&context),
         Command::Train(command) => command.run(&context),
         Command::Export(command) => command.run(&context),
-        Command::Fold(command) => command.run(),
+        Command::Fold(command) => command.run(&context),
         Command::Unfold(command) => command.run(),
         Command::Bank(command) => command.run(),
         Command::Compile(command) => command.run(&context),

@@ -36,6 +36,18 @@ pub enum Error {
         /// What to do.
         help: &'static str,
     },
+    /// The attention blocks are not one for each layer.
+    #[error("{place}, {reason}")]
+    #[diagnostic(
+        code(prefold::fold::layers),
+        help("`prefold inspect --explain` lists every attention block that was found or not")
+    )]
+    Layers {
+        /// What does not fit.
+        reason: String,
+        /// In which graph.
+        place: String,
+    },
     /// The graph has another number of layers than the adapter.
     #[error("the graph has {sites} attention sites, but the adapter was made for {layers} layers")]
     #[diagnostic(code(prefold::fold::site_count), help("fold an adapter of the same base model"))]

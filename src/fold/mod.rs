@@ -31,7 +31,7 @@ pub use bank::{BankEdit, bank_of, edit_bank};
 pub use carry::{CarriedFile, Carry};
 pub use emit::{ADAPTER_IDS, Emission};
 pub use error::{Error, Result};
-pub use locate::{Layout, Site};
+pub use locate::{Exactness, Layout, Site};
 pub use onnx_adapter::{ADAPTER_EXTENSION, AdapterFile};
 pub use record::{MARK, Record};
 pub use slots::{Slot, check_adapter_file, slot_values, slots};
@@ -90,6 +90,8 @@ pub struct Folded {
     /// The values of its slots, by adapter.
     #[serde(skip)]
     pub slot_values: Vec<AdapterFile>,
+    /// For which inputs the adapter computes what it was trained to.
+    pub exactness: Exactness,
 }
 
 /// The folder and file that a graph's path names: a folder that holds `model.onnx`, or the file itself.
@@ -148,14 +150,16 @@ pub fn fold(
         slot_values = values.into_iter().map(slots::file_of).collect();
     }
     let slots = slots(&folded);
-    Ok((folded, Folded { emission: options.emission, sites, adapters: names, slots, slot_values }))
+    let exactness = locate::exactness(model);
+    Ok((folded, Folded { emission: options.emission, sites, adapters: names, slots, slot_values, exactness }))
 }
 
 /// The sites of the layers that an adapter adapts.
 fn adapted(sites: &[Site], adapter: &Adapter) -> Result<Vec<Site>> {
     let config = adapter.config();
-    if sites.len() != config.num_layers {
-        return Err(Error::SiteCount { sites: sites.len(), layers: config.num_layers });
+    let layers = locate::num_layers(sites);
+    if layers != config.num_layers {
+        return Err(Error::SiteCount { sites: layers, layers: config.num_layers });
     }
     let layers = config.adapted_layers();
     Ok(sites.iter().filter(|site| layers.contains(&site.layer)).cloned().collect())
@@ -278,6 +282,7 @@ pub fn fold_adapters(
     }
     manifest.facts = serde_json::json!({
         "sites": folded.sites,
+        "exactness": folded.exactness,
         "external_data": data,
         "adapter": opened.first().map(|adapter| adapter.adapter.config()),
         "adapters": folded.adapters,

@@ -134,6 +134,14 @@ impl Attribute {
             _ => &[],
         }
     }
+
+    pub(crate) fn graphs_mut(&mut self) -> &mut [Graph] {
+        match &mut self.value {
+            AttributeValue::Graph(graph) => std::slice::from_mut(graph),
+            AttributeValue::Graphs(graphs) => graphs,
+            _ => &mut [],
+        }
+    }
 }
 
 fn implied_type(field: u32) -> Option<i64> {

@@ -1,5 +1,7 @@
 //! A graph: nodes in topological order, and the values around them.
 
+use std::ops::Range;
+
 use super::proto::graph;
 use super::wire::{Field, Fields};
 use super::{Bytes, Error, Node, NodeId, Result, SparseTensor, TensorInfo, ValueInfo};
@@ -11,6 +13,9 @@ pub const MAX_GRAPH_DEPTH: usize = 32;
 #[derive(Clone, Debug)]
 pub struct Graph {
     fields: Vec<Field>,
+    /// Numbers of its nodes, and of those nested in them.
+    own: Range<usize>,
+    all: Range<usize>,
     name: String,
     nodes: Vec<Node>,
     initializers: Vec<TensorInfo>,
@@ -45,7 +50,44 @@ impl Graph {
                 _ => {}
             }
         }
-        Ok(Self { fields, name, nodes, initializers, sparse_initializers, inputs, outputs, value_info })
+        let own = 0..nodes.len();
+        let mut graph = Self {
+            fields,
+            own: own.clone(),
+            all: own,
+            name,
+            nodes,
+            initializers,
+            sparse_initializers,
+            inputs,
+            outputs,
+            value_info,
+        };
+        if depth == 0 {
+            graph.number(0);
+        }
+        Ok(graph)
+    }
+
+    /// Numbers the nodes from `first` on, and those of the graphs nested in them after all of its own; returns the number
+    /// that follows.
+    fn number(&mut self, first: usize) -> usize {
+        let mut next = first;
+        for node in &mut self.nodes {
+            node.renumber(NodeId(next));
+            next += 1;
+        }
+        self.own = first..next;
+        for graph in self.nodes.iter_mut().flat_map(Node::subgraphs_mut) {
+            next = graph.number(next);
+        }
+        self.all = first..next;
+        next
+    }
+
+    /// The numbers of its nodes and of all that are nested in them.
+    pub(crate) fn numbers(&self) -> Range<usize> {
+        self.all.clone()
     }
 
     /// The message's fields as they were.
@@ -63,9 +105,9 @@ impl Graph {
         &self.nodes
     }
 
-    /// The node at a position.
+    /// The node of a number; none where it is not of this graph, but of one around it or nested in it.
     pub fn node(&self, id: NodeId) -> Option<&Node> {
-        self.nodes.get(id.index())
+        self.nodes.get(id.index().checked_sub(self.own.start)?)
     }
 
     /// The constants; one that is an input too is that input's default.

@@ -13,10 +13,12 @@ pub struct Use {
     pub slot: usize,
 }
 
-/// The def-use index of one graph; the graphs nested in it appear only through what they read from it.
+/// The def-use index of one graph. Graphs nested in it appear only through what they read from it; the index of a nested
+/// graph, made [`within`](Self::within) that of the graph around it, sees the names around it too.
 #[derive(Clone, Debug)]
 pub struct Index<'g> {
     graph: &'g Graph,
+    outer: Option<&'g Index<'g>>,
     producers: HashMap<&'g str, Use>,
     consumers: HashMap<&'g str, Vec<Use>>,
     captures: HashMap<&'g str, Vec<NodeId>>,
@@ -29,8 +31,18 @@ pub struct Index<'g> {
 impl<'g> Index<'g> {
     /// Reads a graph once.
     pub fn new(graph: &'g Graph) -> Self {
+        Self::read(graph, None)
+    }
+
+    /// Reads a graph that is nested in the one of `outer`.
+    pub fn within(graph: &'g Graph, outer: &'g Index<'g>) -> Self {
+        Self::read(graph, Some(outer))
+    }
+
+    fn read(graph: &'g Graph, outer: Option<&'g Index<'g>>) -> Self {
         let mut index = Self {
             graph,
+            outer,
             producers: HashMap::with_capacity(graph.nodes().len()),
             consumers: HashMap::with_capacity(graph.nodes().len()),
             captures: HashMap::new(),
@@ -58,17 +70,32 @@ impl<'g> Index<'g> {
         self.graph
     }
 
+    /// The index in which a name is defined: this one, or that of a graph around it.
+    fn defining(&self, tensor: &str) -> &Self {
+        let mut index = self;
+        while let Some(outer) = index.outer.filter(|_| !index.defines(tensor)) {
+            index = outer;
+        }
+        index
+    }
+
+    fn defines(&self, tensor: &str) -> bool {
+        let constant = self.initializers.contains_key(tensor) || self.inputs.contains_key(tensor);
+        constant || self.producers.contains_key(tensor)
+    }
+
     /// The node that makes a tensor; none for inputs and initializers.
     pub fn producer(&self, tensor: &str) -> Option<&'g Node> {
-        self.graph.node(self.producers.get(tensor)?.node)
+        let index = self.defining(tensor);
+        index.graph.node(index.producers.get(tensor)?.node)
     }
 
     /// The node that makes a tensor, and the position among its outputs.
     pub fn producer_slot(&self, tensor: &str) -> Option<Use> {
-        self.producers.get(tensor).copied()
+        self.defining(tensor).producers.get(tensor).copied()
     }
 
-    /// The input slots that read a tensor, in graph order.
+    /// The input slots of this graph that read a tensor, in graph order.
     pub fn consumers(&self, tensor: &str) -> &[Use] {
         self.consumers.get(tensor).map_or(&[], Vec::as_slice)
     }
@@ -80,12 +107,12 @@ impl<'g> Index<'g> {
 
     /// The constant of this name.
     pub fn initializer(&self, tensor: &str) -> Option<&'g TensorInfo> {
-        self.initializers.get(tensor).copied()
+        self.defining(tensor).initializers.get(tensor).copied()
     }
 
     /// The graph input of this name.
     pub fn input(&self, tensor: &str) -> Option<&'g ValueInfo> {
-        self.inputs.get(tensor).copied()
+        self.defining(tensor).inputs.get(tensor).copied()
     }
 
     /// The graph output of this name.
@@ -95,7 +122,9 @@ impl<'g> Index<'g> {
 
     /// The declared type of a tensor: of an input, an output, or a value in between.
     pub fn value(&self, tensor: &str) -> Option<&'g ValueInfo> {
-        self.input(tensor).or_else(|| self.output(tensor)).or_else(|| self.value_info.get(tensor).copied())
+        let index = self.defining(tensor);
+        let between = || index.outputs.get(tensor).or_else(|| index.value_info.get(tensor)).copied();
+        index.inputs.get(tensor).copied().or_else(between)
     }
 }
 
@@ -169,5 +198,10 @@ mod tests {
         let index = Index::new(model.graph());
         assert_eq!(index.captured_by("h"), [NodeId(1)]);
         assert!(index.captured_by("inner").is_empty() && index.consumers("h").is_empty());
+        let nested = Index::within(model.graph().nodes()[1].subgraphs().next().unwrap(), &index);
+        assert_eq!(nested.producer("h").unwrap().name(), "a");
+        assert_eq!(nested.producer("inner").unwrap().op_type(), "Identity");
+        assert!(nested.input("x").is_some() && index.producer("inner").is_none());
+        assert_eq!(nested.consumers("h"), [Use { node: NodeId(2), slot: 0 }]);
     }
 }

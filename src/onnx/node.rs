@@ -4,12 +4,13 @@ use super::proto::node;
 use super::wire::Fields;
 use super::{Attribute, Bytes, Graph, Result};
 
-/// The position of a node in its graph.
+/// The number of a node in its model: those of the main graph come first, in their order, and then those of each nested
+/// graph in turn. A model has every number once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub(crate) usize);
 
 impl NodeId {
-    /// The position, counted from zero.
+    /// The number, counted from zero.
     pub fn index(self) -> usize {
         self.0
     }
@@ -51,7 +52,7 @@ impl Node {
         Ok(parsed)
     }
 
-    /// The node's position in its graph.
+    /// The node's number in its model.
     pub fn id(&self) -> NodeId {
         self.id
     }
@@ -104,6 +105,16 @@ impl Node {
     /// All attributes, in file order.
     pub fn attributes(&self) -> &[Attribute] {
         &self.attributes
+    }
+
+    /// Gives the node its number.
+    pub(crate) fn renumber(&mut self, id: NodeId) {
+        self.id = id;
+    }
+
+    /// The graphs nested in the node, to be numbered.
+    pub(crate) fn subgraphs_mut(&mut self) -> impl Iterator<Item = &mut Graph> {
+        self.attributes.iter_mut().flat_map(Attribute::graphs_mut)
     }
 
     /// The attribute of this name.

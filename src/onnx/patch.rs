@@ -4,14 +4,15 @@ use std::collections::{BTreeMap, HashSet};
 
 use super::def::{NodeDef, TensorDef, ValueDef, encode_entry, encode_opset};
 use super::node::standard_domain;
-use super::proto::{entry, graph, model, node, tensor};
+use super::proto::{attribute, entry, graph, model, node, tensor};
 use super::tensor::parse_entry;
 use super::wire::{Encoder, Field, Fields};
-use super::{Error, Graph, Model, Node, NodeId, Result, check, check_any_order, check_types};
+use super::{Attribute, Error, Graph, Model, Node, NodeId, Result, check, check_any_order, check_types};
 
-/// An edit of a model's main graph: collected first, checked and applied as a whole afterwards.
+/// An edit of a model: collected first, checked and applied as a whole afterwards.
 ///
-/// Node numbers are those of the graph as it is before the edit. What the edit does not name keeps its bytes and its
+/// Nodes are put, and inputs replaced, in whatever graph the named node is of, main or nested; constants, inputs and outputs
+/// are the main graph's, whose names every nested graph sees. Node numbers are those of the model as it is before the edit. What the edit does not name keeps its bytes and its
 /// place.
 #[derive(Clone, Debug, Default)]
 pub struct Patch {
@@ -171,43 +172,34 @@ impl Patch {
         if let Some(tensor) = self.replaced_initializers.iter().find(|tensor| !has(tensor.name())) {
             return Err(Error::NoInitializer { tensor: tensor.name().to_owned() });
         }
-        let count = graph.nodes().len();
-        let mut replaced = self.replacements()?;
-        let named = self.before.keys().chain(replaced.keys());
-        if let Some(&index) = { named }.find(|&&index| index >= count) {
-            return Err(Error::NoNode { index, nodes: count });
+        let mut edits = Edits { before: &self.before, replaced: self.replacements()? };
+        let (named, nodes) = (edits.before.keys().chain(edits.replaced.keys()), graph.numbers().len());
+        if let Some(&index) = { named }.find(|&&index| index >= nodes) {
+            return Err(Error::NoNode { index, nodes });
         }
-        let mut fields = Vec::with_capacity(graph.fields().len());
-        let mut nodes = graph.nodes().iter();
-        for field in graph.fields() {
-            if field.number == graph::INITIALIZER
-                && !self.replaced_initializers.is_empty()
-                && let Some(name) = initializer_name(field)?
-                && let Some(new) = self.replaced_initializers.iter().find(|tensor| tensor.name() == name)
-            {
-                fields.push(wrap(graph::MESSAGE, graph::INITIALIZER, &new.encode()?)?);
-                continue;
-            }
-            let Some(existing) = nodes.as_slice().first().filter(|_| field.number == graph::NODE) else {
-                fields.push(field.clone());
-                continue;
-            };
-            let index = existing.id().index();
-            for new in self.before.get(&index).into_iter().flatten() {
-                fields.push(wrap(graph::MESSAGE, graph::NODE, &new.encode()?)?);
-            }
-            match replaced.remove(&index) {
-                Some(slots) => fields.push(rewire(field, existing, &slots)?),
-                None => fields.push(field.clone()),
-            }
-            nodes.next();
-        }
+        let mut fields = edits.fields(graph)?;
+        self.replace_constants(&mut fields)?;
         let message = graph::MESSAGE;
         insert(&mut fields, message, graph::NODE, self.appended.iter().map(NodeDef::encode))?;
         insert(&mut fields, message, graph::INITIALIZER, self.initializers.iter().map(TensorDef::encode))?;
         insert(&mut fields, message, graph::INPUT, self.inputs.iter().map(|value| Ok(value.encode())))?;
         insert(&mut fields, message, graph::OUTPUT, self.outputs.iter().map(|value| Ok(value.encode())))?;
         Graph::from_fields(fields, 0)
+    }
+
+    /// Puts the new constants in the place of those of their names.
+    fn replace_constants(&self, fields: &mut [Field]) -> Result<()> {
+        if self.replaced_initializers.is_empty() {
+            return Ok(());
+        }
+        for field in fields.iter_mut().filter(|field| field.number == graph::INITIALIZER) {
+            let name = initializer_name(field)?;
+            let new = self.replaced_initializers.iter().find(|tensor| name.as_deref() == Some(tensor.name()));
+            if let Some(new) = new {
+                *field = wrap(graph::MESSAGE, graph::INITIALIZER, &new.encode()?)?;
+            }
+        }
+        Ok(())
     }
 
     /// New input names by node and slot.
@@ -232,6 +224,96 @@ fn initializer_name(field: &Field) -> Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// New nodes by the node that they stand before, and new input names by node and slot.
+struct Edits<'a> {
+    before: &'a BTreeMap<usize, Vec<NodeDef>>,
+    replaced: BTreeMap<usize, BTreeMap<usize, &'a str>>,
+}
+
+impl Edits<'_> {
+    /// The fields of a graph with these edits of its nodes and of those nested in them.
+    fn fields(&mut self, graph: &Graph) -> Result<Vec<Field>> {
+        let mut fields = Vec::with_capacity(graph.fields().len());
+        let mut nodes = graph.nodes().iter();
+        for field in graph.fields() {
+            let Some(existing) = nodes.as_slice().first().filter(|_| field.number == graph::NODE) else {
+                fields.push(field.clone());
+                continue;
+            };
+            let index = existing.id().index();
+            for new in self.before.get(&index).into_iter().flatten() {
+                fields.push(wrap(graph::MESSAGE, graph::NODE, &new.encode()?)?);
+            }
+            fields.push(self.node(field, existing)?);
+            nodes.next();
+        }
+        Ok(fields)
+    }
+
+    fn touches(&self, graph: &Graph) -> bool {
+        let numbers = graph.numbers();
+        self.before.range(numbers.clone()).next().is_some() || self.replaced.range(numbers).next().is_some()
+    }
+
+    /// A node's field: the bytes that it was, unless some of its inputs or of its nested graphs are edited.
+    fn node(&mut self, field: &Field, existing: &Node) -> Result<Field> {
+        let slots = self.replaced.remove(&existing.id().index()).unwrap_or_default();
+        let nested = existing.subgraphs().any(|graph| self.touches(graph));
+        if slots.is_empty() && !nested {
+            return Ok(field.clone());
+        }
+        let inputs = existing.inputs().len();
+        if let Some(&slot) = slots.keys().find(|&&slot| slot >= inputs) {
+            return Err(Error::NoSlot { node: existing.label(), slot, inputs });
+        }
+        let mut encoder = Encoder::default();
+        let (mut slot, mut attributes) = (0, existing.attributes().iter());
+        for part in Fields::new(node::MESSAGE, field.bytes()?) {
+            let part = part?;
+            match part.number {
+                node::INPUT => {
+                    match slots.get(&slot) {
+                        Some(name) => encoder.string(node::INPUT, name),
+                        None => encoder.raw(&part),
+                    }
+                    slot += 1;
+                }
+                node::ATTRIBUTE => match attributes.next() {
+                    Some(attribute) if attribute.graphs().iter().any(|graph| self.touches(graph)) => {
+                        encoder.message(node::ATTRIBUTE, &self.attribute(&part, attribute)?);
+                    }
+                    _ => encoder.raw(&part),
+                },
+                _ => encoder.raw(&part),
+            }
+        }
+        wrap(graph::MESSAGE, graph::NODE, &encoder)
+    }
+
+    /// An attribute whose graphs are edited. Of several fields for one graph, the last one counts.
+    fn attribute(&mut self, field: &Field, existing: &Attribute) -> Result<Encoder> {
+        let parts = Fields::new(attribute::MESSAGE, field.bytes()?).collect::<Result<Vec<_>>>()?;
+        let holds_graph = |part: &Field| matches!(part.number, attribute::G | attribute::GRAPHS);
+        let count = parts.iter().filter(|part| holds_graph(part)).count();
+        let mut skipped = count.saturating_sub(existing.graphs().len());
+        let mut graphs = existing.graphs().iter();
+        let mut encoder = Encoder::default();
+        for part in &parts {
+            let next = if holds_graph(part) && skipped == 0 { graphs.next() } else { None };
+            skipped = skipped.saturating_sub(usize::from(holds_graph(part)));
+            match next.filter(|graph| self.touches(graph)) {
+                Some(graph) => {
+                    let mut content = Encoder::default();
+                    self.fields(graph)?.iter().for_each(|field| content.raw(field));
+                    encoder.message(part.number, &content);
+                }
+                None => encoder.raw(part),
+            }
+        }
+        Ok(encoder)
+    }
 }
 
 fn check_edited(before: &Model, after: &Model) -> Result<()> {
@@ -267,29 +349,6 @@ fn insert(
     Ok(())
 }
 
-/// A node's field with some of its inputs replaced.
-fn rewire(field: &Field, existing: &Node, slots: &BTreeMap<usize, &str>) -> Result<Field> {
-    let inputs = existing.inputs().len();
-    if let Some(&slot) = slots.keys().find(|&&slot| slot >= inputs) {
-        return Err(Error::NoSlot { node: existing.label(), slot, inputs });
-    }
-    let mut encoder = Encoder::default();
-    let mut slot = 0;
-    for part in Fields::new(node::MESSAGE, field.bytes()?) {
-        let part = part?;
-        if part.number != node::INPUT {
-            encoder.raw(&part);
-            continue;
-        }
-        match slots.get(&slot) {
-            Some(name) => encoder.string(node::INPUT, name),
-            None => encoder.raw(&part),
-        }
-        slot += 1;
-    }
-    wrap(graph::MESSAGE, graph::NODE, &encoder)
-}
-
 /// Sets a metadata entry: the value of an existing one is replaced, and the rest of it stays.
 fn set_metadata(fields: &mut Vec<Field>, key: &str, value: &str) -> Result<()> {
     for field in fields.iter_mut().filter(|field| field.number == model::METADATA_PROPS) {
@@ -315,7 +374,7 @@ fn with_value(field: &Field, value: &str) -> Result<Field> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{reference_check, small_model};
+    use super::super::tests::{identity_branch, if_node, raw_model, reference_check, small_model};
     use super::super::{DataType, Index};
     use super::*;
 
@@ -387,6 +446,35 @@ mod tests {
         assert_ne!(swapped.to_bytes(), model.to_bytes());
         assert_eq!(swap(&swapped, "left").to_bytes(), model.to_bytes());
         assert_eq!(Patch::new("nothing").apply(&model).unwrap().to_bytes(), model.to_bytes());
+    }
+
+    /// The branch of an `If` is edited in place, and what the edit does not name stays.
+    #[test]
+    fn a_nested_graph_is_edited_where_its_nodes_are() {
+        let branch = identity_branch("h", "inner");
+        let producer = NodeDef::new("Neg", "a").inputs(["x"]).outputs(["h"]).encode().unwrap();
+        let model = Model::from_bytes(raw_model(&[producer, if_node(&branch, "x", "y")], &["x"], &["y"])).unwrap();
+        let nested = model.graph().nodes()[1].subgraphs().next().unwrap();
+        let copy = nested.nodes()[0].id();
+        assert_eq!(copy, NodeId(2));
+        assert!(model.graph().node(copy).is_none() && nested.node(NodeId(1)).is_none());
+        let edit = |model: &Model, from: &str, new: bool| {
+            let mut patch = Patch::new("edit a branch");
+            if new {
+                patch.insert_before(copy, NodeDef::new("Add", "sum").inputs(["h", "w"]).outputs(["sum"]));
+                patch.add_initializer(TensorDef::from_f32s("w", &[], &[1.0]));
+            }
+            let copy = model.graph().nodes()[1].subgraphs().next().unwrap().nodes().last().unwrap().id();
+            patch.replace_input(copy, 0, from);
+            patch.apply(model).unwrap()
+        };
+        let edited = edit(&model, "sum", true);
+        let nested = edited.graph().nodes()[1].subgraphs().next().unwrap();
+        let nodes: Vec<_> = nested.nodes().iter().map(|node| (node.name(), node.id().index(), node.inputs())).collect();
+        assert_eq!(nodes[0], ("sum", 2, &["h".to_owned(), "w".to_owned()][..]));
+        assert_eq!(nodes[1], ("", 3, &["sum".to_owned()][..]));
+        assert_eq!(edit(&edit(&model, "x", false), "h", false).to_bytes(), model.to_bytes());
+        assert_eq!(Model::from_bytes(edited.to_bytes()).unwrap().to_bytes(), edited.to_bytes());
     }
 
     #[test]

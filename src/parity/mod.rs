@@ -17,6 +17,7 @@ mod greedy;
 mod no_op;
 mod report;
 mod run;
+mod sites;
 #[cfg(test)]
 mod testing;
 
@@ -29,6 +30,7 @@ pub use no_op::{FirstDifference, NoOpPair};
 pub use report::{
     CaseReport, Environment, Facts, NoOpReport, Report, Row, RunCase, RunReport, SCHEMA_VERSION, Verdict,
 };
+pub use sites::{CapturedQuery, Probe, QueryDistance};
 
 /// What keeps parity from being judged. A graph that fails is no error but a [`Report`] that says so.
 #[derive(Debug, thiserror::Error, miette::Diagnostic)]

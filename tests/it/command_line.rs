@@ -177,7 +177,7 @@ fn adapters_and_graphs_that_do_not_fit() {
 
     prefold::fold::shape × layer 0 of the graph has head_dim 16, the adapter was made for 8 help: fold an adapter of the same base model
 
-    prefold::fold::shape × layer 0 of the graph has num_heads · head_dim 96, the adapter was made for 48 help: fold an adapter of the same base model
+    prefold::fold::shape × layer 0 of the graph has num_heads 6, the adapter was made for 3 help: fold an adapter of the same base model
 
     prefold::adapter::shape × the adapter's tensor `layers.0.M` has shape [6, 8, 8], its configuration asks for [6, 16, 16] help: adapter_config.json and adapter_model.safetensors do not belong together
 

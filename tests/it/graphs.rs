@@ -10,7 +10,6 @@ use prefold::fold::fold_folder;
 use prefold::runtime::{GraphDecoder, OrtOptions, OrtSession, Session, TractOptions, TractSession, library};
 
 use crate::oracles::{Case, every_family};
-use crate::support::shared;
 
 /// Every runtime at hand that can run a dialect.
 fn sessions(graph: &Path, dialect: Dialect) -> Vec<Box<dyn Session>> {
@@ -69,27 +68,4 @@ fn portable_graphs_compute_pytorch_s_logits() {
 #[test]
 fn fused_graphs_compute_pytorch_s_logits() {
     every_family().iter().for_each(|oracle| export_fold_and_check(oracle, Dialect::Ort));
-}
-
-/// Graphs of other exporters: folded where their attention has a shape that is known, refused with a reason where not.
-#[test]
-fn foreign_graphs_are_folded_or_refused_with_a_reason() {
-    let cases = [
-        ("torch_script17_eager/llama_gqa/model.onnx", None),
-        ("optimum_with_past/llama_gqa/model.onnx", Some("has 2 readers, where one leads on")),
-        ("genai_fp32/llama_gqa/model.onnx", None),
-        ("torch_dynamo23/llama_gqa/model.onnx", None),
-    ];
-    for (name, reason) in cases {
-        let (Some(graph), Some(oracle)) = (shared(&format!("graphs/{name}")), shared("oracles/llama_gqa")) else {
-            return;
-        };
-        let folder = tempfile::tempdir().unwrap();
-        let folded = fold_folder(&graph, &oracle.join("adapter.safetensors"), folder.path());
-        match (folded, reason) {
-            (Ok(folded), None) => assert_eq!(folded.sites.len(), 2),
-            (Err(error), Some(reason)) => assert!(error.to_string().contains(reason), "{name}: {error}"),
-            (folded, _) => panic!("{name}: {folded:?}"),
-        }
-    }
 }

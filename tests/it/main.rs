@@ -8,6 +8,7 @@ mod command_line;
 mod data;
 mod emissions;
 mod export;
+mod foreign;
 mod fused;
 mod gradients;
 mod graphs;

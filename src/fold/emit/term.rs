@@ -72,7 +72,7 @@ impl<'a, 'j> Writer<'a, 'j> {
             count += 1;
             unique = format!("{name}_{count}");
         }
-        let name = format!("/prefold/layers.{}/{unique}", self.site.layer);
+        let name = format!("{}/{unique}", self.site.prefix());
         let output = format!("{name}/output_0");
         let node = node(name).inputs(inputs.iter().copied()).outputs([output.as_str()]);
         self.job.patch.insert_before(self.first, node);

@@ -15,7 +15,7 @@ use super::beside::{last_dim, rank, shown};
 use super::{Layout, QuerySource, Site, rotary, stopped};
 use crate::adapter::Query;
 use crate::fold::Result;
-use crate::onnx::{Dim, Index, Model, Node};
+use crate::onnx::{Dim, Index, Node};
 
 const SHAPE: &str = "attention";
 const HELP: &str = "set q_num_heads and kv_num_heads, or pass [batch, heads, seq, head_dim]";
@@ -49,25 +49,18 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         (Layout::Merged, _) => (num_heads, None, last_dim(index, query)),
     };
     Ok(Site {
-        layer: 0,
-        shape: SHAPE,
-        anchor: node.name().to_owned(),
-        query: query.to_owned(),
-        query_layout: layout,
-        output: output.to_owned(),
-        output_layout: layout,
         readers: index.consumers(output).to_vec(),
         num_heads,
         head_dim,
-        num_kv_heads: None,
         width,
+        ..Site::new(SHAPE, node, (query, layout), (output, layout))
     })
 }
 
 /// The operator shows its query.
-pub(super) fn query(model: &Model, index: &Index, site: &Site, wanted: Query) -> Result<QuerySource> {
+pub(super) fn query(index: &Index, site: &Site, wanted: Query) -> Result<QuerySource> {
     match wanted {
         Query::PostRope => Ok(shown(&site.query, site.query_layout)),
-        Query::PreRope => rotary::before(model, index, site),
+        Query::PreRope => rotary::before(index, site),
     }
 }

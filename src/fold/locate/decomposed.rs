@@ -1,149 +1,318 @@
-//! Softmax attention of standard operators.
+//! Softmax attention of standard operators, as exporters and optimizers write it. The match starts at the Softmax and goes
+//! both ways.
 //!
 //! ```text
-//! query ─ (Mul scale) ─ (Reshape) ─┐
-//!                                  ├ MatMul ─ (Reshape | Mul | Div | Tanh | Add mask | Cast)* ─ Softmax
-//! keysᵀ ───────────────────────────┘                                                               │
-//!                                                                                      (Reshape | Cast)*
-//!                                                                                                  │
-//! values ──────────────────────────────────────────────────────────────────────────────────── MatMul
-//!                                                                                                  │
-//!                                    o_proj ─ Reshape ─ Transpose(0, 2, 1, 3) ─ output ─ (Reshape | Cast)*
+//!                    query ─ (Mul | Div scale)* ─┐
+//!                                                ├ MatMul ─ (scale | soft cap | mask | Cast | Reshape)* ─ Softmax
+//! keys ─ (repeat)* ─ Transpose ─ (Mul | Div)* ───┘                                                           │
+//!                                                                            (NaN guard | Cast | Dropout | Reshape)*
+//!                                                                                                            │
+//! values ─ (repeat)* ───────────────────────────────────────────────────────────────────────────────────  MatMul
+//!                                                                                                            │
+//!                       o_proj ─ (Reshape)* ─ merged ─ Reshape ─ Transpose ─ output ─ (Cast | Reshape)* ─────┘
 //! ```
 //!
-//! `Mul` and `Div` by one number are the scale, and with `Tanh` between them the soft cap. What made the query does not matter:
-//! a norm, a rotation of all or part of it, or none.
+//! - Either MatMul may be a `FusedMatMul` of `com.microsoft`, whose alpha is a scale and whose transB transposes the keys.
+//! - A scale is a number, or computed from a dimension; it stands on the scores, the query, or with its root on query and
+//!   keys. The site's query is the one before any of it.
+//! - A mask is added, subtracted, or chosen by `Where`; the soft cap is `Tanh` between two scales; a NaN guard is `IsNaN` and
+//!   `Where`, both of which read the softmax.
+//! - Products of three, four and five dimensions are told apart by their ranks ([`Axes`]).
 //!
-//! Query and output are `[batch, heads, seq, head_dim]`.
+//! What made the query does not matter: a norm, a rotation of all or part of it, or none.
+//!
+//! Query and output are `[batch, heads, seq, head_dim]`, or where the graph only has that, `[batch, seq, heads · head_dim]`.
 
-use super::{Layout, Site, is_scalar, stopped};
+use std::collections::BTreeSet;
+
+use super::axes::Axes;
+use super::unrotated::unrotated;
+use super::{Layout, Site, shape, stopped};
 use crate::fold::Result;
-use crate::onnx::{Index, Node};
+use crate::onnx::{Index, Node, Use};
 
 const SHAPE: &str = "decomposed";
-const HELP: &str = "this shape of attention is not known yet; export the base model with `prefold export` instead";
+const MICROSOFT: &str = "com.microsoft";
+const HELP: &str = "this shape of attention is not known yet: `prefold inspect --explain` tells how far the match got; \
+                    a graph that `prefold export` writes is always known";
 /// Nodes on one way through a block: far more than any exporter writes, and an end to every walk.
-const MAX_STEPS: usize = 16;
+const MAX_STEPS: usize = 64;
 
 pub(super) fn locate(index: &Index, softmax: &Node) -> Option<Result<Site>> {
     if !softmax.is("", "Softmax") {
         return None;
     }
-    let scores = softmax.input(0).and_then(|scores| score_product(index, scores))?;
-    Some(site(index, softmax, scores))
-}
-
-fn site(index: &Index, softmax: &Node, scores: &Node) -> Result<Site> {
-    let Some(query) = scores.input(0).map(|left| unscaled_query(index, left)) else {
-        return Err(stopped(softmax, format!("`{}` has no left operand", scores.name()), HELP));
-    };
-    let Some(weights) = softmax.output(0) else {
-        return Err(stopped(softmax, "the softmax has no output", HELP));
-    };
-    let (output, transpose) = attention_output(index, softmax, weights)?;
-    let merged = transpose.output(0).and_then(|t| only_reader(index, t)).filter(|n| n.is("", "Reshape"));
-    if merged.is_none() {
-        let reason = format!("after `{}` no Reshape merges the heads", transpose.name());
-        return Err(stopped(softmax, reason, HELP));
-    }
-    Ok(Site {
-        layer: 0,
-        shape: SHAPE,
-        anchor: softmax.name().to_owned(),
-        query: query.to_owned(),
-        query_layout: Layout::HeadsFirst,
-        output: output.to_owned(),
-        output_layout: Layout::HeadsFirst,
-        readers: index.consumers(output).to_vec(),
-        num_heads: None,
-        head_dim: None,
-        num_kv_heads: None,
-        width: merged.and_then(|node| merged_width(index, node)),
+    let products = score_products(index, softmax);
+    let scores = *products.first()?;
+    Some(match products.get(1) {
+        None => site(index, softmax, scores),
+        Some(other) => {
+            let reason = format!("its scores are the sum of two products, `{}` and `{}`", scores.name(), other.name());
+            Err(stopped(softmax, reason, HELP))
+        }
     })
 }
 
-/// The last dimension that a constant shape gives to the merged heads.
-fn merged_width(index: &Index, reshape: &Node) -> Option<i64> {
-    let shape = index.initializer(reshape.input(1)?)?.to_i64s().ok()?;
-    shape.last().copied().filter(|width| *width > 0)
+/// What a match finds, step by step, as far as it gets.
+pub(super) fn steps(index: &Index, softmax: &Node) -> Vec<String> {
+    let mut steps = Vec::new();
+    let [scores] = score_products(index, softmax)[..] else { return steps };
+    steps.push(format!("scores: {}", scores.label()));
+    let Ok(axes) = axes(index, softmax, scores) else { return steps };
+    let Ok((query, _)) = query(index, softmax, scores, &axes) else { return steps };
+    let scale = if scores.input(0) == Some(query.as_str()) { "" } else { ", before its scale or layout" };
+    steps.push(format!("query: `{query}`{scale}"));
+    let Ok(values) = weighted_values(index, softmax) else { return steps };
+    steps.push(format!("weights times values: {}", values.label()));
+    let Ok(output) = output(index, softmax, values, axes) else { return steps };
+    steps.push(format!("output: `{}`", output.tensor));
+    steps
 }
 
-/// The MatMul that made the scores, behind scaling, masking and reshaping. `None` where this softmax is not attention.
-fn score_product<'g>(index: &Index<'g>, scores: &str) -> Option<&'g Node> {
-    let mut node = index.producer(scores)?;
-    // masks are added on either side, so one operand of each Add leads to the product
-    for _ in 0..MAX_STEPS {
+/// What the dimensions of the products mean, by how many there are.
+fn axes(index: &Index, softmax: &Node, scores: &Node) -> Result<Axes> {
+    let rank = [scores.input(0), scores.output(0), softmax.input(0), scores.input(1)];
+    let rank = rank.into_iter().flatten().find_map(|tensor| shape::rank(index, tensor));
+    rank.and_then(Axes::of_product).ok_or_else(|| {
+        let found = rank.map_or("an unknown number of".to_owned(), |rank| rank.to_string());
+        stopped(softmax, format!("the product of its scores, `{}`, has {found} dimensions", scores.name()), HELP)
+    })
+}
+
+fn site(index: &Index, softmax: &Node, scores: &Node) -> Result<Site> {
+    let axes = axes(index, softmax, scores)?;
+    let (query, query_layout) = query(index, softmax, scores, &axes)?;
+    let output = output(index, softmax, weighted_values(index, softmax)?, axes)?;
+    let mut site = Site {
+        width: output.width,
+        readers: readers(index, output.tensor),
+        ..Site::new(SHAPE, softmax, (&query, query_layout), (output.tensor, output.layout))
+    };
+    (site.num_heads, site.head_dim) = heads(index, &site);
+    if let (None, Some(width), Some(dim)) = (site.num_heads, site.width, site.head_dim) {
+        site.num_heads = (width % dim == 0).then_some(width / dim);
+    }
+    Ok(site)
+}
+
+/// The products of two computed tensors that the scores of a softmax are made of. None where it is not attention: the softmax
+/// of a router or of logits reads a product with weights.
+pub(super) fn score_products<'g>(index: &Index<'g>, softmax: &Node) -> Vec<&'g Node> {
+    let mut open: Vec<&str> = softmax.input(0).into_iter().collect();
+    let (mut seen, mut products) = (BTreeSet::new(), Vec::new());
+    while let Some(tensor) = open.pop() {
+        let Some(node) = index.producer(tensor).filter(|node| seen.len() < MAX_STEPS && seen.insert(node.id())) else {
+            continue;
+        };
+        let inputs = |slots: &[usize]| slots.iter().filter_map(|&slot| node.input(slot)).collect::<Vec<_>>();
         match node.op_type() {
-            "MatMul" => return Some(node),
-            "Reshape" | "Cast" | "Div" | "Tanh" => node = index.producer(node.input(0)?)?,
-            "Mul" => {
-                let side = usize::from(node.input(0).is_some_and(|t| is_scalar(index, t)));
-                node = index.producer(node.input(side)?)?;
+            "MatMul" | "FusedMatMul" if !inputs(&[0, 1]).iter().any(|side| shape::is_weight(index, side)) => {
+                products.push(node);
             }
-            "Add" => {
-                let sides = [node.input(0), node.input(1)];
-                return sides.into_iter().flatten().find_map(|side| score_product(index, side));
+            "Cast" | "Clip" | "Div" | "Identity" | "Reshape" | "Squeeze" | "Tanh" | "Unsqueeze" => {
+                open.extend(inputs(&[0]));
             }
-            _ => return None,
+            "Add" | "Sub" | "Mul" | "Max" | "Min" => open.extend(inputs(&[0, 1])),
+            "Where" => open.extend(inputs(&[1, 2])),
+            // a sink beside the scores
+            "Concat" => open.extend(node.inputs().iter().map(String::as_str)),
+            _ => {}
         }
     }
-    None
+    products
 }
 
-/// The query before reshaping and scaling.
-fn unscaled_query<'g>(index: &Index<'g>, left: &'g str) -> &'g str {
-    let mut tensor = left;
+/// The query before any scale, in a layout that an adapter is written in.
+fn query(index: &Index, softmax: &Node, scores: &Node, axes: &Axes) -> Result<(String, Layout)> {
+    refuse_transposed(softmax, scores, &["transA", "transBatchA"])?;
+    let Some(left) = scores.input(0) else {
+        return Err(stopped(softmax, format!("`{}` has no left operand", scores.name()), HELP));
+    };
+    let (mut tensor, mut axes) = (left, axes.clone());
+    // what lies between the last scale that was seen and here
+    let mut found = vec![(tensor, axes.clone())];
     for _ in 0..MAX_STEPS {
         let Some(node) = index.producer(tensor) else { break };
-        let behind = match node.op_type() {
-            "Reshape" => node.input(0),
-            "Mul" | "Div" if node.input(1).is_some_and(|t| is_scalar(index, t)) => node.input(0),
-            "Mul" if node.input(0).is_some_and(|t| is_scalar(index, t)) => node.input(1),
-            _ => None,
-        };
-        match behind {
-            Some(behind) => tensor = behind,
-            None => break,
+        if let Some(unscaled) = unscaled(index, node) {
+            tensor = unscaled;
+            found.clear();
+        } else {
+            let Some((behind, before)) = laid_out(index, node, &axes) else { break };
+            (tensor, axes) = (behind, before);
         }
+        found.push((tensor, axes.clone()));
     }
-    tensor
+    let known = found.iter().find_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
+    known.ok_or_else(|| {
+        let lies = found.first().map(|(tensor, axes)| format!("its query `{tensor}` lies as {axes}"));
+        stopped(softmax, lies.unwrap_or_else(|| "its query was not found".into()), HELP)
+    })
 }
 
-/// The tensor before the transposition that puts the sequence first, and that transposition.
-fn attention_output<'g>(index: &Index<'g>, softmax: &Node, weights: &'g str) -> Result<(&'g str, &'g Node)> {
-    let mut tensor = weights;
-    let mut mixed = false;
-    for _ in 0..MAX_STEPS {
-        let Some(reader) = only_reader(index, tensor) else {
-            let count = index.consumers(tensor).len();
-            return Err(stopped(softmax, format!("`{tensor}` has {count} readers, where one leads on"), HELP));
-        };
-        match reader.op_type() {
-            "MatMul" if !mixed && reader.input(0) == Some(tensor) => mixed = true,
-            "Reshape" | "Cast" => {}
-            "Transpose" if mixed => {
-                let order = reader.attribute("perm").and_then(|a| a.as_ints().map(<[i64]>::to_vec));
-                if order.as_deref() == Some(&[0, 2, 1, 3]) {
-                    return Ok((tensor, reader));
-                }
-                return Err(stopped(softmax, format!("`{}` transposes by {order:?}", reader.name()), HELP));
-            }
-            other => {
-                let reason = format!("`{}` ({other}) stands between the softmax and the output", reader.name());
-                return Err(stopped(softmax, reason, HELP));
-            }
-        }
-        let Some(next) = reader.output(0) else {
-            return Err(stopped(softmax, format!("`{}` has no output", reader.name()), HELP));
-        };
-        tensor = next;
-    }
-    Err(stopped(softmax, "its output goes through too many nodes", HELP))
-}
-
-fn only_reader<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g Node> {
-    match index.consumers(tensor) {
-        [reader] => index.graph().node(reader.node),
+/// What a scale is applied to.
+fn unscaled<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
+    let (left, right) = (node.input(0)?, node.input(1)?);
+    match node.op_type() {
+        "Mul" | "Div" if shape::is_number(index, right) => Some(left),
+        "Mul" if shape::is_number(index, left) => Some(right),
         _ => None,
     }
 }
+
+/// What a node lays out otherwise, and the axes before it.
+fn laid_out<'g>(index: &Index<'g>, node: &'g Node, axes: &Axes) -> Option<(&'g str, Axes)> {
+    let behind = node.input(0)?;
+    let before = match node.op_type() {
+        "Cast" | "Dropout" | "Identity" => axes.clone(),
+        "Transpose" => axes.before_transpose(node.attribute("perm")?.as_ints()?)?,
+        "Reshape" | "Squeeze" | "Unsqueeze" => axes.reshaped(shape::rank(index, behind)?)?,
+        _ => return None,
+    };
+    Some((behind, before))
+}
+
+/// The product of a softmax with the values.
+fn weighted_values<'g>(index: &Index<'g>, softmax: &'g Node) -> Result<&'g Node> {
+    let mut open: Vec<&str> = softmax.output(0).into_iter().collect();
+    let mut seen = BTreeSet::new();
+    let mut products: Vec<&Node> = Vec::new();
+    while let Some(tensor) = open.pop() {
+        for reader in index.consumers(tensor) {
+            let node = index.graph().node(reader.node);
+            let Some(node) = node.filter(|node| seen.len() < MAX_STEPS && seen.insert(node.id())) else { continue };
+            match node.op_type() {
+                "MatMul" | "FusedMatMul" if reader.slot == 0 => products.push(node),
+                "Cast" | "Dropout" | "Identity" | "Mul" | "IsNaN" | "Reshape" | "Slice" | "Squeeze" | "Unsqueeze"
+                | "Where" => open.extend(node.output(0)),
+                "Shape" => {}
+                other => {
+                    let reason = format!("`{}` ({other}) stands between the softmax and the values", node.name());
+                    return Err(stopped(softmax, reason, HELP));
+                }
+            }
+        }
+    }
+    match products[..] {
+        [product] => {
+            refuse_transposed(softmax, product, &["transA", "transBatchA"])?;
+            Ok(product)
+        }
+        [] => Err(stopped(softmax, "no product of its weights with values was found", HELP)),
+        [one, other, ..] => {
+            let reason = format!("two products read its weights, `{}` and `{}`", one.name(), other.name());
+            Err(stopped(softmax, reason, HELP))
+        }
+    }
+}
+
+fn refuse_transposed(softmax: &Node, product: &Node, attributes: &[&str]) -> Result<()> {
+    let set = |name: &&&str| product.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
+    match attributes.iter().find(set) {
+        Some(name) => {
+            Err(stopped(softmax, format!("`{}` transposes its left operand ({name} = 1)", product.name()), HELP))
+        }
+        None => Ok(()),
+    }
+}
+
+struct Output<'g> {
+    tensor: &'g str,
+    layout: Layout,
+    width: Option<i64>,
+}
+
+/// From the product with the values to the output projection: the tensor that the term is added to.
+fn output<'g>(index: &Index<'g>, softmax: &Node, product: &'g Node, axes: Axes) -> Result<Output<'g>> {
+    let stop = |reason: String| stopped(softmax, reason, HELP);
+    let Some(mut tensor) = product.output(0) else {
+        return Err(stop(format!("`{}` has no output", product.name())));
+    };
+    let mut axes = axes;
+    let mut found: Vec<(&str, Layout)> = Vec::new();
+    let mut merged: Option<&Node> = None;
+    for _ in 0..MAX_STEPS {
+        found.extend(axes.layout().map(|layout| (tensor, layout)));
+        let [reader] = readers(index, tensor)[..] else { break };
+        let Some(node) = index.graph().node(reader.node) else { break };
+        let after = match node.op_type() {
+            "Cast" | "Identity" | "Dropout" => Some(axes.clone()),
+            "Transpose" => node.attribute("perm").and_then(|p| p.as_ints()).and_then(|perm| axes.transposed(perm)),
+            "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" => {
+                let after = node.output(0).and_then(|out| shape::rank(index, out));
+                after.and_then(|rank| axes.reshaped(rank))
+            }
+            _ => break,
+        };
+        let Some((after, output)) = after.zip(node.output(0)) else {
+            let reason =
+                format!("`{}` ({}) turns its output {axes} into what is not known", node.name(), node.op_type());
+            return Err(stop(reason));
+        };
+        match (axes.is_merged(), after.is_merged()) {
+            (false, true) => merged = Some(node),
+            // heads that are parted again are those of what comes next
+            (true, false) => break,
+            _ => {}
+        }
+        (axes, tensor) = (after, output);
+    }
+    if !axes.is_merged() {
+        let readers = readers(index, tensor).len();
+        return Err(stop(format!("no Reshape merges its heads: `{tensor}` is {axes} and has {readers} readers")));
+    }
+    let first = found.iter().find(|(_, layout)| *layout == Layout::HeadsFirst).or(found.first());
+    let Some(&(output, layout)) = first else { return Err(stop(format!("its output `{tensor}` is {axes}"))) };
+    let by_reshape = merged.and_then(|node| shape::target(index, node)?.last().copied()?).filter(|width| *width > 0);
+    Ok(Output { tensor: output, layout, width: by_reshape.or_else(|| projected_width(index, tensor)) })
+}
+
+/// What the output projection says of the width of what it reads.
+fn projected_width(index: &Index, merged: &str) -> Option<i64> {
+    let [reader] = readers(index, merged)[..] else { return None };
+    let node = index.graph().node(reader.node)?;
+    let weight = || shape::constant(index, node.input(1)?).map(|weight| weight.dims().to_vec());
+    let flag = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
+    match (node.op_type(), reader.slot) {
+        ("MatMul", 0) => weight()?.first().copied(),
+        ("Gemm" | "FusedMatMul", 0) => weight()?.get(usize::from(flag("transB"))).copied(),
+        ("MatMulNBits", 0) if node.domain() == MICROSOFT => node.attribute("K")?.as_int(),
+        _ => None,
+    }
+}
+
+/// Who reads the values of a tensor: a Shape does not.
+fn readers(index: &Index, tensor: &str) -> Vec<Use> {
+    let is_value = |reader: &Use| index.graph().node(reader.node).is_none_or(|node| !node.is("", "Shape"));
+    index.consumers(tensor).iter().copied().filter(is_value).collect()
+}
+
+/// Query heads and their width, as far as the Reshape that splits them says: the one before the Transpose that puts them
+/// first, with nothing between it and the rotation that cuts heads.
+fn heads(index: &Index, site: &Site) -> (Option<i64>, Option<i64>) {
+    let Ok(source) = unrotated(index, site) else { return (None, None) };
+    let mut tensor = source.tensor.as_str();
+    for _ in 0..MAX_STEPS {
+        let Some(node) = index.producer(tensor).filter(|_| source.nodes.is_empty()) else { break };
+        match (node.op_type(), node.input(0)) {
+            ("Transpose", Some(split)) => {
+                let first = node.attribute("perm").and_then(|p| p.as_ints()) == Some(&[0, 2, 1, 3]);
+                let split = index.producer(split).filter(|split| first && split.is("", "Reshape"));
+                let target = split.and_then(|split| shape::target(index, split)).unwrap_or_default();
+                let [_, _, heads, width] = target[..] else { break };
+                let known = |size: Option<i64>| size.filter(|size| *size > 0);
+                return (known(heads), known(width));
+            }
+            (
+                "Cast" | "LayerNormalization" | "Mul" | "RMSNormalization" | "SimplifiedLayerNormalization",
+                Some(behind),
+            ) => {
+                tensor = behind;
+            }
+            _ => break,
+        }
+    }
+    (None, None)
+}
+
+#[cfg(test)]
+mod tests;

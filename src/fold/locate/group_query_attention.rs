@@ -71,18 +71,11 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
     let groups = if is_packed(node) { heads.saturating_add(kv_heads.saturating_mul(2)) } else { heads };
     let head_dim = last_dim(index, query).filter(|width| width % groups == 0).map(|width| width / groups);
     Ok(Site {
-        layer: 0,
-        shape: SHAPE,
-        anchor: node.name().to_owned(),
-        query: query.to_owned(),
-        query_layout: Layout::Merged,
-        output: output.to_owned(),
-        output_layout: Layout::Merged,
         readers: index.consumers(output).to_vec(),
         num_heads: Some(heads),
         head_dim,
         num_kv_heads: Some(kv_heads),
-        width: None,
+        ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
     })
 }
 
@@ -91,7 +84,7 @@ pub(super) fn query(model: &Model, index: &Index, node: &Node, site: &Site, want
     let turned = wanted == Query::PostRope && rotates(node);
     if wanted == Query::PreRope && !rotates(node) {
         if !is_packed(node) && node.input(Q_NORM).is_none() {
-            return rotary::before(model, index, site);
+            return rotary::before(index, site);
         }
         if !rotary::is_projected(index, &site.query) {
             let reason = "query, key and value are packed, or normed inside, behind nodes that may have rotated them";

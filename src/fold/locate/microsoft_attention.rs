@@ -55,18 +55,11 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         return Err(stopped(node, reason, "the adapter's product goes from the query's width to the same width"));
     }
     Ok(Site {
-        layer: 0,
-        shape: SHAPE,
-        anchor: node.name().to_owned(),
-        query: input.to_owned(),
-        query_layout: Layout::Merged,
-        output: output.to_owned(),
-        output_layout: Layout::Merged,
         readers: index.consumers(output).to_vec(),
         num_heads: Some(heads),
         head_dim: Some(width / heads),
-        num_kv_heads: None,
         width: Some(width),
+        ..Site::new(SHAPE, node, (input, Layout::Merged), (output, Layout::Merged))
     })
 }
 

@@ -1,14 +1,22 @@
-//! Finding the attention sites of a graph: one file per attention shape, its subgraph drawn in its doc.
+//! Finding the attention sites of a graph: one file per attention shape, its subgraph drawn in its doc; what holds of all of
+//! them in files of their own: `shape` and `axes` read dimensions, `order` numbers the layers, `positions` says for which inputs
+//! an adapter is exact, `explain` how far a match got.
 
 mod attention;
+mod axes;
 mod beside;
 mod decomposed;
+mod explain;
 mod group_query_attention;
 mod microsoft_attention;
 mod multi_head_attention;
+mod order;
 mod other_operators;
+mod positions;
 pub mod projections;
 mod rotary;
+mod scope;
+mod shape;
 mod unrotated;
 
 use serde::Serialize;
@@ -16,12 +24,17 @@ use serde::Serialize;
 use super::{Error, Result};
 use crate::adapter::Query;
 use crate::onnx::{Dim, Index, Model, Node, NodeDef, TensorDef, Use};
+pub use explain::{Block, explain};
+pub use positions::{Exactness, Positions, exactness};
 
 /// An attention site: the query that meets the keys, and the attention output it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Site {
-    /// Position among the graph's attention blocks in the order of data flow.
+    /// The decoder layer, by the order of data flow. A model whose graph is in branches has each layer once in each.
     pub layer: usize,
+    /// The branch that the site is in, as `node.attribute`; empty in the main graph.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub scope: String,
     /// Which attention shape was matched.
     pub shape: &'static str,
     /// The node that gave the block away.
@@ -45,6 +58,33 @@ pub struct Site {
     pub num_kv_heads: Option<i64>,
     /// Query heads times the width of a head, where the graph says.
     pub width: Option<i64>,
+}
+
+impl Site {
+    /// A site of which nothing more is known than query and output, each with its layout.
+    fn new(shape: &'static str, anchor: &Node, query: (&str, Layout), output: (&str, Layout)) -> Self {
+        Self {
+            layer: 0,
+            scope: String::new(),
+            shape,
+            anchor: anchor.name().to_owned(),
+            query: query.0.to_owned(),
+            query_layout: query.1,
+            output: output.0.to_owned(),
+            output_layout: output.1,
+            readers: Vec::new(),
+            num_heads: None,
+            head_dim: None,
+            num_kv_heads: None,
+            width: None,
+        }
+    }
+
+    /// What the names of the site's new nodes begin with: no other site of the model has the same.
+    pub fn prefix(&self) -> String {
+        let branch = if self.scope.is_empty() { String::new() } else { format!("{}/", self.scope) };
+        format!("/prefold/{branch}layers.{}", self.layer)
+    }
 }
 
 /// How heads lie in a tensor.
@@ -75,24 +115,27 @@ pub struct QuerySource {
 /// # Errors
 /// When the graph does not show it and it cannot be rebuilt.
 pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
-    let index = Index::new(model.graph());
-    // an operator that computes the whole attention made the output, and says where its query is
-    match index.producer(&site.output) {
-        Some(node) if attention::is_anchor(node) => return attention::query(model, &index, site, wanted),
-        Some(node) if group_query_attention::is_anchor(node) => {
-            return group_query_attention::query(model, &index, node, site, wanted);
+    scope::of_site(model, site, |index| {
+        // an operator that computes the whole attention made the output, and says where its query is
+        match index.producer(&site.output) {
+            Some(node) if attention::is_anchor(node) => return attention::query(index, site, wanted),
+            Some(node) if group_query_attention::is_anchor(node) => {
+                return group_query_attention::query(model, index, node, site, wanted);
+            }
+            Some(node) if multi_head_attention::is_anchor(node) => {
+                return multi_head_attention::query(index, node, site, wanted);
+            }
+            Some(node) if microsoft_attention::is_anchor(node) => {
+                return microsoft_attention::query(node, site, wanted);
+            }
+            _ => {}
         }
-        Some(node) if multi_head_attention::is_anchor(node) => {
-            return multi_head_attention::query(model, &index, node, site, wanted);
+        let (tensor, layout) = (site.query.clone(), site.query_layout);
+        match wanted {
+            Query::PostRope => Ok(QuerySource { tensor, layout, nodes: Vec::new(), initializers: Vec::new() }),
+            Query::PreRope => unrotated::unrotated(index, site),
         }
-        Some(node) if microsoft_attention::is_anchor(node) => return microsoft_attention::query(node, site, wanted),
-        _ => {}
-    }
-    let (tensor, layout) = match wanted {
-        Query::PostRope => (site.query.clone(), site.query_layout),
-        Query::PreRope => unrotated::unrotated(model, site)?,
-    };
-    Ok(QuerySource { tensor, layout, nodes: Vec::new(), initializers: Vec::new() })
+    })
 }
 
 /// Looks at one node; `None` where it is not the anchor of this attention shape.
@@ -107,27 +150,39 @@ const LOCATORS: [Locator; 6] = [
     other_operators::locate,
 ];
 
-/// All attention sites in the order of data flow.
+/// All attention sites, those of each graph in the order of its layers.
 ///
 /// # Errors
-/// When there is none, or a block lacks something that an adapter needs.
+/// When there is none, a block lacks something that an adapter needs, or the blocks are not one for each layer.
 pub fn sites(model: &Model) -> Result<Vec<Site>> {
-    let index = Index::new(model.graph());
-    let mut sites = Vec::new();
-    for node in model.graph().nodes() {
-        if let Some(found) = LOCATORS.iter().find_map(|locate| locate(&index, node)) {
-            let mut site = found?;
-            site.layer = sites.len();
-            if let Some([_, Dim::Value(heads), _, Dim::Value(width)]) = cache_dims(&index, site.layer) {
-                (site.num_kv_heads, site.head_dim) = (Some(*heads), Some(*width));
+    let mut all = Vec::new();
+    scope::visit(model, &mut |index, scope| {
+        let mut sites = Vec::new();
+        for node in index.graph().nodes() {
+            if let Some(found) = LOCATORS.iter().find_map(|locate| locate(index, node)) {
+                sites.push(Site { scope: scope.to_owned(), ..found? });
             }
-            sites.push(site);
         }
-    }
-    if sites.is_empty() {
+        order::number_layers(index, &mut sites)?;
+        for site in &mut sites {
+            if let Some([_, Dim::Value(heads), _, Dim::Value(width)]) = cache_dims(index, site.layer) {
+                site.num_kv_heads.get_or_insert(*heads);
+                site.head_dim = Some(*width);
+            }
+        }
+        all.extend(sites);
+        Ok(())
+    })?;
+    if all.is_empty() {
         return Err(Error::NoSite);
     }
-    Ok(sites)
+    order::same_layers(&all)?;
+    Ok(all)
+}
+
+/// How many decoder layers the sites are of.
+pub fn num_layers(sites: &[Site]) -> usize {
+    sites.iter().map(|site| site.layer + 1).max().unwrap_or(0)
 }
 
 /// Declared dimensions of a layer's past keys, `[batch, kv_heads, past, head_dim]`.
@@ -138,15 +193,4 @@ fn cache_dims<'g>(index: &Index<'g>, layer: usize) -> Option<&'g [Dim]> {
 /// An error that names the block and how far its match got.
 fn stopped(anchor: &Node, reason: impl Into<String>, help: &'static str) -> Error {
     Error::Site { anchor: anchor.name().to_owned(), reason: reason.into(), help }
-}
-
-/// Whether a tensor is a constant of one element.
-fn is_scalar(index: &Index, tensor: &str) -> bool {
-    if let Some(initializer) = index.initializer(tensor) {
-        return initializer.dims().iter().product::<i64>() == 1;
-    }
-    let constant = index.producer(tensor).filter(|node| node.is("", "Constant"));
-    let Some(constant) = constant else { return false };
-    let tensor = constant.attribute("value").and_then(|a| a.as_tensor());
-    tensor.is_some_and(|t| t.dims().iter().product::<i64>() == 1) || constant.attribute("value_float").is_some()
 }

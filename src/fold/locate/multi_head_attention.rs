@@ -18,7 +18,7 @@ use super::beside::{Beside, MICROSOFT, last_dim, rank, shown};
 use super::{Layout, QuerySource, Site, rotary, stopped};
 use crate::adapter::Query;
 use crate::fold::Result;
-use crate::onnx::{Index, Model, Node, NodeDef};
+use crate::onnx::{Index, Node, NodeDef};
 
 const SHAPE: &str = "multi_head_attention";
 const HELP: &str = "the node does not follow the operator's specification: look at how the graph was made";
@@ -57,28 +57,20 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         return Err(stopped(node, format!("its query has {found} dimensions, where {wanted} are expected"), HELP));
     }
     Ok(Site {
-        layer: 0,
-        shape: SHAPE,
-        anchor: node.name().to_owned(),
-        query: query.to_owned(),
-        query_layout: Layout::Merged,
-        output: output.to_owned(),
-        output_layout: Layout::Merged,
         readers: index.consumers(output).to_vec(),
         num_heads: Some(heads),
-        head_dim: None,
-        num_kv_heads: None,
         width: last_dim(index, query).filter(|_| !is_packed(node)),
+        ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
     })
 }
 
 /// The query with its bias. A graph that rotates does so before the operator, with the bias added there.
-pub(super) fn query(model: &Model, index: &Index, node: &Node, site: &Site, wanted: Query) -> Result<QuerySource> {
+pub(super) fn query(index: &Index, node: &Node, site: &Site, wanted: Query) -> Result<QuerySource> {
     let is_own = is_packed(node) || bias(node).is_some();
     if !is_own {
         return match wanted {
             Query::PostRope => Ok(shown(&site.query, Layout::Merged)),
-            Query::PreRope => rotary::before(model, index, site),
+            Query::PreRope => rotary::before(index, site),
         };
     }
     if wanted == Query::PreRope && !rotary::is_projected(index, &site.query) {

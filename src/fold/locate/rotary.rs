@@ -14,7 +14,7 @@
 use super::beside::{Beside, shown};
 use super::{Layout, QuerySource, Site, unrotated};
 use crate::fold::Result;
-use crate::onnx::{Index, Model, Node};
+use crate::onnx::{Index, Node};
 
 /// Nodes between a rotation and the operator, or a projection and the operator.
 const MAX_STEPS: usize = 12;
@@ -31,17 +31,15 @@ enum View {
 ///
 /// # Errors
 /// When the rotation is of a kind that is not known.
-pub(super) fn before(model: &Model, index: &Index, site: &Site) -> Result<QuerySource> {
+pub(super) fn before(index: &Index, site: &Site) -> Result<QuerySource> {
     let (tensor, view) = without_views(index, &site.query, site.query_layout);
-    if let Some(input) = index.producer(tensor).and_then(|node| rotated_input(model, index, site, node)) {
+    if let Some(input) = index.producer(tensor).and_then(|node| rotated_input(index, site, node)) {
         return Ok(laid_out(site, &input, view));
     }
     if is_projected(index, &site.query) {
         return Ok(shown(&site.query, site.query_layout));
     }
-    let stripped = Site { query: tensor.to_owned(), ..site.clone() };
-    let (found, _) = unrotated::unrotated(model, &stripped)?;
-    Ok(laid_out(site, &found, view))
+    unrotated::unrotated(index, site)
 }
 
 /// Where a tensor of this view serves as query; heads are put first where they are neither first nor merged.
@@ -82,7 +80,7 @@ fn swaps_heads(node: &Node) -> bool {
 }
 
 /// What a rotation turns, wholly by an operator or in part by anything that is known.
-fn rotated_input(model: &Model, index: &Index, site: &Site, node: &Node) -> Option<String> {
+fn rotated_input(index: &Index, site: &Site, node: &Node) -> Option<String> {
     if node.op_type() == "RotaryEmbedding" {
         return node.input(0).map(str::to_owned);
     }
@@ -94,7 +92,8 @@ fn rotated_input(model: &Model, index: &Index, site: &Site, node: &Node) -> Opti
         let node = index.producer(tensor)?;
         matches!(node.op_type(), "Slice" | "Split").then(|| node.input(0))?
     };
-    let before = unrotated::unrotated(model, &Site { query: turned.clone(), ..site.clone() }).ok()?.0;
+    let before = unrotated::unrotated(index, &Site { query: turned.clone(), ..site.clone() }).ok()?;
+    let before = Some(before.tensor).filter(|_| before.nodes.is_empty())?;
     part(&before).filter(|whole| part(kept) == Some(whole)).map(str::to_owned)
 }
 

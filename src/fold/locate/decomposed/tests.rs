@@ -1,0 +1,237 @@
+//! Blocks as one or another exporter writes them, each a change to the same plain one.
+
+use super::*;
+use crate::fold::locate;
+use crate::onnx::{DataType, Dim, Model, ModelBuilder, NodeDef, TensorDef, ValueDef};
+
+/// A node's operator, inputs and output; its name is its output's.
+type Part<'a> = (&'a str, &'a [&'a str], &'a str);
+
+fn node((op, inputs, output): Part) -> NodeDef {
+    let (op, domain) =
+        op.split_once('.').map_or((op, ""), |(domain, op)| (op, if domain == "ms" { MICROSOFT } else { domain }));
+    let (op, attributes) = op.split_once(' ').unwrap_or((op, ""));
+    let mut def = NodeDef::new(op, output).domain(domain).inputs(inputs.iter().copied()).outputs([output]);
+    for attribute in attributes.split(' ').filter(|text| !text.is_empty()) {
+        let (name, value) = attribute.split_once('=').unwrap();
+        def = match (name, value.parse::<i64>()) {
+            ("perm", _) => def.attr_ints(name, &value.bytes().map(|b| i64::from(b - b'0')).collect::<Vec<_>>()),
+            (_, Ok(value)) => def.attr_int(name, value),
+            (_, Err(_)) => def.attr_float(name, value.parse().unwrap()),
+        };
+    }
+    def
+}
+
+/// A model of these nodes over q, k, v `[batch, heads, seq, head_dim]`, a mask and some constants.
+fn model(parts: &[Part]) -> Model {
+    let mut builder = ModelBuilder::new("g", 8);
+    builder.opset("", 17).opset(MICROSOFT, 1);
+    for (name, rank) in [
+        ("q", 4),
+        ("k", 4),
+        ("v", 4),
+        ("mask", 4),
+        ("q3", 3),
+        ("k3", 3),
+        ("v3", 3),
+        ("q5", 5),
+        ("past_key_values.1.key", 4),
+    ] {
+        builder.input(ValueDef::new(name, DataType::Float, (0..rank).map(|_| Dim::Unknown)));
+    }
+    let constant = |name: &str, values: &[i64]| TensorDef::from_i64s(name, &[values.len() as i64], values);
+    builder.initializer(TensorDef::from_f32s("scale", &[], &[0.5]));
+    builder.initializer(TensorDef::from_f32s("w", &[8, 8], &[0.0; 64]));
+    builder.initializer(constant("merged", &[0, 0, 8])).initializer(constant("split", &[0, 0, 2, 4]));
+    builder.initializer(constant("four", &[1, 2, 3, 4])).initializer(constant("five", &[1, 2, 1, 3, 4]));
+    builder
+        .initializer(constant("one", &[1]))
+        .initializer(constant("last", &[3]))
+        .initializer(constant("flat", &[0, 2, 4]));
+    builder.output(ValueDef::new("out", DataType::Float, (0..3).map(|_| Dim::Unknown)));
+    parts.iter().for_each(|part| _ = builder.node(node(*part)));
+    builder.build().unwrap()
+}
+
+/// From the softmax's output to that of the block.
+const TAIL: [Part; 4] = [
+    ("MatMul", &["p", "v"], "o"),
+    ("Transpose perm=0213", &["o"], "t"),
+    ("Reshape", &["t", "merged"], "m"),
+    ("MatMul", &["m", "w"], "out"),
+];
+
+fn found(parts: &[&[Part]]) -> Site {
+    let sites = locate::sites(&model(&parts.concat())).unwrap();
+    assert_eq!(sites.len(), 1);
+    sites.into_iter().next().unwrap()
+}
+
+fn stops(parts: &[&[Part]]) -> String {
+    locate::sites(&model(&parts.concat())).unwrap_err().to_string()
+}
+
+fn is(site: &Site, query: &str, output: &str) {
+    assert_eq!((site.query.as_str(), site.output.as_str()), (query, output));
+    assert_eq!((site.query_layout, site.output_layout, site.width), (Layout::HeadsFirst, Layout::HeadsFirst, Some(8)));
+}
+
+#[test]
+fn a_scale_may_stand_anywhere() {
+    let after: &[Part] = &[("MatMul", &["q", "k"], "s"), ("Div", &["s", "scale"], "d"), ("Softmax", &["d"], "p")];
+    is(&found(&[after, &TAIL]), "q", "o");
+    let before: &[Part] = &[("Mul", &["scale", "q"], "qs"), ("MatMul", &["qs", "k"], "s"), ("Softmax", &["s"], "p")];
+    is(&found(&[before, &TAIL]), "q", "o");
+    // on both sides, its root of a root of a dimension
+    let derived: &[Part] = &[
+        ("Shape", &["q"], "shape"),
+        ("Slice", &["shape", "last", "four"], "dim"),
+        ("Cast to=1", &["dim"], "float"),
+        ("Sqrt", &["float"], "root"),
+        ("Div", &["scale", "root"], "factor"),
+        ("Sqrt", &["factor"], "half"),
+        ("Mul", &["q", "half"], "qs"),
+        ("Mul", &["k", "half"], "ks"),
+        ("MatMul", &["qs", "ks"], "s"),
+        ("Softmax", &["s"], "p"),
+    ];
+    is(&found(&[derived, &TAIL]), "q", "o");
+    let absorbed: &[Part] = &[("ms.FusedMatMul alpha=0.25 transB=1", &["q", "k"], "s"), ("Softmax", &["s"], "p")];
+    is(&found(&[absorbed, &TAIL]), "q", "o");
+    // before the heads are laid out
+    let early: &[Part] = &[
+        ("Mul", &["q3", "scale"], "qs"),
+        ("Reshape", &["qs", "split"], "qr"),
+        ("Transpose perm=0213", &["qr"], "qt"),
+        ("MatMul", &["qt", "k"], "s"),
+        ("Softmax", &["s"], "p"),
+    ];
+    let site = found(&[early, &TAIL]);
+    assert_eq!((site.query.as_str(), site.query_layout), ("q3", Layout::Merged));
+}
+
+#[test]
+fn masks_caps_guards_and_casts_are_passed() {
+    let capped: &[Part] = &[
+        ("MatMul", &["q", "k"], "s"),
+        ("Mul", &["s", "scale"], "a"),
+        ("Tanh", &["a"], "b"),
+        ("Mul", &["b", "scale"], "c"),
+        ("Add", &["mask", "c"], "d"),
+        ("Cast to=1", &["d"], "e"),
+        ("Softmax", &["e"], "f"),
+        ("Cast to=1", &["f"], "p"),
+    ];
+    is(&found(&[capped, &TAIL]), "q", "o");
+    let guarded: &[Part] = &[
+        ("MatMul", &["q", "k"], "s"),
+        ("Cast to=9", &["mask"], "bool"),
+        ("Where", &["bool", "s", "scale"], "a"),
+        ("Softmax", &["a"], "f"),
+        ("IsNaN", &["f"], "nan"),
+        ("Where", &["nan", "scale", "f"], "p"),
+    ];
+    is(&found(&[guarded, &TAIL]), "q", "o");
+}
+
+#[test]
+fn products_of_three_and_five_dimensions_are_laid_out() {
+    let flat: &[Part] = &[
+        ("Reshape", &["q", "flat"], "qf"),
+        ("MatMul", &["qf", "k3"], "s"),
+        ("Softmax", &["s"], "p"),
+        ("MatMul", &["p", "v3"], "of"),
+        ("Reshape", &["of", "four"], "o"),
+    ];
+    is(&found(&[flat, &TAIL[1..]]), "q", "o");
+    let grouped: &[Part] = &[
+        ("Reshape", &["q", "five"], "qg"),
+        ("MatMul", &["qg", "k"], "s"),
+        ("Softmax", &["s"], "p"),
+        ("MatMul", &["p", "v"], "og"),
+        ("Reshape", &["og", "four"], "o"),
+    ];
+    is(&found(&[grouped, &TAIL[1..]]), "q", "o");
+    // heads put behind the sequence at once
+    let direct: &[Part] = &[
+        ("Reshape", &["q", "five"], "qg"),
+        ("MatMul", &["qg", "k"], "s"),
+        ("Softmax", &["s"], "p"),
+        ("MatMul", &["p", "v"], "og"),
+        ("Transpose perm=03124", &["og"], "t"),
+    ];
+    let site = found(&[direct, &TAIL[2..]]);
+    assert_eq!((site.output.as_str(), site.output_layout), ("m", Layout::Merged));
+}
+
+#[test]
+fn what_is_not_known_is_named() {
+    let scores: &[Part] = &[("MatMul", &["q", "k"], "s"), ("Softmax", &["s"], "p")];
+    let error = stops(&[scores, &TAIL[..1], &[("Transpose perm=1203", &["o"], "t")], &TAIL[2..]]);
+    assert!(
+        error.ends_with("`m` (Reshape) turns its output [heads, seq, batch, head_dim] into what is not known"),
+        "{error}"
+    );
+    let error = stops(&[&scores[..1], &[("Softmax", &["s"], "x"), ("Softplus", &["x"], "p")], &TAIL]);
+    assert!(
+        error.contains("around node `x`")
+            && error.ends_with("`p` (Softplus) stands between the softmax and the values"),
+        "{error}"
+    );
+    let transposed: &[Part] = &[("ms.FusedMatMul transA=1", &["q", "k"], "s"), ("Softmax", &["s"], "p")];
+    assert!(stops(&[transposed, &TAIL]).ends_with("`s` transposes its left operand (transA = 1)"));
+    let two: &[Part] = &[
+        ("MatMul", &["q", "k"], "s"),
+        ("MatMul", &["q", "v"], "r"),
+        ("Add", &["s", "r"], "a"),
+        ("Softmax", &["a"], "p"),
+    ];
+    assert!(stops(&[two, &TAIL]).contains("its scores are the sum of two products"));
+    // a router's softmax is no attention
+    let router: &[Part] = &[("MatMul", &["q3", "w"], "s"), ("Softmax", &["s"], "out")];
+    assert!(stops(&[router]).contains("holds no attention"));
+}
+
+#[test]
+fn explain_says_how_far_a_match_got() {
+    let scores: &[Part] = &[("MatMul", &["q", "k"], "s"), ("Softmax", &["s"], "x"), ("Softplus", &["x"], "p")];
+    let blocks = locate::explain(&model(&[scores, &TAIL].concat()));
+    assert_eq!(blocks.len(), 1);
+    assert_eq!(blocks[0].matched, ["scores: node `s` (MatMul)", "query: `q`"]);
+    assert_eq!(blocks[0].stopped.as_deref(), Some("`p` (Softplus) stands between the softmax and the values"));
+    assert!(blocks[0].site.is_none());
+}
+
+#[test]
+fn layers_are_one_each_and_those_of_their_caches() {
+    let second = |query: &'static str| -> Vec<Part<'static>> {
+        let q: &'static [&'static str] = if query == "q" { &["q", "k"] } else { &["r", "k"] };
+        vec![
+            ("Reshape", &["y", "four"], "r"),
+            ("MatMul", q, "s2"),
+            ("Softmax", &["s2"], "p2"),
+            ("MatMul", &["p2", "v"], "o2"),
+            ("Transpose perm=0213", &["o2"], "t2"),
+            ("Reshape", &["t2", "merged"], "out"),
+        ]
+    };
+    let first: &[Part] = &[
+        ("MatMul", &["q", "k"], "s"),
+        ("Softmax", &["s"], "p"),
+        ("MatMul", &["p", "v"], "o"),
+        ("Transpose perm=0213", &["o"], "t"),
+        ("Reshape", &["t", "merged"], "y"),
+    ];
+    let sites = locate::sites(&model(&[first, &second("r")].concat())).unwrap();
+    assert_eq!(sites.iter().map(|site| (site.layer, site.output.as_str())).collect::<Vec<_>>(), [(0, "o"), (1, "o2")]);
+    let error = stops(&[first, &second("q")]);
+    assert_eq!(error, "in the main graph, `p` and `p2` are both the attention of layer 0: neither reads the other");
+    let cached: &[Part] =
+        &[("Add", &["past_key_values.1.key", "k"], "kc"), ("MatMul", &["q", "kc"], "s"), ("Softmax", &["s"], "p")];
+    let error = stops(&[cached, &TAIL]);
+    assert_eq!(
+        error,
+        "in the main graph, `p` is number 0 in the flow of data and reads the cache of layer 1: the attention of layer 0 was not found"
+    );
+}

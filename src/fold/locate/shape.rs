@@ -1,0 +1,187 @@
+//! What a graph says of shapes without being run.
+
+use crate::onnx::{Index, Node, TensorInfo};
+
+/// Tensors that one question may look at: an end to every walk.
+const MAX_STEPS: usize = 256;
+/// Elements of a list that may be a shape.
+const MAX_LIST: i64 = 64;
+
+/// The number of dimensions of a tensor, where the graph tells.
+pub(super) fn rank(index: &Index, tensor: &str) -> Option<usize> {
+    Reader { index, steps: MAX_STEPS }.rank(tensor)
+}
+
+/// The dimensions that a Reshape gives its output: those that are numbers, and none where they are computed.
+pub(super) fn target(index: &Index, reshape: &Node) -> Option<Vec<Option<i64>>> {
+    Reader { index, steps: MAX_STEPS }.list(reshape.input(1)?)
+}
+
+/// The constant of this name, be it an initializer or a node's.
+pub(super) fn constant<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g TensorInfo> {
+    let stored = index.initializer(tensor).filter(|_| index.input(tensor).is_none());
+    stored.or_else(|| index.producer(tensor).filter(|n| n.is("", "Constant"))?.attribute("value")?.as_tensor())
+}
+
+/// Whether a tensor is one number: a constant of one element, or what arithmetic makes of such and of dimensions.
+pub(super) fn is_number(index: &Index, tensor: &str) -> bool {
+    Reader { index, steps: MAX_STEPS }.number(tensor, false)
+}
+
+/// Whether a tensor holds weights: a constant behind nodes that only lay it out or restore its precision.
+pub(super) fn is_weight(index: &Index, tensor: &str) -> bool {
+    let mut tensor = tensor;
+    for _ in 0..MAX_STEPS {
+        if index.initializer(tensor).is_some() {
+            return true;
+        }
+        let Some(node) = index.producer(tensor) else { return false };
+        match (node.op_type(), node.input(0)) {
+            ("Constant", _) => return true,
+            ("Cast" | "DequantizeLinear" | "Identity" | "Reshape" | "Transpose" | "Unsqueeze", Some(behind)) => {
+                tensor = behind;
+            }
+            _ => return false,
+        }
+    }
+    false
+}
+
+struct Reader<'i, 'g> {
+    index: &'i Index<'g>,
+    steps: usize,
+}
+
+impl<'g> Reader<'_, 'g> {
+    /// The node behind a tensor, as long as there are steps left.
+    fn producer(&mut self, tensor: &str) -> Option<&'g Node> {
+        self.steps = self.steps.checked_sub(1)?;
+        self.index.producer(tensor)
+    }
+
+    fn rank(&mut self, tensor: &str) -> Option<usize> {
+        if let Some(shape) = self.index.value(tensor).and_then(|value| value.shape()) {
+            return Some(shape.len());
+        }
+        if let Some(constant) = constant(self.index, tensor) {
+            return Some(constant.dims().len());
+        }
+        let node = self.producer(tensor)?;
+        match node.op_type() {
+            "Transpose" => match node.attribute("perm").and_then(|perm| perm.as_ints()) {
+                Some(perm) => Some(perm.len()),
+                None => self.rank(node.input(0)?),
+            },
+            "Reshape" => Some(self.list(node.input(1)?)?.len()),
+            "Expand" => Some(self.rank(node.input(0)?)?.max(self.list(node.input(1)?)?.len())),
+            "Unsqueeze" => Some(self.rank(node.input(0)?)? + self.axes(node)?),
+            "Squeeze" => self.rank(node.input(0)?)?.checked_sub(self.axes(node)?),
+            "Gather" => (self.rank(node.input(0)?)? + self.rank(node.input(1)?)?).checked_sub(1),
+            "Gemm" => Some(2),
+            "Add" | "Sub" | "Mul" | "Div" | "Where" | "MatMul" | "FusedMatMul" | "And" => {
+                node.inputs().iter().filter_map(|input| self.rank(input)).max()
+            }
+            "Cast"
+            | "Clip"
+            | "Concat"
+            | "Dropout"
+            | "Elu"
+            | "Identity"
+            | "LayerNormalization"
+            | "Neg"
+            | "Pow"
+            | "RMSNormalization"
+            | "Reciprocal"
+            | "RotaryEmbedding"
+            | "SimplifiedLayerNormalization"
+            | "Slice"
+            | "Softmax"
+            | "Split"
+            | "Sqrt"
+            | "Tanh" => self.rank(node.input(0)?),
+            _ => None,
+        }
+    }
+
+    /// How many axes a Squeeze or Unsqueeze names.
+    fn axes(&mut self, node: &Node) -> Option<usize> {
+        match node.attribute("axes").and_then(|axes| axes.as_ints()) {
+            Some(axes) => Some(axes.len()),
+            None => Some(self.list(node.input(1)?)?.len()),
+        }
+    }
+
+    /// The elements of a list of integers: those that are constants, and none where they are computed.
+    fn list(&mut self, tensor: &str) -> Option<Vec<Option<i64>>> {
+        if let Some(constant) = constant(self.index, tensor) {
+            let short = constant.dims().iter().product::<i64>() <= MAX_LIST;
+            return Some({ short }.then(|| constant.to_i64s().ok())??.into_iter().map(Some).collect());
+        }
+        let node = self.producer(tensor)?;
+        match node.op_type() {
+            "Constant" => Some(node.attribute("value_ints")?.as_ints()?.iter().copied().map(Some).collect()),
+            "Concat" => {
+                let parts = node.inputs().iter().map(|input| self.list(input)).collect::<Option<Vec<_>>>()?;
+                Some(parts.concat())
+            }
+            "Unsqueeze" => {
+                let inner = constant(self.index, node.input(0)?).and_then(|c| c.to_i64s().ok()?.first().copied());
+                Some(vec![inner])
+            }
+            "Shape" => {
+                let bound = |name: &str| node.attribute(name).and_then(|a| a.as_int());
+                let (start, end) = (bound("start").unwrap_or(0), bound("end").unwrap_or(i64::MAX));
+                // torch's exporter reads one dimension at a time, of tensors whose rank need not be known
+                let one = start >= 0 && end == start.saturating_add(1);
+                let count = if one { 1 } else { length(self.rank(node.input(0)?)?, start, end) };
+                Some(vec![None; count])
+            }
+            "Slice" => {
+                let whole = self.list(node.input(0)?)?;
+                let at = |slot: usize| constant(self.index, node.input(slot)?)?.to_i64s().ok()?.first().copied();
+                let (start, end) = (at(1)?, at(2)?);
+                let (from, count) = (clamp(start, whole.len()), length(whole.len(), start, end));
+                Some(whole.into_iter().skip(from).take(count).collect())
+            }
+            "Gather" => Some(vec![None; self.list(node.input(1)?)?.len()]),
+            "Cast" | "Identity" => self.list(node.input(0)?),
+            // a list that is laid out as the list that it is
+            "Reshape" => {
+                let flat = self.list(node.input(1)?)? == [Some(-1)];
+                if flat { self.list(node.input(0)?) } else { None }
+            }
+            "Where" | "Mul" => {
+                let lists = node.inputs().iter().filter_map(|input| self.list(input));
+                Some(vec![None; lists.map(|list| list.len()).max()?])
+            }
+            _ => None,
+        }
+    }
+
+    /// `inside`: behind an operator, where a Shape need not be one number by itself.
+    fn number(&mut self, tensor: &str, inside: bool) -> bool {
+        if let Some(constant) = constant(self.index, tensor) {
+            return constant.dims().iter().product::<i64>() == 1;
+        }
+        let Some(node) = self.producer(tensor) else { return false };
+        match node.op_type() {
+            "Constant" => node.attribute("value_float").or(node.attribute("value_int")).is_some(),
+            "Shape" => inside,
+            "Cast" | "Gather" | "Identity" | "Neg" | "Reciprocal" | "Reshape" | "Slice" | "Sqrt" | "Squeeze"
+            | "Unsqueeze" => node.input(0).is_some_and(|input| self.number(input, true)),
+            "Add" | "Sub" | "Mul" | "Div" | "Pow" => node.inputs().iter().all(|input| self.number(input, true)),
+            _ => false,
+        }
+    }
+}
+
+/// A bound of a slice, counted from the end where it is negative.
+fn clamp(bound: i64, len: usize) -> usize {
+    let len = i64::try_from(len).unwrap_or(i64::MAX);
+    let bound = if bound < 0 { bound.saturating_add(len) } else { bound };
+    usize::try_from(bound.clamp(0, len)).unwrap_or(0)
+}
+
+fn length(rank: usize, start: i64, end: i64) -> usize {
+    clamp(end, rank).saturating_sub(clamp(start, rank))
+}
