@@ -11,10 +11,12 @@
 //! | `layers.{i}.{module}.lora_B` | `[out, rank]` | zero |
 //! | `layers.{i}.{module}.magnitude` | `[out]` | `‖W‖`, with `dora` |
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64Mcg;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +38,9 @@ pub struct Lora {
     pub rslora: bool,
     /// Whether magnitudes are trained too (DoRA).
     pub dora: bool,
+    /// The part of A's inputs that a training step leaves out at random; the others are scaled up. Nothing is left out in
+    /// use.
+    pub dropout: f64,
     /// The linear maps that are adapted; all where not given.
     pub targets: Option<Vec<Target>>,
     /// Ranks of single maps, by `layers.0.self_attn.q_proj` or an end of that.
@@ -104,6 +109,7 @@ impl Default for Lora {
             alpha: 16.0,
             rslora: false,
             dora: false,
+            dropout: 0.0,
             targets: None,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
@@ -177,6 +183,9 @@ impl AdapterMethod for Lora {
         if let Some(alpha) = { alphas }.find(|alpha| !alpha.is_finite()) {
             return fail("alpha", format!("is {alpha}"), "it is a finite number");
         }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return fail("dropout", format!("is {}", self.dropout), "it is at least 0 and below 1");
+        }
         for (field, value) in [("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)] {
             if value.is_none_or(|value| value == 0 || value > 1 << 24) {
                 return fail(field, "is missing or no width".into(), "lora needs the width of the base model");
@@ -219,7 +228,7 @@ impl AdapterMethod for Lora {
         Ok(())
     }
 
-    fn check_fits(&self, config: &AdapterConfig, _tensors: &Tensors, spec: &DecoderSpec) -> Result<()> {
+    fn check_options(&self, config: &AdapterConfig, spec: &DecoderSpec) -> Result<()> {
         for (layer, linear) in self.sites(config) {
             if !spec.linears().any(|known| known == linear) {
                 return Err(Error::Config {
@@ -237,7 +246,7 @@ impl AdapterMethod for Lora {
             .sites(config)
             .into_iter()
             .map(|(layer, linear)| Ok(((layer, linear), self.map(tensors, layer, linear)?)));
-        Ok(Box::new(LoraHook { maps: maps.collect::<Result<_>>()? }))
+        Ok(Box::new(LoraHook { maps: maps.collect::<Result<_>>()?, dropout: self.dropout, pass: Cell::new(None) }))
     }
 
     /// A sum with zero changes nothing, but a runtime may compute a product that is read by a sum in another way than one
@@ -293,11 +302,24 @@ impl LoraMap {
         Ok(ratio)
     }
 
-    fn output(&self, map: &LinearMap) -> candle_core::Result<Tensor> {
+    /// `W + s · B A` in the adapter's type, its rows scaled to their magnitudes where these are trained.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn merged(&self, weight: &Tensor) -> candle_core::Result<Tensor> {
+        let sum = (weight.to_dtype(self.b.dtype())? + (self.b.matmul(&self.a)? * self.scale)?)?;
+        match &self.magnitude {
+            Some(magnitude) => sum.broadcast_mul(&(magnitude / row_norms(&sum)?)?.unsqueeze(1)?),
+            None => Ok(sum),
+        }
+    }
+
+    /// `kept` is what dropout leaves of the input.
+    fn output(&self, map: &LinearMap, kept: Option<&Tensor>) -> candle_core::Result<Tensor> {
         let dtype = map.input.dtype();
         let to = |x: &Tensor| if x.dtype() == dtype { Ok(x.clone()) } else { x.to_dtype(dtype) };
-        let inner = apply(map.input, &to(&self.a)?, None)?;
-        let delta = (apply(&inner, &to(&self.b)?, None)? * self.scale)?;
+        let inner = (apply(kept.unwrap_or(map.input), &to(&self.a)?, None)? * self.scale)?;
+        let delta = apply(&inner, &to(&self.b)?, None)?;
         let Some(magnitude) = &self.magnitude else { return map.output + delta };
         let plain = match map.bias {
             Some(bias) => map.output.broadcast_sub(bias)?,
@@ -314,6 +336,24 @@ impl LoraMap {
 /// The method at work on a decoder.
 struct LoraHook {
     maps: BTreeMap<(usize, Linear), LoraMap>,
+    dropout: f64,
+    /// The pass of training at hand, if one is.
+    pass: Cell<Option<u64>>,
+}
+
+impl LoraHook {
+    /// The input with a part of it left out. What is left out follows from the pass and the map, so that a layer that is
+    /// computed again leaves out the same.
+    fn drop_out(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {
+        let Some(pass) = self.pass.get().filter(|_| self.dropout > 0.0) else { return Ok(None) };
+        let site = (map.layer * Linear::ALL.len() + map.linear as usize) as u64;
+        let mut random = Pcg64Mcg::seed_from_u64(pass ^ site.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let factor = (1.0 / (1.0 - self.dropout)) as f32;
+        let mut factor = || if random.random_bool(self.dropout) { 0.0 } else { factor };
+        let factors: Vec<f32> = (0..map.input.elem_count()).map(|_| factor()).collect();
+        let factors = Tensor::from_vec(factors, map.input.shape(), map.input.device())?;
+        (map.input * factors.to_dtype(map.input.dtype())?).map(Some)
+    }
 }
 
 impl SiteHook for LoraHook {
@@ -322,6 +362,11 @@ impl SiteHook for LoraHook {
     }
 
     fn linear(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {
-        self.maps.get(&(map.layer, map.linear)).map(|lora| lora.output(map)).transpose()
+        let Some(lora) = self.maps.get(&(map.layer, map.linear)) else { return Ok(None) };
+        lora.output(map, self.drop_out(map)?.as_ref()).map(Some)
+    }
+
+    fn begin_pass(&self, number: u64) {
+        self.pass.set(Some(number));
     }
 }

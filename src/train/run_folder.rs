@@ -219,8 +219,15 @@ impl RunFolder {
     /// When there are checkpoints and none can be read, or one is of another version.
     pub(super) fn load(&self) -> Result<Option<Saved>> {
         let mut failure = None;
-        for (_, path) in self.checkpoints().into_iter().rev() {
-            match checkpoint::read(&path) {
+        for (step, path) in self.checkpoints().into_iter().rev() {
+            let named = |saved: Saved| match saved.state.step {
+                found if found == step => Ok(saved),
+                found => {
+                    let why = format!("its state is of step {found}, its name says {step}");
+                    Err(Error::Checkpoint { path: path.clone(), why })
+                }
+            };
+            match checkpoint::read(&path).and_then(named) {
                 Ok(saved) => {
                     if let Some(error) = failure {
                         tracing::warn!("{error}; going on from {}", path.display());

@@ -7,6 +7,8 @@ mod data;
 mod export;
 mod gradients;
 mod graphs;
+mod memory;
+mod merge;
 mod methods;
 mod oracles;
 mod peft;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::support::{arg, fixture, prefold, prefold_ok};
 
 /// An adapter whose tensors are large enough to see, in a folder.
-fn adapter(model: &Path, fields: &Value, folder: &Path) {
+pub fn adapter(model: &Path, fields: &Value, folder: &Path) {
     let checkpoint = Checkpoint::open(model).unwrap();
     let mut config = serde_json::to_value(AdapterConfig::prefix_plus(checkpoint.spec(), None)).unwrap();
     config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());

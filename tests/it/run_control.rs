@@ -495,3 +495,24 @@ fn preferences_are_learnt_and_a_stopped_run_goes_on_to_the_same_bytes() {
     let output = prefold(at, &args("sft", "sft", "16"));
     assert!(error_of(&output).contains("objective `sft` needs completions"), "{}", error_of(&output));
 }
+
+/// What LoRA's dropout leaves out follows from the seed and the step, so that a resumed run ends in the same bytes.
+#[test]
+fn dropout_resumes_to_the_same_bytes() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (paths, at) = (paths(), scratch.path());
+    let options = ["--method", "lora", "--set", "adapter.lora.dropout=0.5", "--max-steps", "6", "--save-every", "3"];
+    let more = [options.as_slice(), &["--gradient-accumulation", "2"]].concat();
+    prefold_ok(at, &run(&paths, "whole", &more));
+    copy(&at.join("whole"), &at.join("resumed"));
+    std::fs::remove_file(at.join("resumed/adapter_model.safetensors")).unwrap();
+    prefold_ok(at, &run(&paths, "resumed", &[more.as_slice(), &["--resume"]].concat()));
+    assert_eq!(adapter(&at.join("whole")), adapter(&at.join("resumed")));
+    let config: Value = serde_json::from_slice(&adapter(&at.join("whole"))[1]).unwrap();
+    assert_eq!(config["dropout"], 0.5);
+    let without: Vec<&str> = more.iter().map(|option| option.trim_end_matches("0.5")).collect();
+    let without: Vec<&str> =
+        without.iter().map(|o| if o.ends_with("dropout=") { "adapter.lora.dropout=0" } else { o }).collect();
+    prefold_ok(at, &run(&paths, "without", &without));
+    assert_ne!(adapter(&at.join("whole"))[0], adapter(&at.join("without"))[0]);
+}
