@@ -15,15 +15,13 @@ use std::cell::{Cell, OnceCell};
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use rand::{RngExt, SeedableRng};
-use rand_pcg::Pcg64Mcg;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::method::{Base, Start, TensorSpec, Tensors};
 use super::term::row_norms;
 use super::{AdapterConfig, AdapterMethod, Error, Result};
-use crate::base::ops::linear as apply;
+use crate::base::ops::{dropout, linear as apply};
 use crate::base::{DecoderSpec, Linear, LinearMap, SiteHook, WeightRole};
 
 /// LoRA (arXiv 2106.09685) and its variants rsLoRA and DoRA.
@@ -347,12 +345,7 @@ impl LoraHook {
     fn drop_out(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {
         let Some(pass) = self.pass.get().filter(|_| self.dropout > 0.0) else { return Ok(None) };
         let site = (map.layer * Linear::ALL.len() + map.linear as usize) as u64;
-        let mut random = Pcg64Mcg::seed_from_u64(pass ^ site.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let factor = (1.0 / (1.0 - self.dropout)) as f32;
-        let mut factor = || if random.random_bool(self.dropout) { 0.0 } else { factor };
-        let factors: Vec<f32> = (0..map.input.elem_count()).map(|_| factor()).collect();
-        let factors = Tensor::from_vec(factors, map.input.shape(), map.input.device())?;
-        (map.input * factors.to_dtype(map.input.dtype())?).map(Some)
+        dropout(map.input, self.dropout, pass ^ site.wrapping_mul(0x9e37_79b9_7f4a_7c15)).map(Some)
     }
 }
 

@@ -356,8 +356,16 @@ pub(super) fn train(
     let prepared = prepare(context, config)?;
     let Some(out) = &config.out else { return Err(usage("--out is needed", "the folder of the run")) };
     let plan = Plan::of(config, &prepared);
+    if !resume {
+        RunFolder::check(out, overwrite)?;
+    }
+    if !context.global.quiet {
+        eprintln!("{}", plan.headline());
+    }
+    // before an earlier run is removed: weights may be damaged
+    let model = load(&prepared.checkpoint, config)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
-    let outcome = run(context, config, &prepared, &plan, &folder, interrupt).and_then(|outcome| {
+    let outcome = run(context, config, &prepared, &model, &folder, interrupt).and_then(|outcome| {
         if outcome.ended == Ended::Stopped {
             return Ok(outcome);
         }
@@ -380,18 +388,14 @@ fn run(
     context: &Context,
     config: &RunConfig,
     prepared: &Prepared,
-    plan: &Plan,
+    (decoder, adapter): &(Decoder, Adapter),
     folder: &RunFolder,
     interrupt: Option<&Interrupt>,
 ) -> Result<Outcome> {
-    if !context.global.quiet {
-        eprintln!("{}", plan.headline());
-    }
-    let (decoder, adapter) = load(&prepared.checkpoint, config)?;
     let trainer = Trainer::new(Inputs {
-        decoder: &decoder,
+        decoder,
         base: Fingerprint::of(&prepared.checkpoint)?,
-        adapter: &adapter,
+        adapter,
         config: config.train.clone(),
         train: &prepared.training,
         held_out: prepared.held_out.as_ref(),

@@ -32,7 +32,7 @@ pub struct TrainConfig {
     pub warmup_fraction: f64,
     /// Steps in which the rate rises from zero, in place of `warmup_fraction`.
     pub warmup_steps: Option<usize>,
-    /// How the rate goes on after that.
+    /// How the rate goes on after the warm-up.
     pub lr_scheduler: LrScheduler,
     /// The rate after the last step, as a fraction of the highest; not with `constant`.
     pub final_rate_fraction: f64,

@@ -516,3 +516,53 @@ fn dropout_resumes_to_the_same_bytes() {
     prefold_ok(at, &run(&paths, "without", &without));
     assert_ne!(adapter(&at.join("whole"))[0], adapter(&at.join("without"))[0]);
 }
+
+/// A run that is killed before its first step is still one: it can be replaced, and resumed from the start. A model that
+/// cannot be read does not cost the run that was to be replaced.
+#[test]
+fn a_run_is_known_by_its_folder_from_the_start() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (paths, at) = (paths(), scratch.path());
+    let options = ["--max-steps", "2", "--save-every", "0"];
+    let early = at.join("early");
+    let mut child = start(at, &run(&paths, "early", &["--max-steps", "500", "--tensorboard"]));
+    let started = Instant::now();
+    while !early.exists() && started.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    if early.join("metrics.jsonl").exists() {
+        prefold_ok(at, &run(&paths, "early", &[options.as_slice(), &["--resume"]].concat()));
+    }
+    prefold_ok(at, &run(&paths, "early", &[options.as_slice(), &["--overwrite"]].concat()));
+
+    let [model, data, eval] = paths;
+    copy(&model, &at.join("damaged"));
+    let weights = at.join("damaged/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    // the last tensor's values: a model of NaN, which an adapter of its own weights refuses
+    let length = bytes.len();
+    bytes[length - 4096..].fill(0xff);
+    std::fs::write(&weights, bytes).unwrap();
+    let kept = adapter(&early);
+    let damaged = [at.join("damaged"), data, eval];
+    let output = prefold(at, &run(&damaged, "early", &["--overwrite", "--method", "full", "--max-steps", "1"]));
+    assert!(!output.status.success(), "{}", error_of(&output));
+    assert_eq!(adapter(&early), kept);
+}
+
+/// A state that does not belong to its folder is damage, not a run that is complete.
+#[test]
+fn a_checkpoint_of_another_step_is_damaged() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (paths, at) = (paths(), scratch.path());
+    let options = ["--max-steps", "4", "--save-every", "2"];
+    prefold_ok(at, &run(&paths, "out", &options));
+    let state = at.join("out/checkpoints/step-000002/state.json");
+    let text = std::fs::read_to_string(&state).unwrap().replace("\"step\": 2,", "\"step\": 900,");
+    assert!(text.contains("900"), "{text}");
+    std::fs::write(&state, text).unwrap();
+    let error = error_of(&prefold(at, &run(&paths, "out", &[options.as_slice(), &["--resume"]].concat())));
+    assert!(error.contains("its state is of step 900, its name says 2"), "{error}");
+}

@@ -7,6 +7,7 @@
 
 mod attention;
 mod cross_entropy;
+mod dropout;
 mod elu;
 mod head_linear;
 mod linear;
@@ -19,6 +20,7 @@ mod rows;
 
 pub use attention::{Visibility, attention};
 pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
+pub use dropout::dropout;
 pub use elu::elu;
 pub use head_linear::head_linear;
 pub use linear::linear;

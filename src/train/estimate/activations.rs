@@ -174,7 +174,7 @@ impl<'a> Activations<'a> {
                             (true, false) => 1,
                             (true, true) => 3,
                         };
-                        let dropped = if lora.dropout > 0.0 { 2 * self.spec.linear_shape(linear)[1] as u64 } else { 0 };
+                        let dropped = if lora.dropout > 0.0 { self.spec.linear_shape(linear)[1] as u64 } else { 0 };
                         dropped + 2 * lora.rank_of(&module_name(index, linear)) as u64 + out * (2 + scaled)
                     })
                     .sum()
