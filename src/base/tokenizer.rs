@@ -385,7 +385,7 @@ mod tests {
     #[test]
     fn a_damaged_folder_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Files(_))));
+        assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Tokenizer { .. })));
         std::fs::write(folder.path().join(TOKENIZER), "{\"model\": 3}").unwrap();
         assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Tokenizer { .. })));
         std::fs::write(folder.path().join(TOKENIZER), "{").unwrap();
