@@ -31,8 +31,8 @@ use prefold::base::{
 use prefold::data::{Batch, Cursor, DataConfig, Example, Format, FormatOptions, Record, Sampler};
 use prefold::files::{self, StagedFolder};
 use prefold::train::{
-    AdamW, AdamWConfig, Fingerprint, Inputs, RunFolder, Schedule, Silent, TrainConfig, Trainer, batch_input,
-    clip_gradients, completion_loss,
+    AdamW, AdamWConfig, Fingerprint, Inputs, LrScheduler, RunFolder, Schedule, Silent, TrainConfig, Trainer,
+    batch_input, clip_gradients, completion_loss,
 };
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
@@ -366,7 +366,9 @@ fn pretrain(
     let decoder = Decoder::from_weights(spec, |weight| Ok(weights[&weight.name].as_tensor().clone()))?;
     let config = AdamWConfig { beta2: 0.98, weight_decay: 0.1, ..AdamWConfig::default() };
     let mut optimizer = AdamW::new(config, weights.clone())?;
-    let schedule = Schedule { peak: PEAK_RATE, warmup_steps: STEPS / 20, total_steps: STEPS, final_fraction: 0.02 };
+    let kind = LrScheduler::Cosine;
+    let schedule =
+        Schedule { kind, peak: PEAK_RATE, warmup_steps: STEPS / 20, total_steps: STEPS, final_fraction: 0.02 };
     let mut sampler = Sampler::new(examples.len(), POOL, seed);
     let (mut cursor, mut pool) = (Cursor::default(), Vec::new());
     let (mut loss, mut tokens, started) = (0.0, 0, Instant::now());

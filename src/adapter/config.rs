@@ -146,6 +146,12 @@ impl AdapterConfig {
         }
     }
 
+    /// Number of trained parameters.
+    pub fn num_parameters(&self, spec: &DecoderSpec) -> usize {
+        let Some(tensors) = self.method.as_method().tensors(self) else { return spec.num_parameters() };
+        tensors.values().map(|tensor| tensor.shape.iter().product::<usize>()).sum()
+    }
+
     /// Whether the configuration is one that this version computes.
     ///
     /// # Errors

@@ -45,6 +45,17 @@ pub enum Error {
         /// What to do.
         help: &'static str,
     },
+    /// An option of an adapter that is to be trained makes no sense.
+    #[error("adapter option `{field}` {why}")]
+    #[diagnostic(code(prefold::adapter::option), help("{help}"))]
+    Option {
+        /// The option.
+        field: &'static str,
+        /// What is wrong with it.
+        why: String,
+        /// What to do.
+        help: &'static str,
+    },
     /// A PEFT folder asks for what prefold does not compute, or its files do not belong together.
     #[error("{} is a PEFT adapter, but {why}", path.display())]
     #[diagnostic(code(prefold::adapter::peft), help("{help}"))]
@@ -65,6 +76,16 @@ pub enum Error {
     NotInPeft {
         /// What it cannot say.
         why: String,
+    },
+    /// A method that is no change of weights.
+    #[error("{method} cannot be merged: it is no change of the model's weights")]
+    #[diagnostic(
+        code(prefold::adapter::not_merged),
+        help("lora and full are; `prefold compile` puts this adapter into an ONNX graph")
+    )]
+    NotMerged {
+        /// The method's name.
+        method: &'static str,
     },
     /// The adapter's numbers differ from the model's.
     #[error("the adapter was made for another model{}: {field} is {adapter} in the adapter and {model} in the model",

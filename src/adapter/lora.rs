@@ -11,7 +11,7 @@
 //! | `layers.{i}.{module}.lora_B` | `[out, rank]` | zero |
 //! | `layers.{i}.{module}.magnitude` | `[out]` | `‖W‖`, with `dora` |
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::method::{Base, Start, TensorSpec, Tensors};
 use super::term::row_norms;
 use super::{AdapterConfig, AdapterMethod, Error, Result};
-use crate::base::ops::linear as apply;
+use crate::base::ops::{dropout, linear as apply};
 use crate::base::{DecoderSpec, Linear, LinearMap, SiteHook, WeightRole};
 
 /// LoRA (arXiv 2106.09685) and its variants rsLoRA and DoRA.
@@ -36,6 +36,9 @@ pub struct Lora {
     pub rslora: bool,
     /// Whether magnitudes are trained too (DoRA).
     pub dora: bool,
+    /// The part of A's inputs that a training step leaves out at random; the others are scaled up. Nothing is left out in
+    /// use.
+    pub dropout: f64,
     /// The linear maps that are adapted; all where not given.
     pub targets: Option<Vec<Target>>,
     /// Ranks of single maps, by `layers.0.self_attn.q_proj` or an end of that.
@@ -104,6 +107,7 @@ impl Default for Lora {
             alpha: 16.0,
             rslora: false,
             dora: false,
+            dropout: 0.0,
             targets: None,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
@@ -177,6 +181,9 @@ impl AdapterMethod for Lora {
         if let Some(alpha) = { alphas }.find(|alpha| !alpha.is_finite()) {
             return fail("alpha", format!("is {alpha}"), "it is a finite number");
         }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return fail("dropout", format!("is {}", self.dropout), "it is at least 0 and below 1");
+        }
         for (field, value) in [("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)] {
             if value.is_none_or(|value| value == 0 || value > 1 << 24) {
                 return fail(field, "is missing or no width".into(), "lora needs the width of the base model");
@@ -219,7 +226,7 @@ impl AdapterMethod for Lora {
         Ok(())
     }
 
-    fn check_fits(&self, config: &AdapterConfig, _tensors: &Tensors, spec: &DecoderSpec) -> Result<()> {
+    fn check_options(&self, config: &AdapterConfig, spec: &DecoderSpec) -> Result<()> {
         for (layer, linear) in self.sites(config) {
             if !spec.linears().any(|known| known == linear) {
                 return Err(Error::Config {
@@ -237,7 +244,7 @@ impl AdapterMethod for Lora {
             .sites(config)
             .into_iter()
             .map(|(layer, linear)| Ok(((layer, linear), self.map(tensors, layer, linear)?)));
-        Ok(Box::new(LoraHook { maps: maps.collect::<Result<_>>()? }))
+        Ok(Box::new(LoraHook { maps: maps.collect::<Result<_>>()?, dropout: self.dropout, pass: Cell::new(None) }))
     }
 
     /// A sum with zero changes nothing, but a runtime may compute a product that is read by a sum in another way than one
@@ -293,11 +300,24 @@ impl LoraMap {
         Ok(ratio)
     }
 
-    fn output(&self, map: &LinearMap) -> candle_core::Result<Tensor> {
+    /// `W + s · B A` in the adapter's type, its rows scaled to their magnitudes where these are trained.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn merged(&self, weight: &Tensor) -> candle_core::Result<Tensor> {
+        let sum = (weight.to_dtype(self.b.dtype())? + (self.b.matmul(&self.a)? * self.scale)?)?;
+        match &self.magnitude {
+            Some(magnitude) => sum.broadcast_mul(&(magnitude / row_norms(&sum)?)?.unsqueeze(1)?),
+            None => Ok(sum),
+        }
+    }
+
+    /// `kept` is what dropout leaves of the input.
+    fn output(&self, map: &LinearMap, kept: Option<&Tensor>) -> candle_core::Result<Tensor> {
         let dtype = map.input.dtype();
         let to = |x: &Tensor| if x.dtype() == dtype { Ok(x.clone()) } else { x.to_dtype(dtype) };
-        let inner = apply(map.input, &to(&self.a)?, None)?;
-        let delta = (apply(&inner, &to(&self.b)?, None)? * self.scale)?;
+        let inner = (apply(kept.unwrap_or(map.input), &to(&self.a)?, None)? * self.scale)?;
+        let delta = apply(&inner, &to(&self.b)?, None)?;
         let Some(magnitude) = &self.magnitude else { return map.output + delta };
         let plain = match map.bias {
             Some(bias) => map.output.broadcast_sub(bias)?,
@@ -314,6 +334,19 @@ impl LoraMap {
 /// The method at work on a decoder.
 struct LoraHook {
     maps: BTreeMap<(usize, Linear), LoraMap>,
+    dropout: f64,
+    /// The pass of training at hand, if one is.
+    pass: Cell<Option<u64>>,
+}
+
+impl LoraHook {
+    /// The input with a part of it left out. What is left out follows from the pass and the map, so that a layer that is
+    /// computed again leaves out the same.
+    fn drop_out(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {
+        let Some(pass) = self.pass.get().filter(|_| self.dropout > 0.0) else { return Ok(None) };
+        let site = (map.layer * Linear::ALL.len() + map.linear as usize) as u64;
+        dropout(map.input, self.dropout, pass ^ site.wrapping_mul(0x9e37_79b9_7f4a_7c15)).map(Some)
+    }
 }
 
 impl SiteHook for LoraHook {
@@ -326,6 +359,11 @@ impl SiteHook for LoraHook {
     }
 
     fn linear(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {
-        self.maps.get(&(map.layer, map.linear)).map(|lora| lora.output(map)).transpose()
+        let Some(lora) = self.maps.get(&(map.layer, map.linear)) else { return Ok(None) };
+        lora.output(map, self.drop_out(map)?.as_ref()).map(Some)
+    }
+
+    fn begin_pass(&self, number: u64) {
+        self.pass.set(Some(number));
     }
 }

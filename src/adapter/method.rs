@@ -132,12 +132,20 @@ pub trait AdapterMethod {
         Ok(())
     }
 
+    /// Whether the options belong to a model beyond what [`AdapterConfig::check_fits`] compares.
+    ///
+    /// # Errors
+    /// Names what differs.
+    fn check_options(&self, _config: &AdapterConfig, _spec: &DecoderSpec) -> Result<()> {
+        Ok(())
+    }
+
     /// Whether the tensors belong to a model beyond what [`AdapterConfig::check_fits`] compares.
     ///
     /// # Errors
     /// Names what differs.
-    fn check_fits(&self, _config: &AdapterConfig, _tensors: &Tensors, _spec: &DecoderSpec) -> Result<()> {
-        Ok(())
+    fn check_fits(&self, config: &AdapterConfig, _tensors: &Tensors, spec: &DecoderSpec) -> Result<()> {
+        self.check_options(config, spec)
     }
 
     /// What the method adds to the attention output of a layer; none where it does not act so. A method that says it here

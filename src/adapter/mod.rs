@@ -9,6 +9,7 @@ mod error;
 mod folder;
 mod full;
 mod lora;
+mod merge;
 mod method;
 mod options;
 pub mod peft;
@@ -110,6 +111,13 @@ impl Adapter {
         }
         let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
         Ok((Self { config: self.config.clone(), tensors }, vars))
+    }
+
+    /// The same tensors without gradients: what is done to those of [`trainable`](Self::trainable) is seen here.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect();
+        Self { config: self.config.clone(), tensors }
     }
 
     /// Whether the adapter belongs to a model.

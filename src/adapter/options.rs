@@ -101,11 +101,20 @@ impl AdapterOptions {
         Ok(config)
     }
 
-    /// The adapter at the start of training; what is random follows from `seed`.
+    /// The configuration of an adapter for a checkpoint, and the tokens of the prompt that it starts from. No weight is
+    /// read.
     ///
     /// # Errors
-    /// When the options make no sense for the model, or it cannot be read, or its tokenizer does not read the prompt.
-    pub fn start(&self, checkpoint: &Checkpoint, decoder: &Decoder, seed: u64) -> Result<Adapter> {
+    /// When the options make no sense for the model, or its tokenizer does not read the prompt.
+    pub fn resolve(&self, checkpoint: &Checkpoint) -> Result<(AdapterConfig, Option<Vec<u32>>)> {
+        // there is no file yet that a message could name
+        self.resolved(checkpoint).map_err(|error| match error {
+            Error::Config { field, why, help } => Error::Option { field, why, help },
+            other => other,
+        })
+    }
+
+    fn resolved(&self, checkpoint: &Checkpoint) -> Result<(AdapterConfig, Option<Vec<u32>>)> {
         let mut config = self.config(checkpoint.spec(), Some(checkpoint.display_name()))?;
         let prompt = match (&self.prompt, uses_prompt(&config.method)) {
             (Some(text), true) => Some(tokens(checkpoint, text)?),
@@ -116,11 +125,30 @@ impl AdapterOptions {
                     help: "set `init` of the method to prompt, or leave `prompt` out",
                 });
             }
-            (None, _) => None,
+            (None, true) => {
+                return Err(Error::Config {
+                    field: "init",
+                    why: "is prompt, but no prompt is given".into(),
+                    help: "set `adapter.prompt` to the text to start from, or `init` to something else",
+                });
+            }
+            (None, false) => None,
         };
         if let (Method::Prefix(prefix), Some(prompt)) = (&mut config.method, &prompt) {
             prefix.num_virtual_tokens = prompt.len();
         }
+        config.check()?;
+        config.check_fits(checkpoint.spec())?;
+        config.method.as_method().check_options(&config, checkpoint.spec())?;
+        Ok((config, prompt))
+    }
+
+    /// The adapter at the start of training; what is random follows from `seed`.
+    ///
+    /// # Errors
+    /// When the options make no sense for the model, or it cannot be read, or its tokenizer does not read the prompt.
+    pub fn start(&self, checkpoint: &Checkpoint, decoder: &Decoder, seed: u64) -> Result<Adapter> {
+        let (config, prompt) = self.resolve(checkpoint)?;
         Adapter::start(config, &Base { checkpoint, decoder, prompt: prompt.as_deref() }, seed)
     }
 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::term::TermHook;
 use super::*;
-use crate::base::{Input, KvCache, Linear, NoHook, Site, WeightShape, family};
+use crate::base::{Input, KvCache, Linear, LinearMap, NoHook, Site, WeightShape, family};
 
 fn spec() -> DecoderSpec {
     let config = json!({
@@ -328,4 +328,47 @@ fn what_is_random_follows_from_seed_and_name() {
     assert!(mean.abs() < 0.05 && (deviation - 2.0).abs() < 0.05, "{mean} {deviation}");
     let identity = flat(&TensorSpec::new([2, 2, 2], Start::Identity).tensor("i", 0).unwrap());
     assert_eq!(identity, [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]);
+}
+
+/// Dropout acts while a pass of training is at hand, is the same for the same pass, and leaves the mean as it is.
+#[test]
+fn dropout_is_of_a_training_pass_and_leaves_the_mean() {
+    let config = config(json!({"method": "lora", "rank": 2, "dropout": 0.25, "targets": null}));
+    let tensors = config.method.as_method().tensors(&config).unwrap();
+    let tensors = tensors.into_iter().map(|(name, spec)| {
+        let tensor = noise(&name, &spec.shape).to_dtype(DType::F32).unwrap();
+        (name, tensor)
+    });
+    let spec = spec();
+    let hook = Adapter::new(config, tensors.collect()).unwrap().hook(&spec, &Device::Cpu).unwrap();
+    let [out, width] = spec.linear_shape(Linear::Query);
+    let input = noise("input", &[1, 4, width]).to_dtype(DType::F32).unwrap();
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let (weight, output) = (zeros(&[out, width]), zeros(&[1, 4, out]));
+    let run = |layer| {
+        let map =
+            LinearMap { layer, linear: Linear::Query, input: &input, weight: &weight, bias: None, output: &output };
+        hook.linear(&map).unwrap().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let plain = run(0);
+    assert_eq!(run(0), plain, "nothing is left out in use");
+    hook.begin_pass(7);
+    let dropped = run(0);
+    assert!(dropped != plain && run(0) == dropped, "the same pass leaves out the same");
+    hook.begin_pass(8);
+    assert!(run(0) != dropped);
+    let passes = 4000;
+    let (mut sums, mut squares) = (vec![0f64; plain.len()], vec![0f64; plain.len()]);
+    for pass in 0..passes {
+        hook.begin_pass(pass);
+        for ((sum, square), value) in sums.iter_mut().zip(&mut squares).zip(run(0)) {
+            *sum += f64::from(value);
+            *square += f64::from(value).powi(2);
+        }
+    }
+    for ((sum, square), plain) in sums.iter().zip(&squares).zip(&plain) {
+        let count = passes as f64;
+        let (mean, variance) = (sum / count, square / count - (sum / count).powi(2));
+        assert!((mean - f64::from(*plain)).abs() < 6.0 * (variance / count).sqrt() + 1e-6, "{mean} vs {plain}");
+    }
 }

@@ -17,13 +17,13 @@ pub struct Checkpoint {
     path: PathBuf,
     spec: DecoderSpec,
     config: Value,
-    weights: Weights,
+    pub(super) weights: Weights,
     /// By prefold's name, weights in the place of the file's.
     replaced: BTreeMap<String, Tensor>,
 }
 
 #[derive(Debug)]
-enum Weights {
+pub(super) enum Weights {
     Folder(Shards),
     Gguf(Gguf),
 }
@@ -183,7 +183,7 @@ impl Checkpoint {
     }
 
     /// The name under which the checkpoint has a tensor.
-    fn stored(&self, name: String) -> String {
+    pub(super) fn stored(&self, name: String) -> String {
         let is_there = |name: &str| match &self.weights {
             Weights::Folder(shards) => shards.shape(name).is_some(),
             Weights::Gguf(gguf) => gguf.contains(name),
@@ -195,7 +195,7 @@ impl Checkpoint {
         other.unwrap_or(name)
     }
 
-    fn missing(&self, name: &str) -> Error {
+    pub(super) fn missing(&self, name: &str) -> Error {
         Error::TensorMissing { path: self.path.clone(), name: name.into() }
     }
 }

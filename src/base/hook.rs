@@ -68,6 +68,10 @@ pub trait SiteHook {
         true
     }
 
+    /// A pass of training begins: what is random in it follows from this number. A hook that is never told so computes as
+    /// in use.
+    fn begin_pass(&self, _number: u64) {}
+
     /// Keys and values that every query of a layer sees before those of the tokens, `[num_kv_heads, prefix_length,
     /// head_dim]` each.
     ///

@@ -17,6 +17,7 @@ mod hook;
 mod input;
 pub mod ops;
 mod recompute;
+mod rewrite;
 mod rotary;
 mod safetensors;
 mod spec;

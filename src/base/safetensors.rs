@@ -1,6 +1,6 @@
 //! One or many mapped `*.safetensors` files as one table of tensors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -17,20 +17,25 @@ pub(super) struct Shards {
 }
 
 #[derive(Debug)]
-struct Entry {
+pub(super) struct Entry {
     file: usize,
-    dtype: safetensors::Dtype,
-    shape: Vec<usize>,
+    pub(super) dtype: safetensors::Dtype,
+    pub(super) shape: Vec<usize>,
     start: usize,
     end: usize,
 }
 
 impl Shards {
     /// Opens the shards of a Hugging Face folder: those of `model.safetensors.index.json` where there is one, else
-    /// every `*.safetensors` in it.
+    /// `model.safetensors`, else every `*.safetensors` in it.
     pub(super) fn open_folder(folder: &Path) -> Result<Self> {
         let index = folder.join("model.safetensors.index.json");
-        let paths = if index.is_file() { shards_of_index(folder, &index)? } else { safetensors_in(folder)? };
+        let single = folder.join("model.safetensors");
+        let paths = match (index.is_file(), single.is_file()) {
+            (true, _) => shards_of_index(folder, &index)?,
+            (false, true) => vec![single],
+            (false, false) => safetensors_in(folder)?,
+        };
         if paths.is_empty() {
             return Err(Error::NotACheckpoint { path: folder.into(), why: "it holds no *.safetensors file".into() });
         }
@@ -69,6 +74,28 @@ impl Shards {
         self.files.iter().map(MappedFile::path)
     }
 
+    /// The tensors of a file with their bytes.
+    pub(super) fn of_file(&self, file: usize) -> impl Iterator<Item = (&str, &Entry, &[u8])> {
+        let of_file = self.tensors.iter().filter(move |(_, entry)| entry.file == file);
+        of_file.map(|(name, entry)| (name.as_str(), entry, &self.files[entry.file].bytes()[entry.start..entry.end]))
+    }
+
+    /// What a file says of itself.
+    pub(super) fn metadata(
+        &self,
+        file: usize,
+    ) -> std::result::Result<Option<HashMap<String, String>>, safetensors::SafeTensorError> {
+        let Some(file) = self.files.get(file) else { return Ok(None) };
+        Ok(SafeTensors::read_metadata(file.bytes())?.1.metadata().clone())
+    }
+
+    /// Lets go of a file's pages.
+    pub(super) fn forget(&self, file: usize) {
+        if let Some(file) = self.files.get(file) {
+            file.forget(0..file.bytes().len());
+        }
+    }
+
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
@@ -99,8 +126,11 @@ impl Shards {
     pub(super) fn tensor(&self, name: &str, device: &Device) -> Option<Result<Tensor>> {
         self.tensors.get(name).map(|entry| {
             let dtype = self.dtype_of(name, entry)?;
-            let bytes = &self.files[entry.file].bytes()[entry.start..entry.end];
-            Tensor::from_raw_buffer(bytes, dtype, &entry.shape, device).map_err(Error::candle("reading a tensor"))
+            let file = &self.files[entry.file];
+            let bytes = &file.bytes()[entry.start..entry.end];
+            let tensor = Tensor::from_raw_buffer(bytes, dtype, &entry.shape, device);
+            file.forget(entry.start..entry.end);
+            tensor.map_err(Error::candle("reading a tensor"))
         })
     }
 }
@@ -117,6 +147,9 @@ fn shards_of_index(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     names.dedup();
     if let Some(bad) = names.iter().find(|n| Path::new(n).file_name().is_none_or(|f| f != n.as_str())) {
         return Err(Error::NotACheckpoint { path: index.into(), why: format!("its shard `{bad}` is not a file name") });
+    }
+    if let Some(absent) = names.iter().find(|name| !folder.join(name).is_file()) {
+        return Err(Error::NotACheckpoint { path: index.into(), why: format!("its shard `{absent}` is not there") });
     }
     Ok(names.iter().map(|n| folder.join(n)).collect())
 }

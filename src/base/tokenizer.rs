@@ -82,7 +82,8 @@ impl Tokenizer {
         let text = |id: Option<u32>| id.and_then(|id| inner.id_to_token(id));
         let (bos, eos) = (text(special.bos), text(special.eos.first().copied()));
         let chat_template =
-            chat_template.map(|source| ChatTemplate::new(&source, bos.as_deref(), eos.as_deref())).transpose()?;
+            chat_template.map(|source| ChatTemplate::new(&source, bos.as_deref(), eos.as_deref())).transpose();
+        let chat_template = chat_template.map_err(|error| Error::Tokenizer { path, reason: error.to_string() })?;
         Ok(Self { inner, continuing, vocab_size, special, chat_template })
     }
 
@@ -384,7 +385,7 @@ mod tests {
     #[test]
     fn a_damaged_folder_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Files(_))));
+        assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Tokenizer { .. })));
         std::fs::write(folder.path().join(TOKENIZER), "{\"model\": 3}").unwrap();
         assert!(matches!(Tokenizer::from_folder(folder.path()), Err(Error::Tokenizer { .. })));
         std::fs::write(folder.path().join(TOKENIZER), "{").unwrap();

@@ -298,6 +298,29 @@ impl Source {
     }
 }
 
+impl Source {
+    /// `whole`, the tensor that holds the weight, with another weight in its place. Not of a stacked one, which several
+    /// tensors hold.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn put(&self, whole: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+        let turned = |tensor: &Tensor| if self.transposed { tensor.t()?.contiguous() } else { tensor.contiguous() };
+        match self.part {
+            Part::Whole => turned(weight),
+            Part::Rows { start, .. } => turned(&turned(whole)?.slice_scatter(weight, 0, start)?),
+            Part::Interleaved { index, of, width } => {
+                let whole = turned(whole)?;
+                let (rows, shape) = (whole.dim(0)?, whole.shape().clone());
+                let columns = whole.elem_count() / rows.max(1);
+                let entry = weight.reshape(((), 1, width, columns))?;
+                turned(&whole.reshape(((), of, width, columns))?.slice_scatter(&entry, 1, index)?.reshape(shape)?)
+            }
+            Part::Stacked { .. } => candle_core::bail!("several tensors hold the weight"),
+        }
+    }
+}
+
 /// A weight that a decoder needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WeightShape {

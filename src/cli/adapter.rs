@@ -23,6 +23,7 @@ pub(super) struct Adapt {
 enum Command {
     Convert(Convert),
     Check(Check),
+    Merge(Merge),
 }
 
 /// Say whether an .onnx_adapter file fits a graph, before a runtime does
@@ -35,6 +36,26 @@ struct Check {
     /// The graph: its folder or its .onnx file
     #[arg(long)]
     graph: PathBuf,
+}
+
+/// Write the base model with the adapter in its weights
+///
+/// Of lora (rsLoRA and DoRA too) and full. The Hugging Face folder is written again: the same names, shards and data types,
+/// configuration and tokenizer copied.
+#[derive(Args, Debug)]
+struct Merge {
+    /// The adapter: a folder of prefold's or PEFT's
+    #[arg(long)]
+    adapter: PathBuf,
+    /// Its base model: a Hugging Face folder
+    #[arg(long)]
+    model: String,
+    /// Folder to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Replace the output folder if it exists
+    #[arg(long)]
+    overwrite: bool,
 }
 
 /// Write an adapter in another tool's layout
@@ -81,6 +102,7 @@ impl Adapt {
         match self.command {
             Command::Convert(command) => command.run(context),
             Command::Check(command) => command.run(),
+            Command::Merge(command) => command.run(context),
         }
     }
 }
@@ -116,18 +138,10 @@ impl Convert {
         let name = format!("{}.{ADAPTER_EXTENSION}", name_of(&self.adapter));
         values.save(&staged.path().join(&name))?;
         let manifest = Manifest::new("adapter convert", serde_json::json!({ "to": "onnx_adapter" }));
-        let manifest = self.inputs(manifest)?.input("graph", &graph)?;
+        let manifest = with_adapter(manifest, &self.adapter)?.input("graph", &graph)?;
         manifest.output("adapter", &staged.path().join(&name))?.write(staged.path())?;
         println!("{}", staged.commit()?.join(name).display());
         Ok(ExitCode::SUCCESS)
-    }
-
-    fn inputs(&self, manifest: Manifest) -> Result<Manifest> {
-        if !self.adapter.is_dir() {
-            return Ok(manifest.input("adapter", &self.adapter)?);
-        }
-        let manifest = manifest.input("adapter_config", &self.adapter.join(CONFIG_NAME))?;
-        Ok(manifest.input("adapter", &self.adapter.join(WEIGHTS_NAME))?)
     }
 
     fn for_model(&self, context: &Context, model: &str) -> Result<ExitCode> {
@@ -142,10 +156,38 @@ impl Convert {
             adapter.save(staged.path())?;
             "prefold"
         };
-        let manifest = self.inputs(Manifest::new("adapter convert", serde_json::json!({ "to": name })))?;
+        let manifest =
+            with_adapter(Manifest::new("adapter convert", serde_json::json!({ "to": name })), &self.adapter)?;
         let manifest = manifest.output("adapter_config", &staged.path().join(CONFIG_NAME))?;
         manifest.output("adapter", &staged.path().join(WEIGHTS_NAME))?.write(staged.path())?;
         println!("{}", staged.commit()?.display());
         Ok(ExitCode::SUCCESS)
     }
+}
+
+impl Merge {
+    fn run(self, context: &Context) -> Result<ExitCode> {
+        keep_apart(&self.out, &[&self.adapter, self.model.as_ref()])?;
+        let staged = StagedFolder::new(&self.out, self.overwrite)?;
+        let checkpoint = context.checkpoint(&self.model)?;
+        let adapter = Adapter::open_for(&self.adapter, checkpoint.spec())?;
+        adapter.check_mergeable()?;
+        checkpoint.write_with(staged.path(), &|role, weight| adapter.merged_weight(role, weight))?;
+        let mut manifest = with_adapter(Manifest::new("adapter merge", serde_json::json!({})), &self.adapter)?;
+        for file in checkpoint.weight_files() {
+            manifest = manifest.input("base", &file)?;
+            manifest = manifest.output("weights", &staged.path().join(file.file_name().unwrap_or_default()))?;
+        }
+        manifest.write(staged.path())?;
+        println!("{}", staged.commit()?.display());
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn with_adapter(manifest: Manifest, adapter: &Path) -> Result<Manifest> {
+    if !adapter.is_dir() {
+        return Ok(manifest.input("adapter", adapter)?);
+    }
+    let manifest = manifest.input("adapter_config", &adapter.join(CONFIG_NAME))?;
+    Ok(manifest.input("adapter", &adapter.join(WEIGHTS_NAME))?)
 }

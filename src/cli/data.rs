@@ -80,9 +80,12 @@ pub(super) struct DataArgs {
     /// Make batches of examples of similar length
     #[arg(long)]
     group_by_length: bool,
-    /// Roles whose messages are learnt in a conversation, comma-separated [default: the last message]
+    /// Roles whose messages are learnt in a conversation, comma-separated [default: assistant]
     #[arg(long, value_name = "ROLES", value_delimiter = ',')]
     train_on: Option<Vec<String>>,
+    /// Learn only the last message of these roles
+    #[arg(long)]
+    mask_history: bool,
     /// Learn prompts too
     #[arg(long)]
     train_on_prompt: bool,
@@ -101,6 +104,9 @@ pub(super) struct DataArgs {
     /// System prompt
     #[arg(long)]
     system: Option<String>,
+    /// A chat template in the place of the model's own: a file that ends in .jinja, or the Jinja itself
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<String>,
     /// Do not use the model's chat template
     #[arg(long)]
     no_chat: bool,
@@ -119,6 +125,8 @@ impl DataArgs {
             ("chat", if self.no_chat { json!(ChatUse::Never) } else { Value::Null }),
             ("labels", if self.verbatim_labels { json!(LabelText::Verbatim) } else { Value::Null }),
             ("train_on", json!(self.train_on)),
+            ("mask_history", flag(self.mask_history)),
+            ("chat_template", json!(self.chat_template)),
             ("train_on_prompt", flag(self.train_on_prompt)),
         ]);
         let fields: Map<String, Value> = self.field.iter().map(|(field, name)| (field.clone(), json!(name))).collect();

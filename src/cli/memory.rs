@@ -1,4 +1,25 @@
-//! How much memory this process has used.
+//! How much memory this process uses, and has used.
+
+/// The resident size now in bytes; the largest so far where the system does not tell.
+pub(super) fn resident() -> Option<u64> {
+    // of Linux: sizes in pages, of the whole and of what is resident
+    let pages = std::fs::read_to_string("/proc/self/statm").ok();
+    let pages = pages.and_then(|sizes| sizes.split(' ').nth(1)?.parse::<u64>().ok());
+    pages.map(|pages| pages * page_size()).or_else(peak_resident)
+}
+
+#[cfg(unix)]
+#[allow(unsafe_code)] // sysconf: see below
+fn page_size() -> u64 {
+    // SAFETY: sysconf takes a number and gives one.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).unwrap_or(4096)
+}
+
+#[cfg(not(unix))]
+fn page_size() -> u64 {
+    4096
+}
 
 /// The largest resident size so far in bytes, pages of mapped files included; none where the system does not tell.
 #[cfg(unix)]

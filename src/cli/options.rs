@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::usage;
+use crate::data::distance;
 use crate::files;
 
 /// Options from one place.
@@ -112,9 +113,20 @@ fn drop_unset(value: &mut Value) {
 
 fn read<T: DeserializeOwned>(value: Value, source: &str) -> Result<T> {
     serde_path_to_error::deserialize(value).map_err(|error| {
-        let message = format!("{source}: `{}`: {}", error.path(), error.inner());
+        let message = format!("{source}: `{}`: {}", error.path(), in_words(&error.inner().to_string()));
         usage(message, "see schemas/train.schema.json")
     })
+}
+
+/// serde's message in the words of a configuration. JSON has neither NaN nor infinity: they arrive as null.
+fn in_words(message: &str) -> String {
+    let words = [
+        ("invalid type: null, expected f64", "is not a finite number"),
+        ("expected usize", "expected a whole number from 0 up"),
+        ("expected u64", "expected a whole number from 0 up"),
+        ("expected f64", "expected a number"),
+    ];
+    words.iter().fold(message.to_owned(), |message, (serde, words)| message.replace(serde, words))
 }
 
 fn merge(base: &mut Value, over: Value) {
@@ -219,17 +231,18 @@ fn collect_keys(root: &Value, schema: &Value, path: &mut Vec<String>, keys: &mut
 /// The known key most like `path`: by its last part, keys of the same table before others.
 fn nearest(path: &[String], known: &[Vec<String>]) -> Option<String> {
     let (last, table) = path.split_last()?;
-    let spelled = |text: &str| text.to_lowercase().replace('-', "_");
-    let distance = |key: &Vec<String>| {
+    let from = |key: &Vec<String>| {
         let (name, of) = key.split_last()?;
-        Some(2 * strsim::damerau_levenshtein(&spelled(last), &spelled(name)) + usize::from(of != table))
+        Some(2 * distance(last, name)? + usize::from(of != table))
     };
-    let (distance, key) = known.iter().filter_map(|key| Some((distance(key)?, key))).min_by_key(|(d, _)| *d)?;
-    (distance <= 2 * (last.chars().count() / 3).max(1) + 1).then(|| key.join("."))
+    let near = known.iter().filter_map(|key| Some((from(key)?, key)));
+    near.min_by_key(|(distance, _)| *distance).map(|(_, key)| key.join("."))
 }
 
 fn one_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default().trim();
+    // what follows is advice for programmers
+    let line = line.split(", set DuplicateKeyPolicy").next().unwrap_or(line);
     line.strip_prefix("error: ").unwrap_or(line).to_owned()
 }
 
@@ -320,6 +333,7 @@ mod tests {
             failure(file("a.toml", "[train]\nzzz = 1")),
             failure(Layer::set("trian.epochs=3")),
             failure(Layer::set("train.epochs=many")),
+            failure(Layer::set("train.learning_rate=nan")),
             failure(Layer::set("train.epochs")),
             failure(Layer::set("train..epochs=1")),
             failure(Layer::set("train=3")),
@@ -327,6 +341,7 @@ mod tests {
             failure(file("a.toml", "[train]\nseed = 1\nseed = 2")),
             failure(file("a.toml", "x = [1,")),
             failure(file("a.yaml", "train: [1")),
+            failure(file("a.yaml", "train:\n  seed: 1\n  seed: 2")),
             failure(file("a.yaml", "- 1")),
             failure(file("a.json", "{}")),
         ];
@@ -336,7 +351,8 @@ mod tests {
         a.toml: there is no option `learning-rate` (did you mean `train.learning_rate`?)
         a.toml: there is no option `train.zzz` (see schemas/train.schema.json)
         --set trian.epochs=3: there is no option `trian` (did you mean `train`?)
-        --set train.epochs=many: `train.epochs`: invalid type: string "many", expected usize (see schemas/train.schema.json)
+        --set train.epochs=many: `train.epochs`: invalid type: string "many", expected a whole number from 0 up (see schemas/train.schema.json)
+        --set train.learning_rate=nan: `train.learning_rate`: is not a finite number (see schemas/train.schema.json)
         --set train.epochs: there is no `=` (write --set train.learning_rate=1e-3)
         --set train..epochs=1: the key has an empty part (write --set train.learning_rate=1e-3)
         --set train=3: `train`: invalid type: integer `3`, expected struct TrainConfig (see schemas/train.schema.json)
@@ -344,6 +360,7 @@ mod tests {
         FOLDER/a.toml: line 3, column 1: duplicate key (see schemas/train.schema.json)
         FOLDER/a.toml: line 1, column 8: unclosed array, expected `]` (see schemas/train.schema.json)
         FOLDER/a.yaml: line 1 column 8: unclosed bracket '[' (see schemas/train.schema.json)
+        FOLDER/a.yaml: line 3 column 3: duplicate mapping key: seed (see schemas/train.schema.json)
         FOLDER/a.yaml holds no table of options (see schemas/train.schema.json)
         FOLDER/a.json is neither TOML nor YAML by its name (name the file .toml, .yaml or .yml)
         "#);

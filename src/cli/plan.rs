@@ -3,9 +3,11 @@
 use miette::Result;
 use serde::Serialize;
 
+use super::memory::resident;
 use super::style;
 use super::train::{Prepared, RunConfig};
-use crate::train::{MemoryEstimate, Workload};
+use crate::data::{Dataset, Example};
+use crate::train::{MemoryEstimate, Workload, evaluated_groups};
 
 /// A run before its start.
 #[derive(Debug, Serialize)]
@@ -24,8 +26,9 @@ pub(super) struct Plan {
     /// Optimizer steps, and those of the warm-up.
     steps: usize,
     warmup_steps: usize,
-    /// The largest micro-batch.
+    /// The largest micro-batch, and the largest batch of an evaluation.
     workload: Workload,
+    evaluation: Workload,
     memory: MemoryEstimate,
 }
 
@@ -37,14 +40,14 @@ impl Plan {
         let examples = training.examples();
         let report = training.report();
         let steps = options.total_steps(training.len());
-        let seq = (0..training.len()).map(|row| training.row_len(row)).max().unwrap_or(0);
-        let learnt = examples.iter().map(crate::data::Example::labelled).max().unwrap_or(0);
-        let rows = (options.batch_size * group).min(training.len() * group);
-        let workload = Workload { rows, seq, labelled: rows * if report.packing.is_some() { seq } else { learnt } };
+        let workload = workload(training, options.batch_size, report.packing.is_some());
+        let evaluation = held_out.as_ref().map(|held_out| workload_of_examples(held_out, evaluated_groups(options)));
+        let evaluation = evaluation.unwrap_or_default();
+        let process = resident().unwrap_or(0);
         Self {
             model: checkpoint.display_name(),
             parameters: spec.num_parameters(),
-            trained: adapter.num_parameters(),
+            trained: adapter.num_parameters(spec),
             objective: options.objective.name(),
             examples: examples.len() / group,
             tokens: report.sequence.total,
@@ -53,7 +56,8 @@ impl Plan {
             steps,
             warmup_steps: options.schedule(steps).warmup_steps,
             workload,
-            memory: MemoryEstimate::of(spec, adapter, options, &workload),
+            evaluation,
+            memory: MemoryEstimate::of(spec, adapter, options, [&workload, &evaluation], process),
         }
     }
 
@@ -70,7 +74,7 @@ impl Plan {
             100.0 * self.trained as f64 / self.parameters.max(1) as f64,
             self.examples,
             self.steps,
-            style::bytes(self.memory.total()),
+            style::bytes(self.memory.peak),
         )
     }
 
@@ -92,12 +96,32 @@ impl Plan {
         row("held out", self.held_out.map_or("nothing".into(), |n| format!("{n} {unit}")));
         row("steps", format!("{}, the first {} to warm up", self.steps, self.warmup_steps));
         row("largest batch", format!("{rows} × {seq} tokens, {labelled} of them learnt at most"));
+        row("memory: process", style::bytes(memory.process));
         row("memory: weights", style::bytes(memory.weights));
         row("memory: adapter and optimizer", style::bytes(memory.adapter + memory.optimizer));
         row("memory: activations", style::bytes(memory.activations));
-        row("memory: all, estimated", style::bytes(memory.total()));
+        row("memory: evaluation", style::bytes(memory.evaluation));
+        row("memory: peak, estimated", style::bytes(memory.peak));
         println!("{table}");
         println!("{}", super::options::to_toml(config)?);
         Ok(())
     }
+}
+
+/// The largest batch of `groups` examples or pairs out of a sampler's rows, which may be packed.
+fn workload(dataset: &Dataset, groups: usize, packed: bool) -> Workload {
+    if !packed {
+        return workload_of_examples(dataset, groups);
+    }
+    let seq = (0..dataset.len()).map(|row| dataset.row_len(row)).max().unwrap_or(0);
+    let rows = groups.min(dataset.len());
+    Workload { rows, seq, labelled: rows * seq }
+}
+
+/// The largest batch of `groups` examples or pairs.
+fn workload_of_examples(dataset: &Dataset, groups: usize) -> Workload {
+    let (examples, group) = (dataset.examples(), dataset.group_size());
+    let largest = |of: fn(&Example) -> usize| examples.iter().map(of).max().unwrap_or(0);
+    let rows = groups.saturating_mul(group).min(examples.len());
+    Workload { rows, seq: largest(Example::len), labelled: rows * largest(Example::labelled) }
 }

@@ -17,13 +17,13 @@ use super::options::{self, Layer};
 use super::plan::Plan;
 use super::progress::TrainingBar;
 use super::{Context, command_line, keep_apart, style, usage};
-use crate::adapter::{Adapter, AdapterOptions, CONFIG_NAME, MethodName, WEIGHTS_NAME};
+use crate::adapter::{Adapter, AdapterConfig, AdapterOptions, CONFIG_NAME, MethodName, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, Tokenizer};
 use crate::data::{DataConfig, Dataset, Format, Paths};
 use crate::files::Manifest;
 use crate::train::{
-    BestBy, ComputeType, Ended, EvalBy, Fingerprint, Inputs, ObjectiveKind, Outcome, REPORT_NAME, RunFolder,
-    TrainConfig, Trainer, check_data,
+    BestBy, ComputeType, Ended, EvalBy, Fingerprint, Inputs, LrScheduler, ObjectiveKind, Outcome, REPORT_NAME,
+    RunFolder, TrainConfig, Trainer, check_data, check_method,
 };
 
 /// Train an adapter: Prefix-Tuning+, prefix tuning, LoRA, or the whole model
@@ -91,6 +91,12 @@ struct TrainingArgs {
     /// Part of the steps in which the rate rises
     #[arg(long, value_parser = finite)]
     warmup_fraction: Option<f64>,
+    /// Steps in which the rate rises, in place of --warmup-fraction
+    #[arg(long)]
+    warmup_steps: Option<usize>,
+    /// How the rate goes on after that: cosine, linear or constant
+    #[arg(long)]
+    lr_scheduler: Option<LrScheduler>,
     /// Decoupled weight decay
     #[arg(long, value_parser = finite)]
     weight_decay: Option<f64>,
@@ -201,6 +207,8 @@ impl Train {
             ("gradient_accumulation", json!(training.gradient_accumulation)),
             ("max_grad_norm", json!(training.max_grad_norm)),
             ("warmup_fraction", json!(training.warmup_fraction)),
+            ("warmup_steps", json!(training.warmup_steps)),
+            ("lr_scheduler", json!(training.lr_scheduler)),
             ("adamw", given([("weight_decay", json!(training.weight_decay))])),
             ("seed", json!(training.seed)),
             ("objective", json!(training.objective)),
@@ -227,8 +235,12 @@ impl Train {
 }
 
 /// Of two options for one thing, the one in the higher layer counts.
-pub(super) const REPLACED: [(&str, &str); 3] =
-    [("data.holdout", "data.eval"), ("data.eval", "data.holdout"), ("train.epochs", "train.max_steps")];
+pub(super) const REPLACED: [(&str, &str); 4] = [
+    ("data.holdout", "data.eval"),
+    ("data.eval", "data.holdout"),
+    ("train.epochs", "train.max_steps"),
+    ("train.warmup_fraction", "train.warmup_steps"),
+];
 
 /// This command line with `--resume`.
 fn resume_command() -> String {
@@ -295,15 +307,14 @@ impl Trained {
 
     fn memory(&self) -> Option<String> {
         let (estimated, peak) = (style::bytes(self.memory.0), style::bytes(self.memory.1?));
-        Some(format!("peak memory {peak} of the whole process, estimated {estimated} for the training"))
+        Some(format!("peak memory {peak}, estimated {estimated}"))
     }
 }
 
-/// What a run needs before its decoder is loaded.
+/// What a run is known by before its weights are read.
 pub(super) struct Prepared {
     pub(super) checkpoint: Checkpoint,
-    pub(super) decoder: Decoder,
-    pub(super) adapter: Adapter,
+    pub(super) adapter: AdapterConfig,
     pub(super) training: Dataset,
     pub(super) held_out: Option<Dataset>,
 }
@@ -320,9 +331,18 @@ fn prepare(context: &Context, config: &RunConfig) -> Result<Prepared> {
     let tokenizer = checkpoint.tokenizer()?;
     let (training, held_out) = datasets(&checkpoint, &tokenizer, config)?;
     check_data(&config.train, &training, held_out.as_ref())?;
-    let decoder = Decoder::load(&checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
-    let adapter = config.adapter.start(&checkpoint, &decoder, config.train.seed)?;
-    Ok(Prepared { checkpoint, decoder, adapter, training, held_out })
+    let (adapter, _) = config.adapter.resolve(&checkpoint)?;
+    check_method(&config.train, &adapter, checkpoint.spec(), &training, held_out.as_ref())?;
+    Ok(Prepared { checkpoint, adapter, training, held_out })
+}
+
+/// The base model and the adapter at its start.
+fn load(checkpoint: &Checkpoint, config: &RunConfig) -> Result<(Decoder, Adapter)> {
+    let decoder = Decoder::load(checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
+    let adapter = config.adapter.start(checkpoint, &decoder, config.train.seed)?;
+    // weights that are trained themselves are not held twice
+    let own = adapter.decoder(checkpoint.spec(), decoder.dtype())?;
+    Ok((own.unwrap_or(decoder), adapter))
 }
 
 /// Runs a training from a resolved configuration.
@@ -336,8 +356,16 @@ pub(super) fn train(
     let prepared = prepare(context, config)?;
     let Some(out) = &config.out else { return Err(usage("--out is needed", "the folder of the run")) };
     let plan = Plan::of(config, &prepared);
+    if !resume {
+        RunFolder::check(out, overwrite)?;
+    }
+    if !context.global.quiet {
+        eprintln!("{}", plan.headline());
+    }
+    // before an earlier run is removed: weights may be damaged
+    let model = load(&prepared.checkpoint, config)?;
     let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
-    let outcome = run(context, config, &prepared, &plan, &folder, interrupt).and_then(|outcome| {
+    let outcome = run(context, config, &prepared, &model, &folder, interrupt).and_then(|outcome| {
         if outcome.ended == Ended::Stopped {
             return Ok(outcome);
         }
@@ -352,7 +380,7 @@ pub(super) fn train(
         out: out.clone(),
         outcome: outcome?,
         exit_code: interrupt.map_or(0, Interrupt::exit_code),
-        memory: (plan.memory().total(), peak_resident()),
+        memory: (plan.memory().peak, peak_resident()),
     })
 }
 
@@ -360,22 +388,19 @@ fn run(
     context: &Context,
     config: &RunConfig,
     prepared: &Prepared,
-    plan: &Plan,
+    (decoder, adapter): &(Decoder, Adapter),
     folder: &RunFolder,
     interrupt: Option<&Interrupt>,
 ) -> Result<Outcome> {
     let trainer = Trainer::new(Inputs {
-        decoder: &prepared.decoder,
+        decoder,
         base: Fingerprint::of(&prepared.checkpoint)?,
-        adapter: &prepared.adapter,
+        adapter,
         config: config.train.clone(),
         train: &prepared.training,
         held_out: prepared.held_out.as_ref(),
         folder,
     })?;
-    if !context.global.quiet {
-        eprintln!("{}", plan.headline());
-    }
     let (total, start) = (trainer.total_steps(), trainer.start_step());
     let mut bar = TrainingBar::new(total, start, context.global.quiet, interrupt.cloned());
     let outcome = trainer.run(&mut bar);

@@ -16,7 +16,7 @@ const PROMPT_TEMPLATE: &str = "prompt_template";
 /// | classification | user: the template; assistant: the label | the template, then `" label"` |
 /// | completion, alpaca | user: the prompt; assistant: the completion | the prompt, then the completion, both as they are |
 /// | text | the text | the text |
-/// | messages, sharegpt | the messages; the last is learnt, or those of chosen roles | an error |
+/// | messages, sharegpt | the messages; the assistant's are learnt, or those of chosen roles | an error |
 /// | preference | two examples: the prompt with the chosen and with the rejected answer | the same, as texts |
 ///
 /// What is given and what is learnt are tokenised apart, so that no token holds both, and a prompt has the same ids in
@@ -26,6 +26,8 @@ pub struct Format<'t> {
     tokenizer: &'t Tokenizer,
     vocab_size: usize,
     options: FormatOptions,
+    /// The one of the options, in the place of the tokenizer's.
+    chat_template: Option<ChatTemplate>,
     environment: Environment<'static>,
 }
 
@@ -42,7 +44,11 @@ impl<'t> Format<'t> {
             let Some(source) = source else { continue };
             environment.add_template_owned(name, source.clone()).map_err(template_error(name))?;
         }
-        Ok(Self { tokenizer, vocab_size, options, environment })
+        let source = options.chat_template.as_deref().map(template_source).transpose()?;
+        let token = |id: Option<u32>| id.and_then(|id| tokenizer.token(id));
+        let (bos, eos) = (token(tokenizer.bos()), token(tokenizer.eos()));
+        let compiled = source.map(|source| ChatTemplate::new(&source, bos.as_deref(), eos.as_deref()));
+        Ok(Self { tokenizer, vocab_size, options, chat_template: compiled.transpose()?, environment })
     }
 
     /// The choices in force.
@@ -151,8 +157,9 @@ impl<'t> Format<'t> {
         }
     }
 
-    fn chat(&self) -> Option<&'t ChatTemplate> {
-        self.tokenizer.chat_template().filter(|_| self.options.chat == ChatUse::Auto)
+    fn chat(&self) -> Option<&ChatTemplate> {
+        let template = self.chat_template.as_ref().or(self.tokenizer.chat_template());
+        template.filter(|_| self.options.chat == ChatUse::Auto)
     }
 
     fn no_chat_template(&self) -> Error {
@@ -271,6 +278,21 @@ impl<'t> Format<'t> {
 
 fn user(text: &str) -> Message {
     Message::new("user", text)
+}
+
+/// A template that is given as its source or as a file.
+fn template_source(given: &str) -> Result<String> {
+    if !given.trim_end().ends_with(".jinja") {
+        return Ok(given.into());
+    }
+    let path = std::path::Path::new(given.trim());
+    let bytes = crate::files::read(path)?;
+    let invalid = |_| Error::Option {
+        option: "format.chat_template",
+        reason: format!("names {}, which is not UTF-8", path.display()),
+        help: "save it as UTF-8",
+    };
+    String::from_utf8(bytes).map_err(invalid)
 }
 
 fn template_error(option: &'static str) -> impl Fn(minijinja::Error) -> Error {

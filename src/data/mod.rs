@@ -43,7 +43,7 @@ pub use format::Format;
 pub use layout::{Fields, Layout};
 pub use options::{ChatUse, DEFAULT_TEMPLATE, FormatOptions, LabelText};
 pub use parse::ReadOptions;
-pub use place::{At, Place, nearest};
+pub use place::{At, Place, distance, nearest};
 pub use record::{Entry, Holdout, Prompt, Record, Records};
 pub use report::{Dropped, Lengths, Packed, Report, Truncated};
 pub use sampler::{Cursor, Sampler};

@@ -44,9 +44,13 @@ pub struct FormatOptions {
     pub chat: ChatUse,
     /// A system prompt: the first message where a conversation has none of its own, or a paragraph before a plain prompt.
     pub system: Option<String>,
-    /// The roles whose messages are learnt in a conversation, each with the token that ends its turn; where empty, the
-    /// assistant's last message alone.
+    /// The chat template, in the place of the model's own: Jinja, or the path of a file that ends in `.jinja`.
+    pub chat_template: Option<String>,
+    /// The roles whose messages are learnt in a conversation, each with the token that ends its turn; the assistant's
+    /// where empty. What follows the last of them is left out; a conversation that ends so is refused where this is empty.
     pub train_on: Vec<String>,
+    /// Learn the last message of these roles only.
+    pub mask_history: bool,
     /// Learn the prompt too, all but its first token.
     pub train_on_prompt: bool,
 }
@@ -59,7 +63,9 @@ impl Default for FormatOptions {
             labels: LabelText::default(),
             chat: ChatUse::default(),
             system: None,
+            chat_template: None,
             train_on: Vec::new(),
+            mask_history: false,
             train_on_prompt: false,
         }
     }

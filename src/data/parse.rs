@@ -90,7 +90,8 @@ impl<'a> Parser<'a> {
         lookup(self.record, name).ok_or_else(|| {
             let needed = self.layout.needed(&self.options.fields);
             let others = self.record.keys().map(String::as_str).filter(|key| !needed.contains(key));
-            self.fail(name, format!("is missing{}", suggestion(name, others)))
+            let meant = nearest(name, others).map(|found| format!("; is it what the record calls `{found}`?"));
+            self.fail(name, format!("is missing{}", meant.unwrap_or_default()))
         })
     }
 
@@ -310,7 +311,7 @@ mod tests {
         let found = read(json!({"question": "q", "answers": {"text": "a"}, "text": "t"}), &options).unwrap();
         assert_eq!(found, Record::Completion { prompt: "q".into(), completion: "a".into(), system: None });
         let error = read(json!({"qestion": "q", "answers": {"text": "a"}}), &options).unwrap_err();
-        assert_eq!(error, "d:1: the field `question` is missing; did you mean `qestion`?");
+        assert_eq!(error, "d:1: the field `question` is missing; is it what the record calls `qestion`?");
     }
 
     #[test]
@@ -347,7 +348,7 @@ mod tests {
             error(json!({"prompt": "p", "chosen": "a"})),
         ];
         insta::assert_snapshot!(errors.join("\n"), @"
-        d:1: the field `prompt` is missing; did you mean `promt`?
+        d:1: the field `prompt` is missing; is it what the record calls `promt`?
         d:1: the record is of no known layout; its fields are txt, lable; did you mean `text` by `txt`?
         d:1: the record is of no known layout; its fields are question
         d:1: the record is of no known layout; its fields are none

@@ -47,17 +47,20 @@ pub(super) fn listed(paths: &[PathBuf]) -> String {
 /// The longest name that is compared; the distance of two texts costs the product of their lengths.
 const LONGEST: usize = 64;
 
-/// The known name that was most probably meant by `name`: at most a third of its letters differ, case not counted.
+/// The known name that was most probably meant by `name`, by [`distance`].
 pub fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
-    let lower = name.to_lowercase();
-    let distance = |known: &str| strsim::damerau_levenshtein(&lower, &known.to_lowercase());
-    known
-        .into_iter()
-        .filter(|known| known.len() <= LONGEST && name.len() <= LONGEST)
-        .map(|known| (distance(known), known))
-        .filter(|(distance, known)| *distance <= (known.chars().count() / 3).max(1))
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, known)| known)
+    let near = known.into_iter().filter_map(|known| Some((distance(name, known)?, known)));
+    near.min_by_key(|(distance, _)| *distance).map(|(_, known)| known)
+}
+
+/// How many letters of `name` differ from `known`, neither case nor hyphens counted; none where more than a third do.
+pub fn distance(name: &str, known: &str) -> Option<usize> {
+    if name.len() > LONGEST || known.len() > LONGEST {
+        return None;
+    }
+    let spelled = |text: &str| text.to_lowercase().replace('-', "_");
+    let distance = strsim::damerau_levenshtein(&spelled(name), &spelled(known));
+    (distance <= (known.chars().count() / 3).max(1)).then_some(distance)
 }
 
 /// `; did you mean …?`, or nothing.

@@ -150,6 +150,7 @@ impl Report {
         let mut notes = Vec::new();
         if records > 0 {
             let what = match side {
+                _ if self.layout == Layout::Text => "their end",
                 Truncation::Right => "the end of their completion",
                 Truncation::Left | Truncation::Drop => "the beginning of their prompt",
             };

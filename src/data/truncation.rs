@@ -10,7 +10,7 @@ use super::Example;
 #[serde(rename_all = "snake_case")]
 pub enum Truncation {
     /// The prompt loses its beginning, all but the token that begins a text. Where the completion leaves no room for one
-    /// token of prompt, the record is dropped.
+    /// token of prompt, the record is dropped. A text without a prompt loses its end.
     #[default]
     Left,
     /// The completion loses its end, and with it the token that ends the text. Where the prompt leaves no room for one token
@@ -82,13 +82,14 @@ impl Truncation {
         let before = (tokens(group), labels(group));
         match self {
             Self::Drop => return Err(DropReason::TooLong),
-            Self::Left => {
+            // one token that begins the text is no prompt
+            Self::Left if group.iter().any(|example| example.prompt_ids.len() > 1) => {
                 let longest = group.iter().map(|example| example.completion_ids.len()).max().unwrap_or(0);
                 let room = max_seq_len.checked_sub(longest).filter(|&room| room > 0);
                 let room = room.ok_or(DropReason::CompletionTooLong)?;
                 group.iter_mut().for_each(|example| example.keep_end(room, bos));
             }
-            Self::Right => {
+            Self::Left | Self::Right => {
                 for example in group.iter_mut() {
                     let room = max_seq_len.checked_sub(example.prompt_ids.len()).filter(|&room| room > 0);
                     example.completion_ids.truncate(room.ok_or(DropReason::PromptTooLong)?);

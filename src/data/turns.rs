@@ -11,8 +11,8 @@ use super::{Example, Format, Result};
 use crate::base::{ChatTemplate, Message};
 
 impl Format<'_> {
-    /// A conversation whose last message, or whose messages of the chosen roles, are learnt; what follows the last of them
-    /// is left out. `None` where there is none.
+    /// A conversation whose messages of the chosen roles are learnt, or the last of them; what follows it is left out.
+    /// `None` where there is none.
     pub(super) fn conversation(&self, template: &ChatTemplate, messages: &[Message]) -> Result<Option<Example>> {
         let roles = &self.options().train_on;
         let messages = self.with_system(messages.to_vec(), None);
@@ -25,10 +25,8 @@ impl Format<'_> {
         if before.is_empty() && learnt.role == ASSISTANT {
             return Ok(None);
         }
-        let turns: Vec<usize> = match roles.as_slice() {
-            [] => Vec::new(),
-            _ => (0..last).filter(|&index| is_learnt(&messages[index])).collect(),
-        };
+        let earlier = if self.options().mask_history { 0..0 } else { 0..last };
+        let turns: Vec<usize> = earlier.filter(|&index| is_learnt(&messages[index])).collect();
         if learnt.role == ASSISTANT {
             let mut example = self.turn(template, before, &learnt.content)?;
             if !turns.is_empty() {
@@ -262,8 +260,28 @@ mod tests {
             shown(&format(&tokenizer, &["assistant"]), &without),
             shown(&format(&tokenizer, &["assistant"]), &chat(&TURNS))
         );
-        let last = shown(&format(&tokenizer, &[]), &without);
+        assert_eq!(shown(&format(&tokenizer, &[]), &without), shown(&format(&tokenizer, &["assistant"]), &without));
+        let options = FormatOptions { mask_history: true, ..FormatOptions::default() };
+        let last = shown(&Format::new(&tokenizer, tokenizer.vocab_size(), options).unwrap(), &without);
         assert!(last.ends_with("assistant\n⟦a<|im_end|>⟧") && last.matches('⟦').count() == 1, "{last}");
+    }
+
+    #[test]
+    fn a_template_of_the_options_is_used_in_place_of_the_tokenizer_s() {
+        let own = ascii_tokenizer(Some(LLAMA3));
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("chatml.jinja");
+        std::fs::write(&file, CHATML).unwrap();
+        let expected = shown(&format(&ascii_tokenizer(Some(CHATML)), &[]), &chat(&TURNS));
+        let with = |template: &str| {
+            let options = FormatOptions { chat_template: Some(template.into()), ..FormatOptions::default() };
+            Format::new(&own, own.vocab_size(), options)
+        };
+        for template in [CHATML, file.to_str().unwrap()] {
+            assert_eq!(shown(&with(template).unwrap(), &chat(&TURNS)), expected);
+        }
+        assert!(with("nowhere.jinja").unwrap_err().to_string().contains("nowhere.jinja"));
+        assert!(with("{% if %}").is_err());
     }
 
     #[test]

@@ -95,15 +95,21 @@ impl Chart {
         let y_at = |y: f64| HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM);
         let mut out =
             format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n", escape(&self.title));
-        for tick in ticks(low, high, 5) {
-            let (y, text) = (y_at(tick), number(if self.log { 10f64.powf(tick) } else { tick }));
+        let heights = ticks(low, high, 5);
+        let step = spacing(&heights);
+        for tick in heights {
+            let (y, text) = (y_at(tick), if self.log { number(10f64.powf(tick)) } else { label(tick, step) });
             out +=
                 &format!("<line class=\"grid\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\n", WIDTH - RIGHT);
             out += &format!("<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>\n", LEFT - 6.0, y + 3.5);
         }
-        for tick in ticks(left, right, 6) {
+        let counts = lines.iter().flatten().all(|(x, _)| x.fract() == 0.0);
+        let mut columns = ticks(left, right, 6);
+        columns.retain(|tick| !counts || (tick - tick.round()).abs() < 1e-9);
+        let step = spacing(&columns);
+        for tick in columns {
             let (x, y) = (x_at(tick), HEIGHT - BOTTOM + 15.0);
-            out += &format!("<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"middle\">{}</text>\n", number(tick));
+            out += &format!("<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"middle\">{}</text>\n", label(tick, step));
         }
         let middle = (LEFT + WIDTH - RIGHT) / 2.0;
         out += &format!(
@@ -196,6 +202,24 @@ fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
     (first..=last.min(first.saturating_add(50))).map(|at| at as f64 * step).collect()
 }
 
+fn spacing(ticks: &[f64]) -> f64 {
+    if let [first, second, ..] = ticks { second - first } else { 1.0 }
+}
+
+/// A tick with as many digits as tell it from its neighbours.
+fn label(value: f64, step: f64) -> String {
+    let size = value.abs().max(step);
+    if value.abs() < step * 1e-6 {
+        return "0".into();
+    }
+    if (1e-3..1e6).contains(&size) {
+        let digits = (-step.log10() - 1e-9).ceil().clamp(0.0, 9.0) as usize;
+        return format!("{value:.digits$}");
+    }
+    let digits = ((value.abs() / step).log10() + 1e-9).floor().clamp(0.0, 9.0) as usize;
+    format!("{value:.digits$e}")
+}
+
 /// A number as short as it can be read.
 fn number(value: f64) -> String {
     let size = value.abs();
@@ -223,6 +247,21 @@ mod tests {
         assert_eq!(ticks(-0.3, 0.9, 4), [0.0, 0.5]);
         assert_eq!(ticks(1.0, 1.0, 4), Vec::<f64>::new());
         assert_eq!(ticks(0.0, f64::INFINITY, 4), Vec::<f64>::new());
+    }
+
+    #[test]
+    fn labels_of_neighbours_differ() {
+        let labels = |low, high| {
+            let ticks = ticks(low, high, 4);
+            ticks.iter().map(|tick| label(*tick, spacing(&ticks))).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(labels(10.406, 10.444), "10.41 10.42 10.43 10.44");
+        assert_eq!(labels(0.0, 1.0), "0 0.5 1.0");
+        assert_eq!(labels(-20.0, 20.0), "-20 -10 0 10 20");
+        assert_eq!(labels(0.0, 3.9e-4), "0 1e-4 2e-4 3e-4");
+        assert_eq!(labels(1_000_000.0, 1_000_004.0), "1.000000e6 1.000001e6 1.000002e6 1.000003e6 1.000004e6");
+        let svg = Chart::new("t", "step").with(Series::new("s", vec![(1.0, 0.0), (2.0, 1.0)])).svg();
+        assert!(svg.contains(">1</text>") && svg.contains(">2</text>") && !svg.contains(">1.2</text>"), "{svg}");
     }
 
     #[test]

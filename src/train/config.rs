@@ -4,7 +4,7 @@ use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{AdamWConfig, DpoConfig, Error, EvalBy, ObjectiveKind, Result, Schedule, SimpoConfig};
+use super::{AdamWConfig, DpoConfig, Error, EvalBy, LrScheduler, ObjectiveKind, Result, Schedule, SimpoConfig};
 
 /// The options of a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -30,7 +30,11 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     /// Part of all steps in which the rate rises from zero.
     pub warmup_fraction: f64,
-    /// The rate after the last step, as a fraction of the highest.
+    /// Steps in which the rate rises from zero, in place of `warmup_fraction`.
+    pub warmup_steps: Option<usize>,
+    /// How the rate goes on after the warm-up.
+    pub lr_scheduler: LrScheduler,
+    /// The rate after the last step, as a fraction of the highest; not with `constant`.
     pub final_rate_fraction: f64,
     /// The optimizer's constants.
     pub adamw: AdamWConfig,
@@ -74,6 +78,8 @@ impl Default for TrainConfig {
             gradient_accumulation: 1,
             max_grad_norm: 1.0,
             warmup_fraction: 0.1,
+            warmup_steps: None,
+            lr_scheduler: LrScheduler::Cosine,
             final_rate_fraction: 0.0,
             adamw: AdamWConfig::default(),
             seed: 0,
@@ -251,9 +257,11 @@ impl TrainConfig {
 
     /// The learning rate over `total_steps` steps.
     pub fn schedule(&self, total_steps: usize) -> Schedule {
+        let fraction = (self.warmup_fraction * total_steps as f64).ceil() as usize;
         Schedule {
+            kind: self.lr_scheduler,
             peak: self.learning_rate,
-            warmup_steps: (self.warmup_fraction * total_steps as f64).ceil() as usize,
+            warmup_steps: self.warmup_steps.unwrap_or(fraction),
             total_steps,
             final_fraction: self.final_rate_fraction,
         }

@@ -1,43 +1,52 @@
 //! How much memory a run needs, before it starts.
 
+mod activations;
+
 use serde::Serialize;
 
 use super::{ComputeType, TrainConfig};
-use crate::adapter::Adapter;
+use crate::adapter::{AdapterConfig, Method};
 use crate::base::DecoderSpec;
+use activations::Activations;
 
-/// An estimate of a run's memory, in bytes.
+/// An estimate of the largest memory of a run's process, in bytes.
 ///
-/// With `T = rows · seq` positions of a micro-batch, `b` bytes a number of the compute type, `P` and `A` the parameters of
-/// model and adapter, hidden width `h`, MLP width `m`, query width `q = heads · head_dim`, key width `k`:
+/// With `P` and `A` the parameters of model and adapter and `b` bytes a number of the compute type:
 ///
 /// ```text
-/// weights      P · b
-/// adapter      A · 4                     float32
-/// optimizer    A · 4 · 4                 gradient, its sum over micro-batches, two moments
-/// activations  per layer from the lowest adapted one   b · T · (6h + 6q + 3k + 2m)      3m for an MLP without a gate
-///              of the layer being computed             one layer's again
-///              of the labelled positions               2 · labelled · h · b
-///              with checkpoint_activations             b · T · h a layer, and two layers' as above
+/// weights      P · b                     of full fine-tuning the weights at the start, which are A
+/// adapter      A · 4 · 2                 float32: at the start, and as it is trained
+/// optimizer    A · 4 · 2                 two moments; A · 4 more for the sum over micro-batches
+/// activations  see `activations.rs`: what the backward pass needs, its temporaries with the gradient, and logits
+/// evaluation   the temporaries of one layer and the logits, at four times the rows
+/// saving       A · 4 · 2                 a checkpoint's moments before they are written
 /// ```
 ///
-/// The coefficients count the tensors that the decoder keeps for the backward pass; attention and the loss keep no scores
-/// and no logits. What is not in it: the process itself, temporaries of an evaluation, and pages of the checkpoint that the
-/// system keeps mapped.
+/// The last three do not exist at the same time: the largest counts. An eighth of all but `process` is added for what the
+/// allocator holds back, and 24 MiB for the rest of the program; measured on shapes from 0.4 to 135 million parameters, the
+/// peak of a run is then within 15 % of the estimate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
+    /// The process before weights are read: program, tokenizer, examples.
+    pub process: u64,
     /// The frozen model.
     pub weights: u64,
     /// The adapter in float32.
     pub adapter: u64,
     /// Gradients and moments.
     pub optimizer: u64,
-    /// What the backward pass needs of the forward pass, logits included.
+    /// What the backward pass needs of the forward pass, and the temporaries of both.
     pub activations: u64,
+    /// What an evaluation of the held-out part needs.
+    pub evaluation: u64,
+    /// What writing a checkpoint needs.
+    pub saving: u64,
+    /// The largest that exists at a time.
+    pub peak: u64,
 }
 
-/// The largest micro-batch of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// The largest batch of a kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Workload {
     /// Sequences.
     pub rows: usize,
@@ -48,35 +57,47 @@ pub struct Workload {
 }
 
 impl MemoryEstimate {
-    /// The estimate for a model, an adapter and the largest micro-batch.
-    pub fn of(spec: &DecoderSpec, adapter: &Adapter, config: &TrainConfig, work: &Workload) -> Self {
-        let number = match config.dtype {
-            ComputeType::F64 => 8,
-            ComputeType::F32 => 4,
-            ComputeType::Bf16 | ComputeType::F16 => 2,
+    /// The estimate for a model, an adapter, the largest micro-batch and the largest batch of an evaluation; `process` is
+    /// what the process holds already.
+    pub fn of(
+        spec: &DecoderSpec,
+        adapter: &AdapterConfig,
+        config: &TrainConfig,
+        [training, evaluation]: [&Workload; 2],
+        process: u64,
+    ) -> Self {
+        let adapted = adapter.num_parameters(spec) as u64;
+        let is_full = matches!(adapter.method, Method::Full(_));
+        let number = config.dtype.bytes();
+        let largest =
+            spec.weights().iter().map(|weight| weight.shape.iter().product::<usize>()).max().unwrap_or(0) as u64;
+        let sums = if config.gradient_accumulation > 1 { 3 } else { 2 };
+        let activations = Activations::new(spec, adapter, config);
+        // of full fine-tuning, the step's temporaries are as large as the largest weight
+        let step = if is_full { 4 * (adapted + 6 * largest) } else { 0 };
+        let mut estimate = Self {
+            process,
+            weights: if is_full { 0 } else { spec.num_parameters() as u64 * number },
+            adapter: adapted * 4 * 2,
+            optimizer: adapted * 4 * sums,
+            activations: activations.training(training).max(step),
+            evaluation: activations.evaluation(evaluation),
+            saving: adapted * 4 * 2,
+            peak: 0,
         };
-        let wide = |n: usize| n as u64;
-        let attention = &spec.attention;
-        let (queries, keys) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
-        let mlp = spec.mlp.intermediate_size * if spec.mlp.gated { 2 } else { 3 };
-        let positions = wide(work.rows) * wide(work.seq) * number;
-        let residual = positions * wide(spec.hidden_size);
-        let layer = positions * wide(6 * spec.hidden_size + 6 * queries + 3 * keys + mlp);
-        let lowest = adapter.config().layers.iter().flatten().min().copied().unwrap_or(0);
-        let layers = wide(spec.num_layers.saturating_sub(lowest));
-        let kept = if config.checkpoint_activations { residual * layers + layer } else { layer * layers };
-        let labelled = 2 * wide(work.labelled) * wide(spec.hidden_size) * number;
-        let adapted = wide(adapter.num_parameters());
-        Self {
-            weights: wide(spec.num_parameters()) * number,
-            adapter: adapted * 4,
-            optimizer: adapted * 16,
-            activations: kept + layer + labelled,
-        }
+        let passing = estimate.activations.max(estimate.evaluation).max(estimate.saving);
+        let training = estimate.weights + estimate.adapter + estimate.optimizer + passing;
+        estimate.peak = process + PROGRAM + training + training / 8;
+        estimate
     }
+}
 
-    /// All together.
-    pub fn total(&self) -> u64 {
-        self.weights + self.adapter + self.optimizer + self.activations
+/// What threads, their stacks and code not yet run take.
+const PROGRAM: u64 = 24 << 20;
+
+impl ComputeType {
+    /// Bytes of a number.
+    fn bytes(self) -> u64 {
+        self.dtype().size_in_bytes() as u64
     }
 }

@@ -41,7 +41,7 @@ pub use objective::{
 };
 pub use optimizer::{AdamW, AdamWConfig, clip_gradients};
 pub use run_folder::{EVALUATION_NAME, METRICS_NAME, RunFolder};
-pub use schedule::Schedule;
+pub use schedule::{LrScheduler, Schedule};
 pub use step::StepReport;
 pub use tensorboard::EventWriter;
-pub use trainer::{Ended, Inputs, Observer, Outcome, Silent, Trainer, check_data};
+pub use trainer::{Ended, Inputs, Observer, Outcome, Silent, Trainer, check_data, check_method, evaluated_groups};

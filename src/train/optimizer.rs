@@ -17,7 +17,7 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay, multiplied by the rate.
+    /// Decoupled weight decay, multiplied by the rate. Norms, biases and other tensors of one dimension do not decay.
     pub weight_decay: f64,
 }
 
@@ -76,7 +76,8 @@ impl AdamW {
             let denominator = ((&*second / correction2)?.sqrt()? + epsilon)?;
             let update = ((&*first / correction1)? / denominator)?;
             let value = var.as_detached_tensor().to_dtype(DType::F32)?;
-            let value = ((value * (1.0 - rate * weight_decay))? - (update * rate)?)?;
+            let decay = if var.rank() > 1 { weight_decay } else { 0.0 };
+            let value = ((value * (1.0 - rate * decay))? - (update * rate)?)?;
             var.set(&value.to_dtype(var.dtype())?)?;
         }
         Ok(())
@@ -157,10 +158,15 @@ mod tests {
     use super::*;
 
     /// Three steps of `torch.optim.AdamW(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)` on x = [1, -2] with
-    /// gradient 2x: values from the update rule evaluated independently in Python floats.
+    /// gradient 2x, by the update rule in float64; a tensor of one dimension is in a group without decay, as transformers'
+    /// Trainer puts norms and biases.
     #[test]
     fn follows_the_update_rule() {
-        let var = Var::new(&[1f32, -2.0], &Device::Cpu).unwrap();
+        follows(Var::new(&[[1f32, -2.0]], &Device::Cpu).unwrap(), 0.1);
+        follows(Var::new(&[1f32, -2.0], &Device::Cpu).unwrap(), 0.0);
+    }
+
+    fn follows(var: Var, decay: f64) {
         let config = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
         let mut optimizer = AdamW::new(config, BTreeMap::from([("x".to_owned(), var.clone())])).unwrap();
         let mut expected = [1f64, -2.0];
@@ -173,10 +179,10 @@ mod tests {
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.999 * v[i] + 0.001 * g * g;
                 let (mh, vh) = (m[i] / (1.0 - 0.9f64.powi(t)), v[i] / (1.0 - 0.999f64.powi(t)));
-                expected[i] = expected[i] * (1.0 - 0.1 * 0.1) - 0.1 * mh / (vh.sqrt() + 1e-8);
+                expected[i] = expected[i] * (1.0 - 0.1 * decay) - 0.1 * mh / (vh.sqrt() + 1e-8);
             }
         }
-        let found: Vec<f32> = var.to_vec1().unwrap();
+        let found: Vec<f32> = var.flatten_all().unwrap().to_vec1().unwrap();
         for (found, expected) in found.iter().zip(expected) {
             assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} vs {expected}");
         }

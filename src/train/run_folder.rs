@@ -44,15 +44,26 @@ impl RunFolder {
     /// # Errors
     /// When the folder holds something, unless it is an earlier run and `overwrite` is true; or it cannot be created.
     pub fn create(path: &Path, overwrite: bool) -> Result<Self> {
+        if Self::check(path, overwrite)? {
+            std::fs::remove_dir_all(path).map_err(files::Error::io("replace", path))?;
+        }
+        std::fs::create_dir_all(path).map_err(files::Error::io("create folder", path))?;
+        // the mark of a run, however early it is killed
+        let metrics = path.join(METRICS_NAME);
+        std::fs::write(&metrics, "").map_err(files::Error::io("write", &metrics))?;
+        Ok(Self { path: path.into(), created: true })
+    }
+
+    /// Whether [`create`](Self::create) would remove an earlier run.
+    ///
+    /// # Errors
+    /// When it would refuse the folder.
+    pub fn check(path: &Path, overwrite: bool) -> Result<bool> {
         let occupied = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
         if occupied && !(overwrite && is_run(path)) {
             return Err(files::Error::Exists { path: path.into() }.into());
         }
-        if occupied {
-            std::fs::remove_dir_all(path).map_err(files::Error::io("replace", path))?;
-        }
-        std::fs::create_dir_all(path).map_err(files::Error::io("create folder", path))?;
-        Ok(Self { path: path.into(), created: true })
+        Ok(occupied)
     }
 
     /// Opens the folder of a run to go on with it: from its newest checkpoint, or from the start where it was stopped
@@ -219,8 +230,15 @@ impl RunFolder {
     /// When there are checkpoints and none can be read, or one is of another version.
     pub(super) fn load(&self) -> Result<Option<Saved>> {
         let mut failure = None;
-        for (_, path) in self.checkpoints().into_iter().rev() {
-            match checkpoint::read(&path) {
+        for (step, path) in self.checkpoints().into_iter().rev() {
+            let named = |saved: Saved| match saved.state.step {
+                found if found == step => Ok(saved),
+                found => {
+                    let why = format!("its state is of step {found}, its name says {step}");
+                    Err(Error::Checkpoint { path: path.clone(), why })
+                }
+            };
+            match checkpoint::read(&path).and_then(named) {
                 Ok(saved) => {
                     if let Some(error) = failure {
                         tracing::warn!("{error}; going on from {}", path.display());

@@ -40,7 +40,8 @@ impl Trainer<'_> {
         let mut gradients = BTreeMap::new();
         let mut figures = BTreeMap::<String, f64>::new();
         let mut loss = 0.0;
-        for batch in &batches {
+        for (at, batch) in batches.iter().enumerate() {
+            self.hook.begin_pass(self.pass_number(step, at));
             let of = BatchGradients {
                 decoder: self.decoder(),
                 hook: self.hook.as_ref(),
@@ -75,6 +76,12 @@ impl Trainer<'_> {
             seconds: started.elapsed().as_secs_f64(),
             figures,
         })
+    }
+
+    /// A number for each micro-batch of the run, which a resumed run gives again.
+    fn pass_number(&self, step: usize, batch: usize) -> u64 {
+        let number = step as u64 * self.config.gradient_accumulation as u64 + batch as u64;
+        self.config.seed.rotate_left(32) ^ number
     }
 
     fn check_finite(&self, step: usize, what: &'static str, value: f64) -> Result<()> {

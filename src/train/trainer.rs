@@ -9,12 +9,12 @@ use super::checkpoint::{Saved, State};
 use super::control::Progress;
 use super::curves;
 use super::{
-    AdamW, Best, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, ObjectiveKind, Result, RunFolder,
-    Schedule, StepReport, TrainConfig,
+    AdamW, Best, ComputeType, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, ObjectiveKind, Result,
+    RunFolder, Schedule, StepReport, TrainConfig,
 };
-use crate::adapter::Adapter;
-use crate::base::{Decoder, SiteHook};
-use crate::data::{Cursor, Dataset, Sampler};
+use crate::adapter::{Adapter, AdapterConfig, Method};
+use crate::base::{Decoder, DecoderSpec, SiteHook};
+use crate::data::{Cursor, Dataset, Example, Sampler};
 
 /// Is told how a run goes, and may end it.
 pub trait Observer {
@@ -135,6 +135,7 @@ impl<'a> Trainer<'a> {
         let Inputs { decoder, base, adapter, config, train, held_out, folder } = inputs;
         config.check()?;
         check_data(&config, train, held_out)?;
+        check_method(&config, adapter.config(), decoder.spec(), train, held_out)?;
         let data_hash = train.digest();
         let saved = folder.load()?;
         if let Some(saved) = &saved {
@@ -144,10 +145,6 @@ impl<'a> Trainer<'a> {
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(decoder.spec(), decoder.device())?;
         let own = adapter.decoder(decoder.spec(), decoder.dtype())?;
-        if own.is_some() && config.objective == ObjectiveKind::Dpo {
-            let why = "is dpo, whose reference is the model without its adapter, but the whole model is trained".into();
-            return Err(Error::Config { field: "objective", why });
-        }
         let mut optimizer = AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?;
         let (mut start, mut cursor, mut progress) = (0, Cursor::default(), Progress::default());
         let resumed = saved.is_some();
@@ -291,9 +288,15 @@ impl<'a> Trainer<'a> {
 
     fn evaluate_held_out(&mut self, step: usize, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
         let Some(held_out) = self.held_out else { return Ok(None) };
-        let (objective, by, batch_size) = (self.objective.as_ref(), self.config.eval_by, self.config.batch_size * 4);
-        let evaluator = Evaluator::new(self.decoder(), objective, held_out, Some(self.train), by, batch_size);
-        let evaluation = evaluator.run(self.hook.as_ref())?;
+        // without gradients: a graph of so many rows would be the largest of the run
+        let (still, base) = (self.adapter.detached(), self.base_decoder);
+        let hook = still.hook(base.spec(), base.device())?;
+        let own = still.decoder(base.spec(), base.dtype())?;
+        let (objective, by, batch_size) =
+            (self.objective.as_ref(), self.config.eval_by, evaluated_groups(&self.config));
+        let decoder = own.as_ref().unwrap_or(base);
+        let evaluation =
+            Evaluator::new(decoder, objective, held_out, Some(self.train), by, batch_size).run(hook.as_ref())?;
         #[derive(Serialize)]
         struct Line<'a> {
             step: usize,
@@ -307,6 +310,11 @@ impl<'a> Trainer<'a> {
         observer.evaluation(step, &evaluation);
         Ok(Some(evaluation))
     }
+}
+
+/// Examples or pairs of an evaluation's batch.
+pub fn evaluated_groups(config: &TrainConfig) -> usize {
+    config.batch_size.saturating_mul(4)
 }
 
 fn is_due(step: usize, every: usize) -> bool {
@@ -332,6 +340,50 @@ pub fn check_data(config: &TrainConfig, train: &Dataset, held_out: Option<&Datas
     match (config.needs_best(), held_out) {
         (Some(field), None) => Err(Error::NoHeldOut { field }),
         _ => Ok(()),
+    }
+}
+
+/// Whether a method goes together with the options and the data.
+///
+/// # Errors
+/// When the objective needs the model that the method changes, the method does not compute in the type asked for, it does
+/// not see packed rows, or an example is longer than the positions that are left to it.
+pub fn check_method(
+    config: &TrainConfig,
+    adapter: &AdapterConfig,
+    spec: &DecoderSpec,
+    train: &Dataset,
+    held_out: Option<&Dataset>,
+) -> Result<()> {
+    let fail = |field: &'static str, why: String| Err(Error::Config { field, why });
+    let is_full = matches!(adapter.method, Method::Full(_));
+    if is_full && config.objective == ObjectiveKind::Dpo {
+        let why = "is dpo, whose reference is the model without its adapter, but method = full trains the model \
+                   itself: use simpo, which needs no reference, or another method";
+        return fail("objective", why.into());
+    }
+    if is_full && config.dtype != ComputeType::F32 {
+        return fail("dtype", "must be f32 with method = full, whose weights are trained in float32".into());
+    }
+    let prefix = match &adapter.method {
+        Method::Prefix(prefix) => prefix.num_virtual_tokens,
+        _ => 0,
+    };
+    if prefix > 0 && train.report().packing.is_some() {
+        let why = "is on, but method = prefix puts its trained keys before a row, not before each of its examples";
+        return fail("packing", why.into());
+    }
+    let Some(table) = spec.embedding.positions else { return Ok(()) };
+    let room = table.rows.saturating_sub(table.offset + prefix);
+    let lengths = std::iter::once(train).chain(held_out).flat_map(Dataset::examples).map(Example::len);
+    match lengths.max().filter(|longest| *longest > room) {
+        Some(longest) => fail(
+            "max_seq_len",
+            format!(
+                "lets examples have {longest} tokens, but the model has {room} positions for them: set it to {room}"
+            ),
+        ),
+        None => Ok(()),
     }
 }
 

@@ -14,6 +14,8 @@ mod gradients;
 mod graphs;
 mod large_graph;
 mod linear_maps;
+mod memory;
+mod merge;
 mod methods;
 mod operators;
 mod oracles;

@@ -495,3 +495,74 @@ fn preferences_are_learnt_and_a_stopped_run_goes_on_to_the_same_bytes() {
     let output = prefold(at, &args("sft", "sft", "16"));
     assert!(error_of(&output).contains("objective `sft` needs completions"), "{}", error_of(&output));
 }
+
+/// What LoRA's dropout leaves out follows from the seed and the step, so that a resumed run ends in the same bytes.
+#[test]
+fn dropout_resumes_to_the_same_bytes() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (paths, at) = (paths(), scratch.path());
+    let options = ["--method", "lora", "--set", "adapter.lora.dropout=0.5", "--max-steps", "6", "--save-every", "3"];
+    let more = [options.as_slice(), &["--gradient-accumulation", "2"]].concat();
+    prefold_ok(at, &run(&paths, "whole", &more));
+    copy(&at.join("whole"), &at.join("resumed"));
+    std::fs::remove_file(at.join("resumed/adapter_model.safetensors")).unwrap();
+    prefold_ok(at, &run(&paths, "resumed", &[more.as_slice(), &["--resume"]].concat()));
+    assert_eq!(adapter(&at.join("whole")), adapter(&at.join("resumed")));
+    let config: Value = serde_json::from_slice(&adapter(&at.join("whole"))[1]).unwrap();
+    assert_eq!(config["dropout"], 0.5);
+    let without: Vec<&str> = more.iter().map(|option| option.trim_end_matches("0.5")).collect();
+    let without: Vec<&str> =
+        without.iter().map(|o| if o.ends_with("dropout=") { "adapter.lora.dropout=0" } else { o }).collect();
+    prefold_ok(at, &run(&paths, "without", &without));
+    assert_ne!(adapter(&at.join("whole"))[0], adapter(&at.join("without"))[0]);
+}
+
+/// A run that is killed before its first step is still one: it can be replaced, and resumed from the start. A model that
+/// cannot be read does not cost the run that was to be replaced.
+#[test]
+fn a_run_is_known_by_its_folder_from_the_start() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (paths, at) = (paths(), scratch.path());
+    let options = ["--max-steps", "2", "--save-every", "0"];
+    let early = at.join("early");
+    let mut child = start(at, &run(&paths, "early", &["--max-steps", "500", "--tensorboard"]));
+    let started = Instant::now();
+    while !early.exists() && started.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    if early.join("metrics.jsonl").exists() {
+        prefold_ok(at, &run(&paths, "early", &[options.as_slice(), &["--resume"]].concat()));
+    }
+    prefold_ok(at, &run(&paths, "early", &[options.as_slice(), &["--overwrite"]].concat()));
+
+    let [model, data, eval] = paths;
+    copy(&model, &at.join("damaged"));
+    let weights = at.join("damaged/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    // the last tensor's values: a model of NaN, which an adapter of its own weights refuses
+    let length = bytes.len();
+    bytes[length - 4096..].fill(0xff);
+    std::fs::write(&weights, bytes).unwrap();
+    let kept = adapter(&early);
+    let damaged = [at.join("damaged"), data, eval];
+    let output = prefold(at, &run(&damaged, "early", &["--overwrite", "--method", "full", "--max-steps", "1"]));
+    assert!(!output.status.success(), "{}", error_of(&output));
+    assert_eq!(adapter(&early), kept);
+}
+
+/// A state that does not belong to its folder is damage, not a run that is complete.
+#[test]
+fn a_checkpoint_of_another_step_is_damaged() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (paths, at) = (paths(), scratch.path());
+    let options = ["--max-steps", "4", "--save-every", "2"];
+    prefold_ok(at, &run(&paths, "out", &options));
+    let state = at.join("out/checkpoints/step-000002/state.json");
+    let text = std::fs::read_to_string(&state).unwrap().replace("\"step\": 2,", "\"step\": 900,");
+    assert!(text.contains("900"), "{text}");
+    std::fs::write(&state, text).unwrap();
+    let error = error_of(&prefold(at, &run(&paths, "out", &[options.as_slice(), &["--resume"]].concat())));
+    assert!(error.contains("its state is of step 900, its name says 2"), "{error}");
+}

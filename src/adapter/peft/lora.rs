@@ -31,6 +31,10 @@ pub(super) fn read(config: &Config, tensors: &Tensors, spec: &DecoderSpec) -> Re
         alpha: config.number("lora_alpha")?,
         rslora: config.flag("use_rslora")?,
         dora: config.flag("use_dora")?,
+        dropout: match config.get("lora_dropout") {
+            Some(_) => config.number("lora_dropout")?,
+            None => 0.0,
+        },
         ..Lora::default()
     };
     let (ranks, alphas) = (config.pattern("rank_pattern")?, config.pattern("alpha_pattern")?);
@@ -158,7 +162,7 @@ pub(super) fn write(adapter: &Adapter, lora: &Lora, spec: &DecoderSpec) -> Resul
         "inference_mode": true,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
         "target_modules": target_names(&all, &adapted),

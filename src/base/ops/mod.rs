@@ -7,6 +7,7 @@
 
 mod attention;
 mod cross_entropy;
+mod dropout;
 mod elu;
 mod head_linear;
 mod held;
@@ -21,6 +22,7 @@ mod rows;
 
 pub use attention::{Visibility, attention, attention_packed};
 pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
+pub use dropout::dropout;
 pub use elu::elu;
 pub use head_linear::{Feature, head_linear};
 pub use linear::linear;

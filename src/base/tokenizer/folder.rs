@@ -5,10 +5,15 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{GENERATION_CONFIG, Parts, SpecialIds, TOKENIZER, TOKENIZER_CONFIG, surround};
-use crate::base::Result;
+use crate::base::{Error, Result};
 use crate::files;
 
 pub(super) fn read(folder: &Path) -> Result<Parts> {
+    if !folder.join(TOKENIZER).is_file() {
+        let reason =
+            format!("the folder holds no {TOKENIZER}; transformers writes it from the other files of a tokenizer");
+        return Err(Error::Tokenizer { path: folder.into(), reason });
+    }
     let mut json: Value = files::read_json(&folder.join(TOKENIZER), "a tokenizer")?;
     let config = optional(folder, TOKENIZER_CONFIG)?;
     let map = optional(folder, "special_tokens_map.json")?;

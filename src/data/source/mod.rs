@@ -70,6 +70,9 @@ impl FileFormat {
 
 const GZIP: &str = ".gz";
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
+/// How files begin that are packed in other ways.
+const FOREIGN: [(&[u8], &str); 4] =
+    [(b"\x28\xb5\x2f\xfd", "Zstandard"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"PK\x03\x04", "zip")];
 /// What a compressed file may hold, so that a few bytes cannot fill the memory.
 const MOST_UNPACKED: u64 = 16 << 30;
 const PARQUET_MAGIC: &[u8] = b"PAR1";
@@ -99,6 +102,10 @@ pub(super) fn read(path: &Path, visit: Visit<'_>) -> Result<()> {
 
 /// The content of a file that may be compressed.
 fn unpacked(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
+    if let Some((_, kind)) = FOREIGN.iter().find(|(magic, _)| bytes.starts_with(magic)) {
+        let (reason, help) = (format!("is packed with {kind}"), "unpack it, or pack it with gzip".into());
+        return Err(Error::File { path: path.into(), reason, help });
+    }
     if !bytes.starts_with(GZIP_MAGIC) {
         return Ok(bytes);
     }
@@ -200,6 +207,8 @@ mod tests {
         gzip.write_all(b"a,b\n1,2\n").unwrap();
         let bytes = gzip.finish().unwrap();
         assert_eq!(rows("d.csv.gz", &bytes).unwrap(), [row(":2", "{\"a\":\"1\",\"b\":\"2\"}")]);
+        let packed = rows("d.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x00").unwrap_err();
+        assert!(packed.contains("is packed with Zstandard"), "{packed}");
         assert!(rows("d.csv.gz", &bytes[..bytes.len() - 4]).unwrap_err().contains("unexpected end of file"));
     }
 
