@@ -133,7 +133,6 @@ fn wrong_options_of_the_data_are_told() {
         preview(&["--data", "d.jsonl", "--packing"]),
         preview(&["--data", "d.jsonl", "--eval", "t.jsonl"]),
         preview(&["--data", "t.jsonl", "d.jsonl"]),
-        preview(&["--data", "t.jsonl", "--max-seq-len", "3"]),
         preview(&["--data", "t.jsonl", "--holdout", "x"]),
         preview(&["--data", "t.jsonl", "--layout", "messages"]),
         preview(&[]),
@@ -148,8 +147,6 @@ fn wrong_options_of_the_data_are_told() {
     prefold::data::option × data option `eval` holds text records, but those to train on are preference records help: pairs are evaluated as they are trained, and so is everything else
 
     prefold::data::mixed × d.jsonl:1: this is a preference record, but the file began with text records help: keep one layout in a data set; this one's is {"text": "…"}
-
-    prefold::data::nothing_left × none of the 1 records of t.jsonl can be used at 3 tokens: 1 dropped: a completion that leaves │ no room for a prompt (t.jsonl:1) help: raise max_seq_len, choose another `truncation`, or look at the records with `prefold data preview`
 
     prefold::data::option × data option `holdout` is wrong: `x` is neither a count nor a fraction between 0 and 1 help: give a count or a fraction, as in "200" or "0.1"
 

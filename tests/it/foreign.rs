@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use ndarray::{ArrayD, Axis, IxDyn, Slice};
 use prefold::adapter::{Adapter, Query};
 use prefold::fold::{Exactness, Layout, Site, fold_folder, locate};
-use prefold::onnx::{DataType, Dim, Model, NodeDef, Patch, ValueDef};
+use prefold::onnx::{DataType, Dim, Model, NodeDef, Patch, TensorInfo, ValueDef};
 use prefold::runtime::{self, DType, NamedValues, OrtOptions, OrtSession, Session, Value, library};
 
 use crate::oracles::Case;
@@ -169,7 +169,9 @@ fn by_hand(library: &Path, file: &Path, sites: &[Site], adapter: &Adapter, case:
 
 /// Whether attention computes in float16: its cache tells.
 fn is_half(model: &Model) -> bool {
+    let half = |tensor: &TensorInfo| tensor.data_type() == DataType::Float16;
     model.graph().inputs().iter().any(|input| input.elem_type() == Some(DataType::Float16))
+        || model.graph().initializers().iter().any(half)
 }
 
 fn feeds_of_ports(session: &OrtSession, case: &Case, head_dim: usize) -> NamedValues {

@@ -175,8 +175,8 @@ fn layers_share_their_positions() {
     fold_folder(&graph, &adapter, scratch.path()).unwrap();
     let model = Model::open(scratch.path()).unwrap();
     let count = |prefix: &str| model.graph().nodes().iter().filter(|node| node.name().starts_with(prefix)).count();
-    assert_eq!(count("/prefold/positions("), 9);
-    assert_eq!((count("/prefold/layers.0/query/"), count("/prefold/layers.1/query/")), (4, 4));
+    assert_eq!(count("/prefold.1/positions("), 9);
+    assert_eq!((count("/prefold.1/layers.0/query/"), count("/prefold.1/layers.1/query/")), (4, 4));
 }
 
 /// Positions of these graphs are the first row's, where the operator rotates.

@@ -96,18 +96,23 @@ fn prefill(
     decoder.prefill(ids, mask).unwrap().into_iter().map(f64::from).collect()
 }
 
-fn ort(graph: &Path) -> Option<GraphDecoder<Box<dyn prefold::runtime::Session>>> {
-    open(graph, Optimization::All)
+fn ort(graph: &Path, head_dim: usize) -> Option<GraphDecoder<Box<dyn prefold::runtime::Session>>> {
+    open(graph, head_dim, Optimization::All)
 }
 
-fn open(graph: &Path, optimization: Optimization) -> Option<GraphDecoder<Box<dyn prefold::runtime::Session>>> {
+fn open(
+    graph: &Path,
+    head_dim: usize,
+    optimization: Optimization,
+) -> Option<GraphDecoder<Box<dyn prefold::runtime::Session>>> {
     let Ok(library) = library::find(None, &prefold::files::cache_folder().unwrap()) else {
         eprintln!("skipped: no ONNX Runtime here (prefold runtime install)");
         return None;
     };
     let options = OrtOptions { threads: Some(1), optimization };
     let session = OrtSession::open(&library, &graph.join("model.onnx"), options).unwrap();
-    Some(GraphDecoder::new(Box::new(session) as Box<dyn prefold::runtime::Session>).unwrap())
+    let session = Box::new(session) as Box<dyn prefold::runtime::Session>;
+    Some(GraphDecoder::with_head_dim(session, head_dim).unwrap())
 }
 
 /// Largest difference where the mask is 1.
@@ -132,8 +137,9 @@ fn lora_in_foreign_graphs_is_candle_s() {
     let mut left = Array2::<i64>::ones((2, 7));
     (left[[1, 0]], left[[1, 1]]) = (0, 0);
     for (name, graph, oracle) in graphs() {
-        let Some(mut base) = ort(&graph) else { return };
         let checkpoint = Checkpoint::open(&oracle).unwrap();
+        let head_dim = checkpoint.spec().attention.head_dim;
+        let Some(mut base) = ort(&graph, head_dim) else { return };
         let decoder = Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap();
         for dora in [false, true] {
             let scratch = tempfile::tempdir().unwrap();
@@ -142,8 +148,12 @@ fn lora_in_foreign_graphs_is_candle_s() {
             std::fs::create_dir(&out).unwrap();
             let adapter = lora(checkpoint.spec(), dora, 0.1);
             adapter.save(&own).unwrap();
-            fold_folder(&graph, &own, &out).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let mut folded = ort(&out).unwrap();
+            match fold_folder(&graph, &own, &out) {
+                // the norms of DoRA are those of a float weight
+                Err(error) if dora && error.to_string().contains("which is quantised") => continue,
+                folded => drop(folded.unwrap_or_else(|error| panic!("{name}: {error}"))),
+            }
+            let mut folded = ort(&out, head_dim).unwrap();
             let hook = adapter.hook(checkpoint.spec(), &Device::Cpu).unwrap();
             for (padding, mask) in [("right", &right), ("left", &left)] {
                 let plain = distance(&prefill(&mut base, &ids, mask), &candle(&decoder, &NoHook, &ids, mask), mask);
@@ -174,13 +184,14 @@ fn lora_beside_quantised_products_is_what_names_say() {
         let stored =
             |name: &str| -> Logits { io[name].to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap() };
         // as written, as the recipe ran it: an optimiser may round int8 activations elsewhere
-        let Some(mut base) = open(&graph, Optimization::Off) else { return };
+        let head_dim = Checkpoint::open(&fixture("oracles/llama_bias")).unwrap().spec().attention.head_dim;
+        let Some(mut base) = open(&graph, head_dim, Optimization::Off) else { return };
         let plain = prefill(&mut base, &ids, &mask);
         assert!(distance(&plain, &stored("logits"), &mask) < 1e-4, "{name}");
         for adapter in ["lora", "rslora"] {
             let scratch = tempfile::tempdir().unwrap();
             fold_folder(&graph, &fixture("peft").join(adapter), scratch.path()).unwrap();
-            let found = prefill(&mut open(scratch.path(), Optimization::Off).unwrap(), &ids, &mask);
+            let found = prefill(&mut open(scratch.path(), head_dim, Optimization::Off).unwrap(), &ids, &mask);
             let adapted = distance(&found, &stored(&format!("logits.{adapter}")), &mask);
             let effect = distance(&found, &plain, &mask);
             eprintln!("{name} {adapter}: {adapted:.1e}, effect {effect:.1e}");
@@ -196,8 +207,9 @@ fn a_zero_lora_changes_no_logit() {
     let oracle = fixture("oracles/llama_bias");
     let foreign = graphs().into_iter().map(|(_, graph, oracle)| (graph, oracle));
     for (graph, oracle) in quantized.map(|graph| (graph, oracle.clone())).into_iter().chain(foreign) {
-        let Some(mut base) = ort(&graph) else { return };
         let checkpoint = Checkpoint::open(&oracle).unwrap();
+        let head_dim = checkpoint.spec().attention.head_dim;
+        let Some(mut base) = ort(&graph, head_dim) else { return };
         let adapter = lora(checkpoint.spec(), false, 0.0);
         let tensors = adapter.tensors().iter().map(|(name, t)| match name.ends_with("lora_B") {
             true => (name.clone(), t.zeros_like().unwrap()),
@@ -212,7 +224,8 @@ fn a_zero_lora_changes_no_logit() {
         fold_folder(&graph, &own, &out).unwrap();
         let ids = Array2::from_shape_fn((2, 7), |(row, column)| ((row * 5 + column * 7 + 3) % 60) as i64);
         let mask = Array2::<i64>::ones((2, 7));
-        let (before, after) = (prefill(&mut base, &ids, &mask), prefill(&mut ort(&out).unwrap(), &ids, &mask));
+        let (before, after) =
+            (prefill(&mut base, &ids, &mask), prefill(&mut ort(&out, head_dim).unwrap(), &ids, &mask));
         assert!(before == after, "{}: {:.1e}", graph.display(), distance(&after, &before, &mask));
     }
 }

@@ -175,7 +175,7 @@ fn full_fine_tuning_in_another_type_and_a_prompt_that_nothing_reads_are_refused(
         String::from_utf8(output.stderr).unwrap()
     };
     let error = refused("[adapter]\nmethod = \"full\"\n", &["--dtype", "bf16"]);
-    assert!(error.contains("whose weights are trained in f32") && error.contains("dtype = f32"), "{error}");
+    assert!(error.contains("`dtype` must be f32 with method = full"), "{error}");
     let error = refused("[adapter]\nprompt = \"hello\"\n", &[]);
     assert!(error.contains("`prompt` is given, but nothing starts from it"), "{error}");
     let error = refused("[adapter.prefix]\ninit = \"prompt\"\n", &["--method", "prefix"]);

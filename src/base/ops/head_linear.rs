@@ -35,11 +35,13 @@ pub fn head_linear(x: &Tensor, m: &Tensor, feature: Feature) -> Result<Tensor> {
 
 /// How far apart the positions of `[batch, seq, heads, width]` are, where all else is dense.
 fn row_stride(layout: &Layout) -> Option<usize> {
-    let (_, seq, heads, width) = layout.shape().dims4().ok()?;
-    match layout.stride() {
-        [batch, row, head, 1] if *head == width && *row >= heads * width && *batch == seq * row => Some(*row),
-        _ => None,
-    }
+    let (batch, seq, heads, width) = layout.shape().dims4().ok()?;
+    let [batch_stride, row, head, one] = *<&[usize; 4]>::try_from(layout.stride()).ok()?;
+    // the stride of a dimension of one means nothing
+    let row = if seq == 1 { heads * width } else { row };
+    let row = if seq == 1 && batch > 1 { batch_stride } else { row };
+    let is_dense = (width == 1 || one == 1) && (heads == 1 || head == width) && row >= heads * width;
+    (is_dense && (batch == 1 || batch_stride == seq * row)).then_some(row)
 }
 
 /// From `[batch, seq, heads, in]` and `[heads, in, out]` to `[batch, seq, heads, out]`.
@@ -215,6 +217,10 @@ mod tests {
             let packed = (numbers(&[2, seq, 5, 4], 0.0) * 2.0).unwrap();
             let x = packed.narrow(2, 1, 3).unwrap().transpose(1, 2).unwrap();
             let m = numbers(&[3, 4, 2], 1.0);
+            let one = x.narrow(2, 1, 1).unwrap();
+            let of_one = head_linear(&one, &m, Feature::Identity).unwrap();
+            let of_all = head_linear(&x, &m, Feature::Identity).unwrap().narrow(2, 1, 1).unwrap();
+            assert_eq!(max_difference(&of_one, &of_all), 0.0);
             for (feature, features) in
                 [(Feature::Identity, x.contiguous()), (Feature::Elu, x.contiguous().unwrap().elu(1.0))]
             {

@@ -82,7 +82,8 @@ fn before_rotation<'g>(index: &Index<'g>, rotated: &'g str) -> std::result::Resu
             ("", "Add" | "Sub" | "Mul" | "Concat" | "Neg") => {
                 let (angles, values): (Vec<&str>, Vec<&str>) =
                     node.inputs().iter().map(String::as_str).partition(|input| is_angle(index, input));
-                turned |= !angles.is_empty() && node.op_type() == "Mul";
+                // nothing but the exchange of a pair negates a query: tables may be constants
+                turned |= node.op_type() == "Neg" || (!angles.is_empty() && node.op_type() == "Mul");
                 values.into_iter().filter(|value| !is_constant(index, value)).collect()
             }
             (

@@ -4,10 +4,12 @@
 //! with hidden width `h`, query width `q`, key width `k` and MLP width `m`, a layer of a Llama with frozen weights keeps
 //!
 //! ```text
-//! two norms, attention's output projection, the MLP's output, two sums       6h
-//! query: projected, rotated, attended                                        3q
-//! keys projected and rotated, values                                         3k
-//! gate and up, in the fused MLP                                              2m
+//!                                                                      composed   fused
+//! two norms, attention's output projection, the MLP's output           4h         0
+//! the residual stream after attention and after the MLP                2h         2h
+//! query: projected, rotated, attended                                  3q         2q
+//! keys projected and rotated, values                                   3k         2k
+//! gate and up                                                          4m         2m
 //! ```
 //!
 //! and an adapter adds what its own operations make. Attention and the loss keep no scores and no logits where weights are
@@ -15,8 +17,8 @@
 
 use super::Workload;
 use crate::adapter::term::{Map, Step};
-use crate::adapter::{AdapterConfig, Method, module_name};
-use crate::base::{Activation, DecoderSpec, Linear, NormKind, NormSite, WeightRole};
+use crate::adapter::{AdapterConfig, Method, Query, module_name};
+use crate::base::{Activation, DecoderSpec, Linear, NormKind, NormSite, WeightRole, Wiring};
 use crate::train::{ComputeType, ObjectiveKind, TrainConfig};
 
 /// Elements of logits that the fused loss holds at a time.
@@ -116,9 +118,16 @@ impl<'a> Activations<'a> {
             };
             own + u64::from(bias)
         };
+        let (qkv, output, mlp) = self.fused(index);
+        let is_inside = |site: NormSite| match site {
+            NormSite::Attention => qkv,
+            NormSite::Mlp => mlp && spec.wiring == Wiring::PreNorm,
+            _ => false,
+        };
         let norms: u64 = spec
             .norms()
             .iter()
+            .filter(|(site, _)| !is_inside(*site))
             .map(|(site, kind)| {
                 let width = match site {
                     NormSite::Query => q,
@@ -129,36 +138,52 @@ impl<'a> Activations<'a> {
             })
             .sum();
         let rotated = spec.layers.get(index).is_some_and(|layer| layer.rotary.is_some());
-        let rotated = if rotated { q + k } else { 0 };
+        let rotated = if rotated && !qkv { q + k } else { 0 };
         let bias = |linear| 1 + u64::from(spec.has_bias(linear));
-        let projected = q * bias(Linear::Query) + k * (bias(Linear::Key) + bias(Linear::Value)) + rotated;
+        let projected = match qkv {
+            true => q + 2 * k,
+            false => q * bias(Linear::Query) + k * (bias(Linear::Key) + bias(Linear::Value)) + rotated,
+        };
         // half types attend in float32
         let attended = if self.is_wide() { q } else { q + 2 * (q + q + 2 * k) };
-        let output = h * bias(Linear::AttentionOutput);
-        let residual = h * if spec.residual_scale == 1.0 { 2 } else { 4 };
-        let inner = if self.is_fused_mlp(index) {
+        let attention_output = if output { 0 } else { h * bias(Linear::AttentionOutput) };
+        let scaled = u64::from(spec.residual_scale != 1.0);
+        let is_block = mlp && spec.wiring == Wiring::PreNorm;
+        let residual = h * (2 + scaled * (u64::from(!output) + u64::from(!is_block)));
+        let inner = if mlp {
             2 * m
         } else if spec.mlp.gated {
             m * (2 + bias(Linear::Gate) + bias(Linear::Up))
         } else {
             m * (1 + bias(Linear::Up))
         };
-        let outer = h * bias(Linear::Down);
+        let outer = if is_block { 0 } else { h * bias(Linear::Down) };
         let adapter = if adapts { self.adapter_width(index) } else { 0 };
-        norms + projected + attended + output + residual + inner + outer + adapter
+        norms + projected + attended + attention_output + residual + inner + outer + adapter
     }
 
-    fn is_fused_mlp(&self, index: usize) -> bool {
-        let adapted = match &self.adapter.method {
+    /// Whether projections, output map and MLP of a layer run as one operation each.
+    fn fused(&self, index: usize) -> (bool, bool, bool) {
+        let changed = |linears: &[Linear]| match &self.adapter.method {
             Method::Lora(lora) => {
-                let of_mlp = [Linear::Gate, Linear::Up, Linear::Down];
-                lora.sites(self.adapter).iter().any(|(layer, linear)| *layer == index && of_mlp.contains(linear))
+                lora.sites(self.adapter).iter().any(|(layer, linear)| *layer == index && linears.contains(linear))
             }
             Method::Full(_) => true,
             _ => false,
         };
+        let unrotated = match &self.adapter.method {
+            Method::PrefixPlus(method) => method.query == Query::PreRope,
+            _ => false,
+        };
+        let is_pre_norm = self.spec.wiring == Wiring::PreNorm && self.is_wide();
+        let qkv = is_pre_norm && self.spec.attention.qk_norm.is_none() && !unrotated;
         let mlp = &self.spec.mlp;
-        !adapted && mlp.gated && !mlp.bias && mlp.activation != Activation::Gelu && self.is_wide()
+        let mlp = mlp.gated && !mlp.bias && mlp.activation != Activation::Gelu && self.is_wide();
+        (
+            qkv && !changed(&[Linear::Query, Linear::Key, Linear::Value]),
+            is_pre_norm && !changed(&[Linear::AttentionOutput]),
+            mlp && !changed(&[Linear::Gate, Linear::Up, Linear::Down]),
+        )
     }
 
     /// What the adapter keeps in a layer, in numbers a position.
@@ -204,6 +229,8 @@ impl<'a> Activations<'a> {
                     ((shape.first().copied().unwrap_or(1), shape.last().copied().unwrap_or(1) as u64), 0)
                 }
                 Step::Number(_) => ((1, 1), 0),
+                // inside the product with one matrix for each head
+                Step::Map(Map::Elu, x) if term.depends_on_query().len() == 4 && self.is_wide() => (of(x), 0),
                 Step::Map(map, x) => (of(x), operations(*map)),
                 // rows are copied where heads share a matrix
                 Step::MatMul(left, right) => {
@@ -220,7 +247,8 @@ impl<'a> Activations<'a> {
             kept += if depends { made * shape.1 * heads } else { 0 };
         }
         let half = if self.is_wide() { 0 } else { 4 * self.q };
-        kept + self.q + half
+        let sum = if self.fused(index).1 { 0 } else { self.q };
+        kept + sum + half
     }
 
     /// Temporaries of a layer's forward pass without gradients.
@@ -234,7 +262,7 @@ impl<'a> Activations<'a> {
     fn backward(&self) -> u64 {
         let attention = 3 * self.h + 4 * self.q + 3 * self.k;
         // composed operations make a gradient of every step, each three tensors for a moment
-        let fused = (0..self.spec.num_layers).all(|layer| self.is_fused_mlp(layer));
+        let fused = (0..self.spec.num_layers).all(|layer| self.fused(layer).2);
         attention.max(4 * self.h + if fused { 3 } else { 6 } * self.m)
     }
 
