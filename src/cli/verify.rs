@@ -91,7 +91,7 @@ impl Engine {
 pub(super) fn open_session(context: &Context, engine: Engine, graph: &Path) -> runtime::Result<Box<dyn Session>> {
     Ok(match engine {
         Engine::Ort => {
-            let library = library::find(context.global.ort_lib.as_deref(), &context.cache)?;
+            let library = library::find(context.ort_lib(), &context.cache)?;
             Box::new(OrtSession::open(&library, graph, OrtOptions::default())?)
         }
         Engine::Tract => Box::new(TractSession::open(graph, TractOptions::default())?),
@@ -194,7 +194,7 @@ fn engines(context: &Context, graph: &Graph, asked: &[Engine]) -> Vec<Engine> {
     if !asked.is_empty() {
         return asked.to_vec();
     }
-    let has_ort = library::find(context.global.ort_lib.as_deref(), &context.cache).is_ok();
+    let has_ort = library::find(context.ort_lib(), &context.cache).is_ok();
     let is_fused = graph.opset("com.microsoft").is_some();
     match (is_fused, has_ort) {
         (true, _) => vec![Engine::Ort],

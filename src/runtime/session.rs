@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{DType, Error, NamedValues, Result, Tensor};
 
 /// An input or output of a graph.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Port {
     /// Name in the graph.
     pub name: String,
@@ -20,7 +20,7 @@ pub struct Port {
 }
 
 /// A declared dimension.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Dim {
     /// A number.
     Fixed(usize),
@@ -79,6 +79,12 @@ pub trait Session: Send {
     /// When the feeds are not the graph's inputs (checked before the runtime sees them), or the runtime fails.
     fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>>;
 
+    /// How many nodes ran on each execution provider, by the runtime's own profile of its first run; none where the runtime
+    /// makes no profile or has not run yet.
+    fn nodes(&self) -> Option<BTreeMap<String, usize>> {
+        None
+    }
+
     /// Runs the graph with all inputs and outputs in host memory.
     ///
     /// # Errors
@@ -104,6 +110,9 @@ macro_rules! forward {
             }
             fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
                 (**self).run_tensors(feeds)
+            }
+            fn nodes(&self) -> Option<BTreeMap<String, usize>> {
+                (**self).nodes()
             }
         }
     };
