@@ -56,7 +56,13 @@ struct Cli {
 #[derive(Args, Clone, Debug)]
 struct Global {
     /// The ONNX Runtime library to load [default: prefold's cache, else the Python package onnxruntime]; `verify` takes several
-    #[arg(long = "ort-lib", global = true, env = "ORT_DYLIB_PATH", value_name = "FILE", help_heading = "Global options")]
+    #[arg(
+        long = "ort-lib",
+        global = true,
+        env = "ORT_DYLIB_PATH",
+        value_name = "FILE",
+        help_heading = "Global options"
+    )]
     ort_libs: Vec<PathBuf>,
     /// Say more about what happens; twice for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]

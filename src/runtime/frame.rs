@@ -42,11 +42,24 @@ pub(super) enum Feed {
 /// What the runtime's process answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Response {
-    Opened { inputs: Vec<Port>, outputs: Vec<Port>, info: RuntimeInfo },
-    Ran { outputs: Vec<Held>, info: RuntimeInfo, nodes: Option<BTreeMap<String, usize>> },
+    Opened {
+        inputs: Vec<Port>,
+        outputs: Vec<Port>,
+        info: RuntimeInfo,
+    },
+    Ran {
+        outputs: Vec<Held>,
+        info: RuntimeInfo,
+        nodes: Option<BTreeMap<String, usize>>,
+    },
     /// The body is the tensor.
-    Fetched { kind: Kind },
-    Failed { message: String, unavailable: bool },
+    Fetched {
+        kind: Kind,
+    },
+    Failed {
+        message: String,
+        unavailable: bool,
+    },
 }
 
 /// An output that the process holds.

@@ -26,8 +26,8 @@ pub use decode::{CachePort, DecoderPorts, GraphDecoder, last_logits, left_pad, p
 pub use ort_session::{Optimization, OrtOptions, OrtSession, Provider};
 pub use process::{Launch, ProcessSession};
 pub use serve::serve_parent;
-pub use setup::Setup;
 pub use session::{Dim, Port, RuntimeInfo, Session};
+pub use setup::Setup;
 pub use tensor::Tensor;
 pub use tract_session::{TRACT_VERSION, TractOptions, TractSession};
 pub use value::{DType, NamedValues, Value};

@@ -99,7 +99,9 @@ impl Session for ProcessSession {
         let mut named = Vec::new();
         for (name, tensor) in order_feeds(&self.inputs, feeds)? {
             named.push(match tensor.into_held() {
-                Ok(mut held) if Arc::ptr_eq(&held.link, &self.link) => Feed::Held { name, id: held.id.take().unwrap_or(0) },
+                Ok(mut held) if Arc::ptr_eq(&held.link, &self.link) => {
+                    Feed::Held { name, id: held.id.take().unwrap_or(0) }
+                }
                 Ok(held) => inline(name, held.fetch()?, &mut body),
                 Err(tensor) => inline(name, tensor.into_value()?, &mut body),
             });
@@ -195,9 +197,12 @@ impl Link {
             return Err(self.error(format!("{reason} before")));
         }
         let sent = self.requests.as_ref().is_some_and(|requests| requests.send((request, body)).is_ok());
-        let answer = if sent { self.answers.recv_timeout(self.timeout) } else { Err(mpsc::RecvTimeoutError::Disconnected) };
+        let answer =
+            if sent { self.answers.recv_timeout(self.timeout) } else { Err(mpsc::RecvTimeoutError::Disconnected) };
         let reason = match answer {
-            Ok(Ok((Response::Failed { message, unavailable }, _))) => return Err(Error::Remote { message, unavailable }),
+            Ok(Ok((Response::Failed { message, unavailable }, _))) => {
+                return Err(Error::Remote { message, unavailable });
+            }
             Ok(Ok(answer)) => return Ok(answer),
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 self.kill();

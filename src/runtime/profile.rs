@@ -84,8 +84,13 @@ mod tests {
         };
         let fence = serde_json::json!({"cat": "Node", "name": "a_fence_before", "args": {"op_name": "MatMul"}});
         let session = serde_json::json!({"cat": "Session", "name": "model_run", "args": {}});
-        let one = [node("a", 0, "CUDAExecutionProvider"), node("", 1, "CUDAExecutionProvider"),
-            node("", 2, "CPUExecutionProvider"), fence, session];
+        let one = [
+            node("a", 0, "CUDAExecutionProvider"),
+            node("", 1, "CUDAExecutionProvider"),
+            node("", 2, "CPUExecutionProvider"),
+            fence,
+            session,
+        ];
         let json = serde_json::to_vec(&[one.clone(), one].concat()).unwrap();
         let found = count(&json, Path::new("profile.json")).unwrap();
         let expected = [("CPUExecutionProvider", 1), ("CUDAExecutionProvider", 2)];

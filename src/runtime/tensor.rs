@@ -1,7 +1,7 @@
 //! A tensor wherever it lies: in host memory, or still in the runtime that made it.
 
-use super::value::{DType, Value};
 use super::process::HeldTensor;
+use super::value::{DType, Value};
 use super::{Result, ort_session, tract_session};
 
 /// A tensor that a session takes or gives. One that a session gave stays in that runtime's memory until it is read, so

@@ -125,7 +125,7 @@ fn failures(spec: &DecoderSpec, weights: &Weights<'_>, precision: Precision) -> 
             }
         }
     }
-    let report = check.report(Facts { inputs: Vec::new(), command: "cargo test".into() }).unwrap();
+    let report = check.report(Facts { command: "cargo test".into(), ..Facts::default() }).unwrap();
     let rows = report.rows().into_iter().filter_map(|row| Some(format!("{}, {}: {}", row.run, row.case, row.failure?)));
     let tract = report.runs.iter().filter_map(|run| run.runtime.as_ref()).filter(|info| info.runtime == "tract");
     rows.chain(tract.map(|info| info.optimization.clone()).filter(|plan| !plan.contains("symbolic"))).collect()
