@@ -15,3 +15,4 @@ mod run_control;
 mod schemas;
 mod support;
 mod training;
+mod verify;
