@@ -163,6 +163,9 @@ pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
     let one = longest.get(..1).unwrap_or_default();
     // Three pieces and a shorter one, for a prompt of ten tokens or more.
     let piece = (longest.len() / 3).max(1);
+    // The first piece holds a token of every row: one of padding alone is nothing that a server feeds.
+    let shortest = prompts.iter().map(Vec::len).min().unwrap_or(0);
+    let padding = longest.len().saturating_sub(shortest).max(1).saturating_add(1);
     Ok(vec![
         Case::row("single_row", longest, 0)?,
         Case::row("one_token", one, 0)?,
@@ -172,7 +175,7 @@ pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
         Case::row("cached_decode_from_one_token", one, steps)?,
         Case::batch("cached_decode_left_padding", prompts, Padding::Left, steps)?,
         Case::row("chunked_prefill", longest, steps)?.chunked(piece),
-        Case::batch("chunked_prefill_left_padding", prompts, Padding::Left, steps)?.chunked(piece),
+        Case::batch("chunked_prefill_left_padding", prompts, Padding::Left, steps)?.chunked(piece.max(padding)),
     ])
 }
 
