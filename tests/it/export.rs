@@ -81,7 +81,7 @@ const AS_WRITTEN: &str = "onnxruntime, as written";
 /// How a graph can be opened here: tract for the portable dialect, ONNX Runtime with and without optimisation.
 fn runtimes(dialect: Dialect) -> Vec<(&'static str, Opener)> {
     fn ort(graph: &Path, optimization: Optimization) -> Open<'_> {
-        let options = OrtOptions { optimization, threads: Some(1) };
+        let options = OrtOptions { optimization, threads: Some(1), ..OrtOptions::default() };
         let library = library::find(None, &prefold::files::cache_folder().unwrap()).unwrap();
         Box::new(move || Ok(Box::new(OrtSession::open(&library, graph, options)?)))
     }
