@@ -26,7 +26,7 @@ use crate::fold::fold_folder;
 use crate::onnx::{DataType, Graph as OnnxGraph, MODEL_NAME, Model as Graph, external_files};
 use crate::parity::{
     self, Budget, Candidate, Case, CaseOptions, Check, Facts, Model, NoOpPair, Open, Other, Reference, ReferenceStore,
-    Report, Thresholds, Verdict, generated_prompts, length_cases, select_cases, standard_cases,
+    Report, Thresholds, Verdict, generated_prompts, length_cases, named_cases, select_cases, standard_cases,
 };
 use crate::runtime::{self, OrtOptions, OrtSession, Session, TractOptions, TractSession, library};
 use crate::train::ComputeType;
@@ -373,6 +373,8 @@ fn cases(checkpoint: &Checkpoint, options: &VerifyArgs) -> Result<Vec<Case>> {
     }
     let mut all = standard_cases(&prompts, options.steps)?;
     all.extend(length_cases(spec, &lengths, options.seed)?);
+    let named = named_cases(&prompts, options.steps)?;
+    all.extend(named.into_iter().filter(|case| options.cases.iter().any(|name| name == case.name())));
     Ok(select_cases(all, &options.cases)?)
 }
 

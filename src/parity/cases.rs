@@ -153,8 +153,8 @@ pub fn generated_prompts(spec: &DecoderSpec, options: &CaseOptions) -> Vec<Vec<u
 }
 
 /// The cases that every graph must pass: one token; a single row; all prompts as a batch with padding on the left and on the
-/// right; the longest prompt, one token, and the batch, each continued by `steps` cached steps; the longest prompt and the
-/// batch fed in pieces and then continued.
+/// right; the longest prompt, one token, and the batch, each continued by `steps` cached steps; the longest prompt fed
+/// in pieces and then continued.
 ///
 /// # Errors
 /// When there is no prompt or one of them is empty.
@@ -163,9 +163,6 @@ pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
     let one = longest.get(..1).unwrap_or_default();
     // Three pieces and a shorter one, for a prompt of ten tokens or more.
     let piece = (longest.len() / 3).max(1);
-    // The first piece holds a token of every row: one of padding alone is nothing that a server feeds.
-    let shortest = prompts.iter().map(Vec::len).min().unwrap_or(0);
-    let padding = longest.len().saturating_sub(shortest).max(1).saturating_add(1);
     Ok(vec![
         Case::row("single_row", longest, 0)?,
         Case::row("one_token", one, 0)?,
@@ -175,8 +172,20 @@ pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
         Case::row("cached_decode_from_one_token", one, steps)?,
         Case::batch("cached_decode_left_padding", prompts, Padding::Left, steps)?,
         Case::row("chunked_prefill", longest, steps)?.chunked(piece),
-        Case::batch("chunked_prefill_left_padding", prompts, Padding::Left, steps)?.chunked(piece.max(padding)),
     ])
+}
+
+/// Cases for those who name them: the batch fed in pieces. ONNX Runtime's GroupQueryAttention refuses several rows of several
+/// tokens after a past, and no server that runs it feeds them.
+///
+/// # Errors
+/// When there is no prompt or one of them is empty.
+pub fn named_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
+    let lengths = || prompts.iter().map(Vec::len);
+    let (longest, shortest) = (lengths().max().unwrap_or(0), lengths().min().unwrap_or(0));
+    // The first piece holds a token of every row: one of padding alone is nothing that a server feeds.
+    let piece = (longest / 3).max(longest.saturating_sub(shortest).max(1).saturating_add(1));
+    Ok(vec![Case::batch("chunked_prefill_left_padding", prompts, Padding::Left, steps)?.chunked(piece)])
 }
 
 /// Random rows of these lengths, without padding, each a case `length_N`.

@@ -494,7 +494,7 @@ mod tests {
         for adapter in [None, Some(&tiny_adapter(0.3))] {
             let report = in_tiny(adapter, tiny_session(adapter, FAITHFUL));
             assert_eq!((report.verdict, failures(&report)), (Verdict::Pass, vec![]));
-            assert_eq!(report.runs[0].cases.len(), 9);
+            assert_eq!(report.runs[0].cases.len(), 8);
             for case in &report.runs[0].cases {
                 let greedy = case.greedy.as_ref().unwrap();
                 assert_eq!(greedy.run, greedy.reference, "{}", case.case);
@@ -505,7 +505,7 @@ mod tests {
     #[test]
     fn a_missing_adapter_is_told() {
         let report = in_tiny(Some(&tiny_adapter(0.3)), tiny_session(None, FAITHFUL));
-        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 9));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 8));
         let message = failures(&report)[0];
         assert!(message.contains("away from the reference") && message.contains("is allowed"), "{message}");
     }
@@ -516,7 +516,7 @@ mod tests {
         assert_eq!(in_tiny(None, tiny_session(None, SHIFTED)).verdict, Verdict::Pass);
         let adapter = tiny_adapter(0.3);
         let report = in_tiny(Some(&adapter), tiny_session(Some(&adapter), SHIFTED));
-        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 9));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 8));
     }
 
     /// Padding after a row is hidden by causality, whatever the mask says.
@@ -525,7 +525,7 @@ mod tests {
         let report = in_tiny(None, tiny_session(None, UNMASKED));
         let failed = report.runs[0].cases.iter().filter(|case| !case.verdict.passed());
         let failed: Vec<&str> = failed.map(|case| case.case.as_str()).collect();
-        assert_eq!(failed, ["left_padding", "cached_decode_left_padding", "chunked_prefill_left_padding"]);
+        assert_eq!(failed, ["left_padding", "cached_decode_left_padding"]);
     }
 
     #[test]
@@ -610,7 +610,7 @@ mod tests {
         assert_eq!((rows[0].run, rows[0].case), ("absent", "load"));
         assert!(rows[0].failure.unwrap().contains("no usable ONNX Runtime library"));
         assert!(rows[1].failure.unwrap().contains("the logits are [1, 12, 41]"), "{:?}", rows[1]);
-        assert_eq!(rows.len(), 1 + 9 + 9);
+        assert_eq!(rows.len(), 1 + 8 + 8);
     }
 
     #[test]
@@ -679,8 +679,8 @@ mod tests {
         assert_eq!(check.no_op(no_op_pair(last_bit)), Verdict::Fail);
         let report = report(check);
         assert_eq!(report.verdict, Verdict::Fail);
-        // Three prefills without steps, one of one token, three with four steps, one of three pieces and one of two with four steps.
-        assert_eq!(report.no_op[0].tensors, 4 + 3 * 5 + (3 + 4) + (2 + 4));
+        // Three prefills without steps, one of one token, three with four steps, one of three pieces with four steps.
+        assert_eq!(report.no_op[0].tensors, 4 + 3 * 5 + (3 + 4));
         let found = report.no_op[1].first_difference.as_ref().unwrap();
         assert_eq!((found.case.as_str(), found.call, found.output.as_str()), ("left_padding", 0, "logits"));
         assert_eq!(found.index, [1, 2, 3]);

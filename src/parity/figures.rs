@@ -143,7 +143,7 @@ impl Sums {
     }
 
     fn cosine(&self) -> Option<f64> {
-        let sizes = self.reference.sqrt() * self.run.sqrt();
+        let sizes = (self.reference * self.run).sqrt();
         (sizes > 0.0).then(|| (self.product / sizes).clamp(-1.0, 1.0))
     }
 }

@@ -66,7 +66,7 @@ impl Finding {
             let cases = judged.iter().filter(|run| run.verdict == Verdict::Fail).flat_map(|run| &run.cases);
             cases.filter(|case| case.verdict == Verdict::Fail)
         };
-        if failures().all(|case| case.figures.is_none()) && failed(judged) {
+        if judged.iter().flat_map(|run| &run.cases).all(|case| case.figures.is_none()) {
             return Kind::RuntimeFailure;
         }
         let all = |is: &dyn Fn(&super::CaseReport) -> bool| {
@@ -97,7 +97,7 @@ fn text(kind: FindingKind, report: &Report) -> String {
     let worst = report
         .rows()
         .into_iter()
-        .find(|row| row.verdict != Verdict::Pass)
+        .find(|row| row.verdict == report.verdict)
         .and_then(|row| Some(format!("{}, {}: {}", row.run, row.case, row.failure?)));
     let worst = worst.map(|worst| format!(" ({worst})")).unwrap_or_default();
     match kind {

@@ -27,7 +27,9 @@ mod thresholds;
 
 pub use baseline::Regression;
 pub use budget::{Allowance, Budget};
-pub use cases::{Case, CaseOptions, Padding, generated_prompts, length_cases, select_cases, standard_cases};
+pub use cases::{
+    Case, CaseOptions, Padding, generated_prompts, length_cases, named_cases, select_cases, standard_cases,
+};
 pub use check::{Candidate, Check, Model, Open, Other, Reference};
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};

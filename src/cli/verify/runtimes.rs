@@ -72,6 +72,7 @@ fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> 
     for (index, library) in named.iter().enumerate() {
         let found = library::find(*library, &context.cache).map_err(|error| match error {
             runtime::Error::NoLibrary { tried } => (tried, None),
+            runtime::Error::Library { path, reason } => (vec![reason], Some(path)),
             error => (vec![error.to_string()], Some(library.unwrap_or(Path::new("")).to_owned())),
         });
         for (level, provider) in levels.iter().flat_map(|level| providers.iter().map(move |p| (*level, *p))) {
