@@ -81,7 +81,7 @@ enum Command {
     Export(export::Export),
     Fold(fold::Fold),
     Compile(compile::Compile),
-    Verify(verify::Verify),
+    Verify(Box<verify::Verify>),
     Generate(generate::Generate),
     Forward(forward::Forward),
     Inspect(inspect::Inspect),

@@ -97,13 +97,16 @@ pub(super) fn outputs<'a>(
     Ok(Outputs { info: runner.session_mut().info(), cases })
 }
 
+/// The logits of a script, `[spots, vocab]`, and the outputs of its last call.
+type LastOutputs = (Array2<f64>, NamedValues);
+
 /// The logits of all scripts in one session, and the outputs of each script's last call.
 pub(super) fn last_outputs<'a>(
     open: Open<'_>,
     head_dim: usize,
     vocab: usize,
     scripts: impl Iterator<Item = &'a Script>,
-) -> Result<(RuntimeInfo, Vec<(Array2<f64>, NamedValues)>)> {
+) -> Result<(RuntimeInfo, Vec<LastOutputs>)> {
     let mut runner = GraphRunner::new(Recorder { inner: open()?, calls: Vec::new() }, head_dim)?;
     let mut cases = Vec::new();
     for script in scripts {
