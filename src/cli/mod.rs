@@ -80,7 +80,7 @@ enum Command {
     Train(Box<train::Train>),
     Export(export::Export),
     Fold(fold::Fold),
-    Compile(compile::Compile),
+    Compile(Box<compile::Compile>),
     Verify(Box<verify::Verify>),
     Generate(generate::Generate),
     Forward(forward::Forward),
