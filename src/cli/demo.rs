@@ -141,7 +141,7 @@ fn real_task(context: &Context, model: &str, data: Option<&Path>, root: &Path) -
 
 /// ONNX Runtime where it can be had; the proof in tract does not need it.
 fn ensure_onnx_runtime(context: &Context) {
-    if library::find(context.global.ort_lib.as_deref(), &context.cache).is_ok() {
+    if library::find(context.ort_lib(), &context.cache).is_ok() {
         return;
     }
     eprintln!("installing ONNX Runtime {} with pip …", library::PINNED_VERSION);
@@ -171,7 +171,7 @@ fn show_answers(context: &Context, config: &RunConfig, checkpoint: &Checkpoint, 
 }
 
 fn answer(context: &Context, graph: &Path, tokenizer: &Tokenizer, prompt: &[u32]) -> Result<Vec<u32>> {
-    let has_ort = library::find(context.global.ort_lib.as_deref(), &context.cache).is_ok();
+    let has_ort = library::find(context.ort_lib(), &context.cache).is_ok();
     let engine = if has_ort { Engine::Ort } else { Engine::Tract };
     let mut decoder = GraphDecoder::new(open_session(context, engine, &graph.join(MODEL_NAME))?)?;
     let wide = |ids: &[u32]| ids.iter().map(|id| i64::from(*id)).collect::<Vec<i64>>();

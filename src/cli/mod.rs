@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use miette::Result;
+use miette::{IntoDiagnostic, Result};
 
 use crate::adapter::Adapter;
 use crate::base::{Checkpoint, fetch as models};
@@ -59,9 +59,15 @@ struct Cli {
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
 struct Global {
-    /// The ONNX Runtime library to load [default: prefold's cache, else the Python package onnxruntime]
-    #[arg(long, global = true, env = "ORT_DYLIB_PATH", value_name = "FILE", help_heading = "Global options")]
-    ort_lib: Option<PathBuf>,
+    /// The ONNX Runtime library to load [default: prefold's cache, else the Python package onnxruntime]; `verify` takes several
+    #[arg(
+        long = "ort-lib",
+        global = true,
+        env = "ORT_DYLIB_PATH",
+        value_name = "FILE",
+        help_heading = "Global options"
+    )]
+    ort_libs: Vec<PathBuf>,
     /// Say more about what happens; twice for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
     verbose: u8,
@@ -80,8 +86,8 @@ enum Command {
     Fold(fold::Fold),
     Unfold(unfold::Unfold),
     Bank(bank::Bank),
-    Compile(compile::Compile),
-    Verify(verify::Verify),
+    Compile(Box<compile::Compile>),
+    Verify(Box<verify::Verify>),
     Generate(generate::Generate),
     Forward(forward::Forward),
     Inspect(inspect::Inspect),
@@ -89,7 +95,13 @@ enum Command {
     Runtime(runtime::Runtime),
     Schema(schema::Schema),
     Bench(bench::Bench),
+    /// Run a graph for the process that started this one
+    #[command(name = RUNTIME_PROCESS, hide = true)]
+    RuntimeProcess,
 }
+
+/// The command that holds a runtime, which `verify` starts.
+const RUNTIME_PROCESS: &str = "runtime-process";
 
 /// What every command may use.
 struct Context {
@@ -98,6 +110,11 @@ struct Context {
 }
 
 impl Context {
+    /// The ONNX Runtime library that was named; the first of several.
+    fn ort_lib(&self) -> Option<&Path> {
+        self.global.ort_libs.first().map(PathBuf::as_path)
+    }
+
     /// Opens a checkpoint by path, by a known name, or by `hf:OWNER/NAME` once fetched.
     fn checkpoint(&self, model: &str) -> Result<Checkpoint> {
         let path = models::resolve_model(model, &self.cache)?;
@@ -153,6 +170,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Runtime(command) => command.run(&context),
         Command::Schema(command) => command.run(),
         Command::Bench(command) => command.run(&context),
+        Command::RuntimeProcess => crate::runtime::serve_parent().map(|()| ExitCode::SUCCESS).into_diagnostic(),
     }
 }
 

@@ -35,7 +35,7 @@ impl Runtime {
 
 fn list(context: &Context) {
     let mut table = style::table(&["runtime", "version", "from", "usable", "path"]);
-    for candidate in library::list(context.global.ort_lib.as_deref(), &context.cache) {
+    for candidate in library::list(context.ort_lib(), &context.cache) {
         let usable = candidate.problem.as_deref().map_or("yes".to_owned(), |problem| format!("no: {problem}"));
         let version = candidate.version.unwrap_or_else(|| "?".into());
         let from = candidate.source.to_string();

@@ -27,6 +27,8 @@ pub struct Case {
     /// `[batch, seq]`, 1 where a token is real.
     mask: Array2<i64>,
     steps: usize,
+    /// Columns of each call of the prefill but the last; none for all at once.
+    chunk: Option<usize>,
 }
 
 /// How [`generated_prompts`] makes prompts.
@@ -90,7 +92,23 @@ impl Case {
             Array2::from_shape_vec(shape, values)
                 .map_err(|error| Error::Case { case: name.into(), why: error.to_string() })
         };
-        Ok(Self { name: name.into(), ids: array(ids)?, mask: array(mask)?, steps })
+        Ok(Self { name: name.into(), ids: array(ids)?, mask: array(mask)?, steps, chunk: None })
+    }
+
+    /// The same with the prompts fed in pieces of `columns`, each after the cache of those before it.
+    pub fn chunked(mut self, columns: usize) -> Self {
+        self.chunk = Some(columns.max(1));
+        self
+    }
+
+    /// Columns that each call of the prefill feeds, but for the last, which may feed fewer.
+    pub fn chunk(&self) -> usize {
+        self.chunk.unwrap_or(self.ids.ncols())
+    }
+
+    /// Whether a row has padding before or after it.
+    pub fn is_padded(&self) -> bool {
+        self.mask.iter().any(|real| *real == 0)
     }
 
     /// The case's name.
@@ -135,13 +153,16 @@ pub fn generated_prompts(spec: &DecoderSpec, options: &CaseOptions) -> Vec<Vec<u
 }
 
 /// The cases that every graph must pass: one token; a single row; all prompts as a batch with padding on the left and on the
-/// right; the longest prompt, one token, and the batch, each continued by `steps` cached steps.
+/// right; the longest prompt, one token, and the batch, each continued by `steps` cached steps; the longest prompt fed
+/// in pieces and then continued.
 ///
 /// # Errors
 /// When there is no prompt or one of them is empty.
 pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
     let longest = prompts.iter().max_by_key(|prompt| prompt.len()).map(Vec::as_slice).unwrap_or_default();
     let one = longest.get(..1).unwrap_or_default();
+    // Three pieces and a shorter one, for a prompt of ten tokens or more.
+    let piece = (longest.len() / 3).max(1);
     Ok(vec![
         Case::row("single_row", longest, 0)?,
         Case::row("one_token", one, 0)?,
@@ -150,7 +171,50 @@ pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
         Case::row("cached_decode", longest, steps)?,
         Case::row("cached_decode_from_one_token", one, steps)?,
         Case::batch("cached_decode_left_padding", prompts, Padding::Left, steps)?,
+        Case::row("chunked_prefill", longest, steps)?.chunked(piece),
     ])
+}
+
+/// Cases for those who name them: the batch fed in pieces. ONNX Runtime's GroupQueryAttention refuses several rows of several
+/// tokens after a past, and no server that runs it feeds them.
+///
+/// # Errors
+/// When there is no prompt or one of them is empty.
+pub fn named_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
+    let lengths = || prompts.iter().map(Vec::len);
+    let (longest, shortest) = (lengths().max().unwrap_or(0), lengths().min().unwrap_or(0));
+    // The first piece holds a token of every row: one of padding alone is nothing that a server feeds.
+    let piece = (longest / 3).max(longest.saturating_sub(shortest).max(1).saturating_add(1));
+    Ok(vec![Case::batch("chunked_prefill_left_padding", prompts, Padding::Left, steps)?.chunked(piece)])
+}
+
+/// Random rows of these lengths, without padding, each a case `length_N`.
+///
+/// # Errors
+/// When a length is zero.
+pub fn length_cases(spec: &DecoderSpec, lengths: &[usize], seed: u64) -> Result<Vec<Case>> {
+    let case = |length: &usize| {
+        let options = CaseOptions { seed, lengths: vec![*length], steps: 0 };
+        if *length > spec.max_positions {
+            let why = format!("it needs {length} positions and the model has {}", spec.max_positions);
+            return Err(Error::Case { case: format!("length_{length}"), why });
+        }
+        Case::row(&format!("length_{length}"), &generated_prompts(spec, &options).concat(), 0)
+    };
+    lengths.iter().map(case).collect()
+}
+
+/// The cases of these names, in the order of `cases`; all where no name is given.
+///
+/// # Errors
+/// When there is no case of a name.
+pub fn select_cases(cases: Vec<Case>, names: &[String]) -> Result<Vec<Case>> {
+    if let Some(name) = names.iter().find(|name| cases.iter().all(|case| case.name != **name)) {
+        let known: Vec<&str> = cases.iter().map(Case::name).collect();
+        let why = format!("there is no such case, only {}", known.join(", "));
+        return Err(Error::Case { case: name.clone(), why });
+    }
+    Ok(cases.into_iter().filter(|case| names.is_empty() || names.contains(&case.name)).collect())
 }
 
 #[cfg(test)]
@@ -174,6 +238,19 @@ mod tests {
         let left = Case::batch("l", &[vec![5], vec![6]], Padding::Left, 0).unwrap();
         assert_eq!(left.mask(), &arr2(&[[0, 1], [0, 1]]));
         assert_eq!(Case::row("s", &[5, 6], 0).unwrap().mask(), &arr2(&[[1, 1]]));
+    }
+
+    #[test]
+    fn cases_are_chosen_by_name_and_lengths_fit_the_model() {
+        let spec = testing::tiny_spec();
+        let cases = length_cases(&spec, &[1, 7, spec.max_positions], 3).unwrap();
+        let widths: Vec<usize> = cases.iter().map(|case| case.ids().ncols()).collect();
+        assert_eq!(widths, [1, 7, spec.max_positions]);
+        assert!(matches!(length_cases(&spec, &[spec.max_positions + 1], 3), Err(Error::Case { .. })));
+        let chosen = select_cases(cases.clone(), &["length_7".into()]).unwrap();
+        assert_eq!(chosen, cases[1..2]);
+        let error = select_cases(cases, &["length_8".into()]).unwrap_err().to_string();
+        assert!(error.contains("`length_8`") && error.contains("only length_1, length_7, length_64"), "{error}");
     }
 
     #[test]

@@ -2,12 +2,13 @@
 
 use ndarray::Array2;
 
-use super::figures::{first_non_finite, largest_abs};
+use super::figures::{by_spot, first_non_finite, largest_abs};
 use super::report::RULE;
 use super::run::{CandleRunner, GraphRunner, Runner, Script, record, replay};
 use super::{
-    Budget, Case, CaseReport, Environment, Error, Facts, Figures, Greedy, NoOpPair, NoOpReport, Report, Result,
-    RunCase, RunReport, SCHEMA_VERSION, Verdict, no_op,
+    AgainstCase, AgainstReport, Budget, Case, CaseReport, Environment, Error, Facts, Figures, Finding, FindingKind,
+    Greedy, NoOpPair, NoOpReport, Report, Result, RunCase, RunReport, SCHEMA_VERSION, TensorFigures, Thresholds,
+    Verdict, no_op,
 };
 use crate::base::{Decoder, DecoderSpec, SiteHook};
 use crate::runtime::{self, Session};
@@ -35,20 +36,30 @@ pub struct Candidate<'a> {
     pub open: Open<'a>,
 }
 
+/// A graph and another one in one runtime, to be compared with each other.
+pub struct Other<'a> {
+    /// A name for the report: the runtime's.
+    pub name: String,
+    /// Opens the graph.
+    pub graph: Open<'a>,
+    /// Opens the graph to compare it with.
+    pub other: Open<'a>,
+}
+
 /// The cases with the reference's logits. Holds no model: what computed it can be dropped.
 #[derive(Debug)]
 pub struct Reference {
-    spec: DecoderSpec,
-    precision: &'static str,
-    cases: Vec<ReferenceCase>,
+    pub(super) spec: DecoderSpec,
+    pub(super) precision: &'static str,
+    pub(super) cases: Vec<ReferenceCase>,
 }
 
 #[derive(Debug)]
-struct ReferenceCase {
-    case: Case,
-    script: Script,
+pub(super) struct ReferenceCase {
+    pub(super) case: Case,
+    pub(super) script: Script,
     /// `[spots, vocab]`.
-    logits: Array2<f64>,
+    pub(super) logits: Array2<f64>,
     largest: f64,
 }
 
@@ -63,12 +74,28 @@ impl Reference {
         let cases = cases.into_iter().map(|case| ReferenceCase::compute(&mut runner, case, &spec));
         Ok(Self { cases: cases.collect::<Result<_>>()?, precision: model.decoder.dtype().as_str(), spec })
     }
+
+    /// The logits of the same model in another precision, by case.
+    ///
+    /// # Errors
+    /// When it is another model, or fails.
+    pub fn replay(&self, model: Model<'_>) -> Result<Vec<Array2<f64>>> {
+        if *model.decoder.spec() != self.spec {
+            return Err(Error::Option { option: "model", why: "is not the reference's model".into() });
+        }
+        let mut runner = CandleRunner::new(model);
+        self.cases.iter().map(|case| replay(&mut runner, &case.script, self.spec.vocab_size)).collect()
+    }
 }
 
 impl ReferenceCase {
     fn compute(runner: &mut CandleRunner<'_>, case: Case, spec: &DecoderSpec) -> Result<Self> {
         case.check_fits(spec)?;
         let (script, logits) = record(runner, &case, spec.vocab_size)?;
+        Self::new(case, script, logits)
+    }
+
+    pub(super) fn new(case: Case, script: Script, logits: Array2<f64>) -> Result<Self> {
         if let Some(what) = first_non_finite(&logits, &script.spots) {
             return Err(Error::Reference { case: case.name().into(), what });
         }
@@ -81,7 +108,8 @@ impl ReferenceCase {
         if let Some(what) = first_non_finite(logits, &self.script.spots) {
             return Err(format!("{what} is not finite"));
         }
-        Figures::of(&self.logits, logits, &self.script.spots).ok_or_else(|| "there are no logits".into())
+        Figures::of(&self.logits, logits, &self.script.spots, &self.script.next)
+            .ok_or_else(|| "there are no logits".into())
     }
 }
 
@@ -90,10 +118,22 @@ impl ReferenceCase {
 pub struct Check {
     reference: Reference,
     budget: Budget,
+    judgement: Judgement,
     environment: Environment,
     cases: Vec<CaseReport>,
     runs: Vec<RunReport>,
+    base: Vec<RunReport>,
     no_op: Vec<NoOpReport>,
+    against: Vec<AgainstReport>,
+}
+
+/// What a run is judged by.
+#[derive(Clone, Copy, Debug)]
+enum Judgement {
+    Budget,
+    Thresholds(Thresholds),
+    /// A quantised graph, for which the user stated no thresholds.
+    Nothing,
 }
 
 impl Check {
@@ -103,48 +143,102 @@ impl Check {
     /// # Errors
     /// When the budget makes no sense, or the model is another one than the reference's or fails.
     pub fn new(reference: Reference, model: Model<'_>, budget: Budget) -> Result<Self> {
+        let own = reference.replay(model)?;
+        Self::with_logits(reference, &own, model.decoder.dtype().as_str(), budget)
+    }
+
+    /// The same with candle's own logits, which [`Reference::replay`] gives at `precision`.
+    ///
+    /// # Errors
+    /// When the budget makes no sense.
+    pub fn with_logits(reference: Reference, own: &[Array2<f64>], precision: &str, budget: Budget) -> Result<Self> {
         let budget = budget.checked()?;
-        if *model.decoder.spec() != reference.spec {
-            return Err(Error::Option { option: "model", why: "is not the reference's model".into() });
-        }
-        let mut runner = CandleRunner::new(model);
-        let cases = reference.cases.iter().map(|case| {
-            let logits = replay(&mut runner, &case.script, reference.spec.vocab_size)?;
-            Ok(case_report(case, case.figures(&logits), &budget))
-        });
+        let cases = reference.cases.iter().zip(own);
+        let cases = cases.map(|(case, logits)| case_report(case, case.figures(logits), &budget)).collect();
         let environment = Environment {
             candle: CANDLE_VERSION.into(),
             reference: reference.precision.into(),
-            precision: model.decoder.dtype().as_str().into(),
+            precision: precision.into(),
             threads: rayon::current_num_threads(),
         };
-        let cases = cases.collect::<Result<_>>()?;
-        Ok(Self { reference, budget, environment, cases, runs: Vec::new(), no_op: Vec::new() })
+        Ok(Self {
+            reference,
+            budget,
+            judgement: Judgement::Budget,
+            environment,
+            cases,
+            runs: Vec::new(),
+            base: Vec::new(),
+            no_op: Vec::new(),
+            against: Vec::new(),
+        })
+    }
+
+    /// Judges by what the user states in the place of the budget.
+    ///
+    /// # Errors
+    /// When a threshold makes no sense.
+    pub fn by_thresholds(mut self, thresholds: Thresholds) -> Result<Self> {
+        self.judgement = Judgement::Thresholds(thresholds.checked()?);
+        Ok(self)
+    }
+
+    /// Judges nothing: the graph is quantised and no thresholds were stated.
+    pub fn without_judgement(mut self) -> Self {
+        self.judgement = Judgement::Nothing;
+        self
     }
 
     /// Judges a graph in all cases. A runtime that fails is a failed row of the report.
     pub fn run(&mut self, candidate: Candidate<'_>) -> Verdict {
         let Candidate { name, open } = candidate;
+        let report = RunReport {
+            name,
+            verdict: Verdict::Fail,
+            runtime: None,
+            failure: None,
+            nodes: None,
+            departure: None,
+            layers: Vec::new(),
+            cases: Vec::new(),
+        };
         let report = match self.judge(open) {
-            Ok((runtime, cases)) => {
-                let passed = !cases.is_empty() && cases.iter().all(|case| case.verdict.passed());
-                RunReport { name, verdict: Verdict::of(passed), runtime: Some(runtime), failure: None, cases }
+            Ok((runtime, nodes, cases)) => {
+                let passed = Verdict::all(cases.iter().map(|case| case.verdict));
+                let verdict = if cases.is_empty() { Verdict::Fail } else { passed };
+                RunReport { verdict, runtime: Some(runtime), nodes, cases, ..report }
             }
-            Err(error) => {
-                let failure = Some(error.to_string());
-                RunReport { name, verdict: Verdict::Fail, runtime: None, failure, cases: Vec::new() }
-            }
+            Err(error) => RunReport { verdict: verdict_of(&error), failure: Some(error.to_string()), ..report },
         };
         let verdict = report.verdict;
         self.runs.push(report);
         verdict
     }
 
-    fn judge(&self, open: Open<'_>) -> Result<(runtime::RuntimeInfo, Vec<RunCase>)> {
+    fn judge(&self, open: Open<'_>) -> Result<Judged> {
         let mut runner = GraphRunner::new(open()?, self.reference.spec.attention.head_dim)?;
         let cases = self.reference.cases.iter().zip(&self.cases);
         let cases = cases.map(|(case, report)| self.judge_case(&mut runner, case, report)).collect();
-        Ok((runner.session_mut().info(), cases))
+        Ok((runner.session_mut().info(), runner.session_mut().nodes(), cases))
+    }
+
+    /// What is wrong with a run's figures; the verdict where nothing is asked.
+    fn verdict(&self, figures: &Figures, greedy: &Greedy, allowed: f64) -> (Verdict, Option<String>) {
+        let failure = match self.judgement {
+            Judgement::Budget => too_far(figures, allowed).or_else(|| disagreement(greedy)),
+            Judgement::Thresholds(thresholds) => thresholds.failure(figures),
+            Judgement::Nothing => {
+                let why = "the graph is quantised, and no thresholds were stated to judge it by";
+                return (Verdict::Unknown, Some(why.into()));
+            }
+        };
+        (Verdict::of(failure.is_none()), failure)
+    }
+
+    /// The runs of the base graph against its own reference, without adapter, to go into this report.
+    pub fn with_base(mut self, base: Self) -> Self {
+        self.base = base.runs;
+        self
     }
 
     fn judge_case(&self, runner: &mut dyn Runner, case: &ReferenceCase, report: &CaseReport) -> RunCase {
@@ -156,6 +250,7 @@ impl Check {
             verdict: Verdict::Fail,
             failure: None,
             figures: None,
+            errors: Vec::new(),
             allowed,
             factor: None,
             greedy: None,
@@ -165,11 +260,12 @@ impl Check {
             Err(failure) => return RunCase { failure: Some(failure), ..row },
         };
         let greedy = Greedy::of(&case.logits, &logits, &case.script.picks, allowed);
-        let failure = too_far(&figures, allowed).or_else(|| disagreement(&greedy));
+        let (verdict, failure) = self.verdict(&figures, &greedy, allowed);
         let candle = report.candle.map(|candle| candle.max_abs).filter(|distance| *distance > 0.0);
         RunCase {
-            verdict: Verdict::of(failure.is_none()),
+            verdict,
             failure,
+            errors: by_spot(&case.logits, &logits),
             factor: candle.map(|candle| figures.max_abs / candle),
             figures: Some(figures),
             greedy: Some(greedy),
@@ -192,7 +288,7 @@ impl Check {
             }
             Err(error) => NoOpReport {
                 name,
-                verdict: Verdict::Fail,
+                verdict: verdict_of(&error),
                 runtime: None,
                 failure: Some(error.to_string()),
                 tensors: 0,
@@ -220,6 +316,62 @@ impl Check {
         Ok((folded.info, tensors, difference))
     }
 
+    /// Compares the graph with another one, over the tokens of all cases. The logits may be twice as far apart as the graph may
+    /// be from the reference, since both may be so far in other directions.
+    pub fn against(&mut self, other: Other<'_>) -> Verdict {
+        let Other { name, graph, other } = other;
+        let report = match self.compare_graphs(graph, other) {
+            Ok((runtime, cases)) => {
+                let verdict = Verdict::all(cases.iter().map(|case| case.verdict));
+                AgainstReport { name, verdict, runtime: Some(runtime), failure: None, cases }
+            }
+            Err(error) => {
+                let (verdict, failure) = (verdict_of(&error), Some(error.to_string()));
+                AgainstReport { name, verdict, runtime: None, failure, cases: Vec::new() }
+            }
+        };
+        let verdict = report.verdict;
+        self.against.push(report);
+        verdict
+    }
+
+    fn compare_graphs(&self, graph: Open<'_>, other: Open<'_>) -> Result<(runtime::RuntimeInfo, Vec<AgainstCase>)> {
+        let spec = &self.reference.spec;
+        let run = |open| {
+            let scripts = self.reference.cases.iter().map(|case| &case.script);
+            no_op::last_outputs(open, spec.attention.head_dim, spec.vocab_size, scripts)
+        };
+        let ((_, other), (info, graph)) = (run(other)?, run(graph)?);
+        let cases = self.reference.cases.iter().zip(&self.cases).zip(graph.iter().zip(&other));
+        let cases = cases.map(|((case, report), ((logits, outputs), (other_logits, other_outputs)))| {
+            let allowed = 2.0 * report.allowance.allowed;
+            let script = &case.script;
+            let bad = |logits| first_non_finite(logits, &script.spots).map(|what| format!("{what} is not finite"));
+            let figures =
+                match bad(logits).or_else(|| bad(other_logits).map(|what| format!("in the other graph {what}"))) {
+                    Some(failure) => Err(failure),
+                    None => Figures::of(other_logits, logits, &script.spots, &script.next).ok_or_else(String::new),
+                };
+            let greedy = Greedy::of(other_logits, logits, &script.picks, allowed);
+            let (verdict, failure) = match &figures {
+                Ok(figures) => self.verdict(figures, &greedy, allowed),
+                Err(failure) => (Verdict::Fail, Some(failure.clone())),
+            };
+            let tensors = other_outputs.iter().filter(|(name, _)| *name != "logits");
+            let tensors = tensors.map(|(name, value)| TensorFigures::of(name, value, outputs.get(name)));
+            AgainstCase {
+                case: report.name.clone(),
+                verdict,
+                failure,
+                figures: figures.ok(),
+                allowed,
+                greedy: Some(greedy),
+                tensors: tensors.collect(),
+            }
+        });
+        Ok((info, cases.collect()))
+    }
+
     /// The report of everything that was judged.
     ///
     /// # Errors
@@ -228,23 +380,44 @@ impl Check {
         if self.cases.is_empty() || self.runs.is_empty() && self.no_op.is_empty() {
             return Err(Error::Nothing);
         }
-        let candle = self.cases.iter().all(|case| case.failure.is_none());
-        let runs = self.runs.iter().all(|run| run.verdict.passed());
-        let no_op = self.no_op.iter().all(|pair| pair.verdict.passed());
-        Ok(Report {
+        let candle = Verdict::of(self.cases.iter().all(|case| case.failure.is_none()));
+        let runs = self.base.iter().chain(&self.runs).map(|run| run.verdict);
+        let no_op = self.no_op.iter().map(|pair| pair.verdict);
+        let against = self.against.iter().map(|pair| pair.verdict);
+        let verdict = Verdict::all(runs.chain(no_op).chain(against).chain([candle]));
+        let thresholds = match self.judgement {
+            Judgement::Thresholds(thresholds) => Some(thresholds),
+            Judgement::Budget | Judgement::Nothing => None,
+        };
+        let mut report = Report {
             schema_version: SCHEMA_VERSION,
             tool: format!("prefold {}", env!("CARGO_PKG_VERSION")),
-            verdict: Verdict::of(candle && runs && no_op),
+            verdict,
+            finding: Finding { kind: FindingKind::Parity, text: String::new() },
             inputs: facts.inputs,
             command: facts.command,
             environment: self.environment,
             budget: self.budget,
+            thresholds,
             rule: RULE.into(),
             cases: self.cases,
             runs: self.runs,
+            base: self.base,
             no_op: self.no_op,
-        })
+            against: self.against,
+            regressions: Vec::new(),
+        };
+        report.finding = Finding::of(&report, facts.subject);
+        Ok(report)
     }
+}
+
+type Judged = (runtime::RuntimeInfo, Option<std::collections::BTreeMap<String, usize>>, Vec<RunCase>);
+
+/// A runtime that is not there says nothing about the graph.
+fn verdict_of(error: &Error) -> Verdict {
+    let unavailable = matches!(error, Error::Runtime(error) if error.is_unavailable());
+    if unavailable { Verdict::Unknown } else { Verdict::Fail }
 }
 
 fn case_report(case: &ReferenceCase, candle: std::result::Result<Figures, String>, budget: &Budget) -> CaseReport {
@@ -255,6 +428,7 @@ fn case_report(case: &ReferenceCase, candle: std::result::Result<Figures, String
         input_ids: rows(case.case.ids()),
         attention_mask: rows(case.case.mask()),
         steps: case.case.steps(),
+        chunk: case.case.chunk(),
         positions: case.script.spots.len(),
         largest_logit: case.largest,
         allowance: budget.allowance(distance, case.largest),
@@ -298,7 +472,7 @@ mod tests {
     use crate::runtime::{OrtOptions, OrtSession, TractOptions, TractSession};
 
     fn report(check: Check) -> Report {
-        check.report(Facts { inputs: Vec::new(), command: "prefold verify".into() }).unwrap()
+        check.report(Facts { command: "prefold verify".into(), ..Facts::default() }).unwrap()
     }
 
     fn failures(report: &Report) -> Vec<&str> {
@@ -320,7 +494,7 @@ mod tests {
         for adapter in [None, Some(&tiny_adapter(0.3))] {
             let report = in_tiny(adapter, tiny_session(adapter, FAITHFUL));
             assert_eq!((report.verdict, failures(&report)), (Verdict::Pass, vec![]));
-            assert_eq!(report.runs[0].cases.len(), 7);
+            assert_eq!(report.runs[0].cases.len(), 8);
             for case in &report.runs[0].cases {
                 let greedy = case.greedy.as_ref().unwrap();
                 assert_eq!(greedy.run, greedy.reference, "{}", case.case);
@@ -331,7 +505,7 @@ mod tests {
     #[test]
     fn a_missing_adapter_is_told() {
         let report = in_tiny(Some(&tiny_adapter(0.3)), tiny_session(None, FAITHFUL));
-        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 8));
         let message = failures(&report)[0];
         assert!(message.contains("away from the reference") && message.contains("is allowed"), "{message}");
     }
@@ -342,7 +516,7 @@ mod tests {
         assert_eq!(in_tiny(None, tiny_session(None, SHIFTED)).verdict, Verdict::Pass);
         let adapter = tiny_adapter(0.3);
         let report = in_tiny(Some(&adapter), tiny_session(Some(&adapter), SHIFTED));
-        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 7));
+        assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 8));
     }
 
     /// Padding after a row is hidden by causality, whatever the mask says.
@@ -421,10 +595,10 @@ mod tests {
     }
 
     #[test]
-    fn a_runtime_that_fails_is_a_failed_row() {
+    fn a_runtime_that_fails_is_a_failed_row_and_an_absent_one_tells_nothing() {
         let mut check = check(tiny_decoder, None);
         let open: Open<'_> = Box::new(|| Err(runtime::Error::NoLibrary { tried: Vec::new() }));
-        assert_eq!(check.run(Candidate { name: "absent".into(), open }), Verdict::Fail);
+        assert_eq!(check.run(Candidate { name: "absent".into(), open }), Verdict::Unknown);
         let mut spec = testing::tiny_spec();
         spec.vocab_size = 41;
         let other = Decoder::from_weights(&spec, |weight| testing::tiny_weight(weight, DType::F32)).unwrap();
@@ -436,7 +610,7 @@ mod tests {
         assert_eq!((rows[0].run, rows[0].case), ("absent", "load"));
         assert!(rows[0].failure.unwrap().contains("no usable ONNX Runtime library"));
         assert!(rows[1].failure.unwrap().contains("the logits are [1, 12, 41]"), "{:?}", rows[1]);
-        assert_eq!(rows.len(), 1 + 7 + 7);
+        assert_eq!(rows.len(), 1 + 8 + 8);
     }
 
     #[test]
@@ -505,8 +679,8 @@ mod tests {
         assert_eq!(check.no_op(no_op_pair(last_bit)), Verdict::Fail);
         let report = report(check);
         assert_eq!(report.verdict, Verdict::Fail);
-        // Three prefills without steps, one of one token, three with four steps.
-        assert_eq!(report.no_op[0].tensors, 4 + 3 * 5);
+        // Three prefills without steps, one of one token, three with four steps, one of three pieces with four steps.
+        assert_eq!(report.no_op[0].tensors, 4 + 3 * 5 + (3 + 4));
         let found = report.no_op[1].first_difference.as_ref().unwrap();
         assert_eq!((found.case.as_str(), found.call, found.output.as_str()), ("left_padding", 0, "logits"));
         assert_eq!(found.index, [1, 2, 3]);

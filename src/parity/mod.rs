@@ -9,28 +9,40 @@
 //!
 //! Knows nothing of the command line, of how a graph was made, or of how a runtime is found: sessions come from the caller.
 
+mod baseline;
 mod budget;
 mod cases;
 mod check;
 mod figures;
+mod finding;
 mod greedy;
 mod no_op;
+mod render;
 mod report;
 mod run;
 mod sites;
+mod store;
 #[cfg(test)]
 mod testing;
+mod thresholds;
 
+pub use baseline::Regression;
 pub use budget::{Allowance, Budget};
-pub use cases::{Case, CaseOptions, Padding, generated_prompts, standard_cases};
-pub use check::{Candidate, Check, Model, Open, Reference};
-pub use figures::{Figures, NonFinite, Spot, Worst};
+pub use cases::{
+    Case, CaseOptions, Padding, generated_prompts, length_cases, named_cases, select_cases, standard_cases,
+};
+pub use check::{Candidate, Check, Model, Open, Other, Reference};
+pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
+pub use finding::{Finding, FindingKind};
 pub use greedy::{Greedy, GreedyDifference};
 pub use no_op::{FirstDifference, NoOpPair};
 pub use report::{
-    CaseReport, Environment, Facts, NoOpReport, Report, Row, RunCase, RunReport, SCHEMA_VERSION, Verdict,
+    AgainstCase, AgainstReport, CaseReport, Departure, Environment, Facts, LayerErrors, NoOpReport, Report, Row,
+    RunCase, RunReport, SCHEMA_VERSION, Subject, Verdict,
 };
 pub use sites::{CapturedQuery, Probe, QueryDistance};
+pub use store::ReferenceStore;
+pub use thresholds::Thresholds;
 
 /// What keeps parity from being judged. A graph that fails is no error but a [`Report`] that says so.
 #[derive(Debug, thiserror::Error, miette::Diagnostic)]

@@ -1,7 +1,7 @@
 //! The exactness of a zero adapter: a graph that it was folded into gives the base graph's outputs bit for bit, logits and
 //! cache, padding included.
 
-use ndarray::ArrayD;
+use ndarray::{Array2, ArrayD};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +97,26 @@ pub(super) fn outputs<'a>(
     Ok(Outputs { info: runner.session_mut().info(), cases })
 }
 
+/// The logits of a script, `[spots, vocab]`, and the outputs of its last call.
+type LastOutputs = (Array2<f64>, NamedValues);
+
+/// The logits of all scripts in one session, and the outputs of each script's last call.
+pub(super) fn last_outputs<'a>(
+    open: Open<'_>,
+    head_dim: usize,
+    vocab: usize,
+    scripts: impl Iterator<Item = &'a Script>,
+) -> Result<(RuntimeInfo, Vec<LastOutputs>)> {
+    let mut runner = GraphRunner::new(Recorder { inner: open()?, calls: Vec::new() }, head_dim)?;
+    let mut cases = Vec::new();
+    for script in scripts {
+        let logits = replay(&mut runner, script, vocab)?;
+        let last = std::mem::take(&mut runner.session_mut().calls).pop();
+        cases.push((logits, last.unwrap_or_default()));
+    }
+    Ok((runner.session_mut().info(), cases))
+}
+
 /// The number of tensors compared, and the first difference.
 pub(super) fn compare(names: &[&str], base: &Outputs, folded: &Outputs) -> Result<(usize, Option<FirstDifference>)> {
     let mut tensors = 0;
@@ -157,7 +177,7 @@ mod tests {
 
     use super::*;
 
-    fn values(array: ndarray::Array2<f32>) -> Value {
+    fn values(array: Array2<f32>) -> Value {
         array.into_dyn().into()
     }
 

@@ -1,14 +1,18 @@
 //! `parity.json`: what was compared with what, how far apart it is, how far it may be, and the verdict.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Allowance, Budget, Figures, FirstDifference, Greedy, Result};
+use super::{
+    Allowance, Budget, Figures, Finding, FirstDifference, Greedy, Regression, Result, TensorFigures, Thresholds,
+};
 use crate::files::FileFact;
 use crate::runtime::RuntimeInfo;
 
 /// Version of the report's layout.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// What the budget's numbers mean, for who reads a report.
 pub(super) const RULE: &str = "e(x) is the largest absolute distance of the logits of x from the reference's over all \
@@ -16,7 +20,8 @@ pub(super) const RULE: &str = "e(x) is the largest absolute distance of the logi
     e(run) <= max(factor * e(candle), relative_floor * largest reference logit), and its greedy tokens are the \
     reference's, each picked after the reference's own tokens; a token that differs is a tie, and counts as equal, only \
     when the reference's logits of the two tokens are no further apart than that limit. A zero adapter passes when every \
-    output is equal bit for bit.";
+    output is equal bit for bit. Where thresholds are stated they take the budget's place. Another graph may be twice as far \
+    from the graph as the graph may be from the reference.";
 
 /// The outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -26,12 +31,32 @@ pub enum Verdict {
     Pass,
     /// No parity, or a run that failed.
     Fail,
+    /// It could not be told: there is no such runtime, or nothing to judge by.
+    Unknown,
 }
 
 impl Verdict {
     /// Whether it is [`Pass`](Self::Pass).
     pub fn passed(self) -> bool {
         self == Self::Pass
+    }
+
+    /// The verdict over several: a failure counts most, then what could not be told.
+    pub fn all(verdicts: impl Iterator<Item = Self>) -> Self {
+        verdicts.fold(Self::Pass, |all, verdict| match (all, verdict) {
+            (Self::Fail, _) | (_, Self::Fail) => Self::Fail,
+            (Self::Unknown, _) | (_, Self::Unknown) => Self::Unknown,
+            (Self::Pass, Self::Pass) => Self::Pass,
+        })
+    }
+
+    /// How it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Fail => "FAIL",
+            Self::Unknown => "unknown",
+        }
     }
 
     pub(super) fn of(passed: bool) -> Self {
@@ -46,6 +71,18 @@ pub struct Facts {
     pub inputs: Vec<FileFact>,
     /// The command that repeats the check.
     pub command: String,
+    /// What the graph is to the checkpoint.
+    pub subject: Subject,
+}
+
+/// What a graph is to the checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Subject {
+    /// A base graph, with no adapter in it.
+    Base,
+    /// A graph with an adapter folded in.
+    #[default]
+    Folded,
 }
 
 /// The whole result of a verification.
@@ -57,6 +94,8 @@ pub struct Report {
     pub tool: String,
     /// Whether every run passed in every case, and every zero adapter changed nothing.
     pub verdict: Verdict,
+    /// What was found, in a sentence.
+    pub finding: Finding,
     /// The files that were compared.
     pub inputs: Vec<FileFact>,
     /// The command that repeats the check.
@@ -65,14 +104,25 @@ pub struct Report {
     pub environment: Environment,
     /// The error budget's numbers.
     pub budget: Budget,
+    /// The thresholds that took the budget's place.
+    pub thresholds: Option<Thresholds>,
     /// The error budget in words.
     pub rule: String,
     /// The cases, with candle's own distance.
     pub cases: Vec<CaseReport>,
     /// One entry for each runtime.
     pub runs: Vec<RunReport>,
+    /// The base graph, against the checkpoint without adapter: one entry for each runtime.
+    #[serde(default)]
+    pub base: Vec<RunReport>,
     /// One entry for each runtime in which a zero adapter was tried.
     pub no_op: Vec<NoOpReport>,
+    /// The graph against another graph: one entry for each runtime.
+    #[serde(default)]
+    pub against: Vec<AgainstReport>,
+    /// What got worse than in an earlier report.
+    #[serde(default)]
+    pub regressions: Vec<Regression>,
 }
 
 /// What the reference ran on.
@@ -99,6 +149,8 @@ pub struct CaseReport {
     pub attention_mask: Vec<Vec<i64>>,
     /// Cached steps after the prompts.
     pub steps: usize,
+    /// Columns that each call of the prefill fed, but for the last.
+    pub chunk: usize,
     /// Number of compared positions, those of the steps included.
     pub positions: usize,
     /// The reference's largest absolute logit.
@@ -122,8 +174,45 @@ pub struct RunReport {
     pub runtime: Option<RuntimeInfo>,
     /// Why there is nothing to compare.
     pub failure: Option<String>,
+    /// How many nodes ran on each execution provider, by the runtime's own profile of its first run.
+    pub nodes: Option<BTreeMap<String, usize>>,
+    /// Where the graph first departs from the reference, where that was looked for.
+    pub departure: Option<Departure>,
+    /// How far the layers are from the reference's, where that was looked at.
+    #[serde(default)]
+    pub layers: Vec<LayerErrors>,
     /// The cases, in the report's order.
     pub cases: Vec<RunCase>,
+}
+
+/// The first place at which a graph is further from the reference than it may be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Departure {
+    /// The case in which it shows.
+    pub case: String,
+    /// The layer; none before the first and after the last.
+    pub layer: Option<usize>,
+    /// The node.
+    pub node: Option<String>,
+    /// The tensor.
+    pub tensor: String,
+    /// The largest absolute distance there.
+    pub distance: f64,
+    /// The folder of the reproducer, where one was written.
+    pub reproducer: Option<String>,
+}
+
+/// How far a layer's output is from the reference's in a case.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LayerErrors {
+    /// The case.
+    pub case: String,
+    /// The layer.
+    pub layer: usize,
+    /// The tensor that was compared.
+    pub tensor: String,
+    /// The largest absolute distance at each position, as [`RunCase::errors`].
+    pub errors: Vec<f64>,
 }
 
 /// A graph in one runtime in one case.
@@ -137,6 +226,9 @@ pub struct RunCase {
     pub failure: Option<String>,
     /// How far the run is from the reference; none when it failed or its logits are not finite.
     pub figures: Option<Figures>,
+    /// The largest absolute distance at each compared position, in the order of the calls, in each by row, then column.
+    #[serde(default)]
+    pub errors: Vec<f64>,
     /// How far it may be.
     pub allowed: f64,
     /// The factor that would just pass, `e(run) / e(candle)`; none where candle has no distance.
@@ -162,9 +254,45 @@ pub struct NoOpReport {
     pub first_difference: Option<FirstDifference>,
 }
 
+/// A graph and another one in one runtime, over the same tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AgainstReport {
+    /// The name that the caller gave the pair.
+    pub name: String,
+    /// Whether all cases passed.
+    pub verdict: Verdict,
+    /// The runtime; none when it did not run the graphs.
+    pub runtime: Option<RuntimeInfo>,
+    /// Why there is nothing to compare.
+    pub failure: Option<String>,
+    /// The cases, in the report's order.
+    pub cases: Vec<AgainstCase>,
+}
+
+/// A graph and another one in one runtime in one case.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AgainstCase {
+    /// The case's name.
+    pub case: String,
+    /// Whether they agree.
+    pub verdict: Verdict,
+    /// Why they do not.
+    pub failure: Option<String>,
+    /// How far the graph's logits are from the other's.
+    pub figures: Option<Figures>,
+    /// How far they may be.
+    pub allowed: f64,
+    /// The greedy tokens, the other graph's as the reference.
+    pub greedy: Option<Greedy>,
+    /// The other outputs of the case's last call: the cache.
+    pub tensors: Vec<TensorFigures>,
+}
+
 /// A line of the table that sums a report up.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row<'a> {
+    /// What is judged where it is not the graph against the reference.
+    pub of: Option<&'static str>,
     /// The run's name.
     pub run: &'a str,
     /// The case; `load` for a run that has none, `zero adapter` for a no-op.
@@ -197,13 +325,26 @@ impl Report {
     pub fn rows(&self) -> Vec<Row<'_>> {
         let candle = self.cases.iter().filter(|case| case.failure.is_some()).map(CaseReport::row);
         let runs = self.runs.iter().flat_map(RunReport::rows);
-        candle.chain(runs).chain(self.no_op.iter().map(NoOpReport::row)).collect()
+        let base = self.base.iter().flat_map(RunReport::rows).map(|row| Row { of: Some("base graph"), ..row });
+        let against = self.against.iter().flat_map(AgainstReport::rows);
+        base.chain(candle).chain(runs).chain(self.no_op.iter().map(NoOpReport::row)).chain(against).collect()
+    }
+
+    /// All figures of the graph against the reference.
+    pub fn figures(&self) -> impl Iterator<Item = &Figures> {
+        self.runs.iter().flat_map(|run| &run.cases).filter_map(|case| case.figures.as_ref())
+    }
+
+    /// The tolerance, `atol = rtol`, that every run would just pass.
+    pub fn tolerance(&self) -> Option<f64> {
+        self.figures().map(|figures| figures.tolerance).reduce(f64::max)
     }
 }
 
 impl CaseReport {
     fn row(&self) -> Row<'_> {
         Row {
+            of: None,
             run: "candle",
             case: &self.name,
             verdict: Verdict::of(self.failure.is_none()),
@@ -220,6 +361,7 @@ impl RunReport {
     fn rows(&self) -> Vec<Row<'_>> {
         if self.cases.is_empty() {
             return vec![Row {
+                of: None,
                 run: &self.name,
                 case: "load",
                 verdict: self.verdict,
@@ -237,6 +379,7 @@ impl RunReport {
 impl RunCase {
     fn row<'a>(&'a self, run: &'a str) -> Row<'a> {
         Row {
+            of: None,
             run,
             case: &self.case,
             verdict: self.verdict,
@@ -252,8 +395,9 @@ impl RunCase {
 impl NoOpReport {
     fn row(&self) -> Row<'_> {
         Row {
+            of: Some("zero adapter"),
             run: &self.name,
-            case: "zero adapter",
+            case: "all",
             verdict: self.verdict,
             distance: None,
             allowed: Some(0.0),
@@ -261,5 +405,35 @@ impl NoOpReport {
             greedy: None,
             failure: self.failure.as_deref(),
         }
+    }
+}
+
+impl<'a> AgainstReport {
+    fn rows(&'a self) -> Vec<Row<'a>> {
+        let none = Row {
+            of: Some("other graph"),
+            run: &self.name,
+            case: "load",
+            verdict: self.verdict,
+            distance: None,
+            allowed: None,
+            figures: None,
+            greedy: None,
+            failure: self.failure.as_deref(),
+        };
+        if self.cases.is_empty() {
+            return vec![none];
+        }
+        let row = |case: &'a AgainstCase| Row {
+            case: &case.case,
+            verdict: case.verdict,
+            distance: case.figures.as_ref().map(|figures| figures.max_abs),
+            allowed: Some(case.allowed),
+            figures: case.figures.as_ref(),
+            greedy: case.greedy.as_ref(),
+            failure: case.failure.as_deref(),
+            ..none
+        };
+        self.cases.iter().map(row).collect()
     }
 }

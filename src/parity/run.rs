@@ -29,31 +29,82 @@ pub(super) trait Runner {
 }
 
 /// All calls of a case, with the reference's greedy tokens written in.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(super) struct Script {
     calls: Vec<Call>,
+    /// Calls that feed the prompts.
+    prefill: usize,
     /// The compared positions, in the order of the recorded logits.
     pub(super) spots: Vec<Spot>,
-    /// By call, by row: the index among `spots` of the position that picks the next token.
+    /// The token that follows each spot in its row, where one does.
+    pub(super) next: Vec<Option<usize>>,
+    /// By generated token, by row: the index among `spots` of the position that picks it.
     pub(super) picks: Vec<Vec<usize>>,
+}
+
+impl Script {
+    /// A script of calls of which the first `prefill` feed the prompts.
+    pub(super) fn new(calls: Vec<Call>, prefill: usize) -> Self {
+        let batch = calls.first().map_or(0, |call| call.ids.nrows());
+        let mut script = Self { calls: Vec::new(), prefill, spots: vec![], next: vec![], picks: vec![] };
+        let mut last: Vec<Option<usize>> = vec![None; batch];
+        let mut columns = 0usize;
+        for (index, call) in calls.iter().enumerate() {
+            for ((row, last), (ids, mask)) in
+                last.iter_mut().enumerate().zip(call.ids.outer_iter().zip(call.mask.outer_iter()))
+            {
+                for (column, id) in ids.iter().enumerate().filter(|(column, _)| mask[*column] != 0) {
+                    if let Some(next) = last.and_then(|before| script.next.get_mut(before)) {
+                        *next = usize::try_from(*id).ok();
+                    }
+                    *last = Some(script.spots.len());
+                    script.spots.push(Spot { row, column: columns.saturating_add(column) });
+                    script.next.push(None);
+                }
+            }
+            columns = columns.saturating_add(call.ids.ncols());
+            if index.saturating_add(1) >= prefill {
+                script.picks.push(last.iter().map(|last| last.unwrap_or(0)).collect());
+            }
+        }
+        Self { calls, ..script }
+    }
+
+    /// Ids and masks, `[batch, seq]`, of each call, and how many calls feed the prompts.
+    pub(super) fn calls(&self) -> (impl Iterator<Item = (&Array2<i64>, &Array2<i64>)>, usize) {
+        (self.calls.iter().map(|call| (&call.ids, &call.mask)), self.prefill)
+    }
+}
+
+impl Call {
+    pub(super) fn new(ids: Array2<i64>, mask: Array2<i64>) -> Self {
+        Self { ids, mask }
+    }
+}
+
+/// The prompts of a case, in the pieces that it asks for.
+fn prompts(case: &Case) -> Vec<Call> {
+    let pieces = |array: &Array2<i64>| {
+        array.axis_chunks_iter(Axis(1), case.chunk()).map(|piece| piece.to_owned()).collect::<Vec<_>>()
+    };
+    pieces(case.ids()).into_iter().zip(pieces(case.mask())).map(|(ids, mask)| Call { ids, mask }).collect()
 }
 
 /// Runs a case greedily. Gives the script that others replay, and the logits of its spots, `[spots, vocab]`.
 pub(super) fn record(runner: &mut dyn Runner, case: &Case, vocab: usize) -> Result<(Script, Array2<f64>)> {
     let mut record = Recording::new(vocab, case.ids().nrows());
-    let mut call = Call { ids: case.ids().clone(), mask: case.mask().clone() };
-    let (mut calls, mut picks) = (Vec::new(), Vec::new());
     runner.start();
-    for step in 0..=case.steps() {
-        if step > 0 {
-            call = record.next_call();
-        }
-        record.add(&call, &runner.extend(&call)?)?;
-        picks.push(record.last.clone());
-        calls.push(call.clone());
+    let mut calls = prompts(case);
+    let prefill = calls.len();
+    for call in &calls {
+        record.add(call, &runner.extend(call)?)?;
     }
-    let spots = std::mem::take(&mut record.spots);
-    Ok((Script { calls, spots, picks }, record.into_logits()?))
+    for _ in 0..case.steps() {
+        let call = record.next_call();
+        record.add(&call, &runner.extend(&call)?)?;
+        calls.push(call);
+    }
+    Ok((Script::new(calls, prefill), record.into_logits()?))
 }
 
 /// Runs a script. Gives the logits of its spots, `[spots, vocab]`.
@@ -70,19 +121,15 @@ pub(super) fn replay(runner: &mut dyn Runner, script: &Script, vocab: usize) -> 
 /// The logits of the real positions seen so far.
 struct Recording {
     vocab: usize,
-    columns: usize,
     /// `[spots, vocab]`.
     logits: Vec<f64>,
-    spots: Vec<Spot>,
-    /// By row, the index of its last spot, and the token that is greedy there.
-    last: Vec<usize>,
+    /// By row, the token that is greedy at its last spot.
     greedy: Vec<i64>,
 }
 
 impl Recording {
     fn new(vocab: usize, batch: usize) -> Self {
-        let (logits, spots) = (Vec::new(), Vec::new());
-        Self { vocab, columns: 0, logits, spots, last: vec![0; batch], greedy: vec![0; batch] }
+        Self { vocab, logits: Vec::new(), greedy: vec![0; batch] }
     }
 
     fn add(&mut self, call: &Call, logits: &Array3<f64>) -> Result<()> {
@@ -90,19 +137,13 @@ impl Recording {
         if logits.dim() != (batch, seq, self.vocab) {
             return Err(Error::Logits { found: logits.shape().into(), expected: vec![batch, seq, self.vocab] });
         }
-        let rows = logits.outer_iter().zip(call.mask.outer_iter()).zip(self.last.iter_mut().zip(&mut self.greedy));
-        for (row, ((logits, mask), (last, greedy))) in rows.enumerate() {
-            for (column, (logits, real)) in logits.outer_iter().zip(mask).enumerate() {
-                if *real == 0 {
-                    continue;
-                }
-                *last = self.spots.len();
+        let rows = logits.outer_iter().zip(call.mask.outer_iter()).zip(&mut self.greedy);
+        for ((logits, mask), greedy) in rows {
+            for (logits, _) in logits.outer_iter().zip(mask).filter(|(_, real)| **real != 0) {
                 *greedy = top1(logits) as i64;
-                self.spots.push(Spot { row, column: self.columns.saturating_add(column) });
                 self.logits.extend(logits);
             }
         }
-        self.columns = self.columns.saturating_add(seq);
         Ok(())
     }
 
@@ -221,12 +262,39 @@ mod tests {
             let spots: Vec<_> = script.spots.iter().map(|spot| (spot.row, spot.column)).collect();
             assert_eq!(spots, [&prefill[..], &[(0, 3), (1, 3), (0, 4), (1, 4)]].concat());
             assert_eq!(script.picks, [[2, 3], [4, 5], [6, 7]]);
+            // The prompt 0, 1, 2 goes on with 3 and 4, the prompt 4 with 0 and 1.
+            let next = [1, 2, 3, 0, 4, 1].map(Some);
+            assert_eq!(script.next, [&next[..], &[None, None]].concat());
             assert_eq!(logits.outer_iter().map(top1).collect::<Vec<_>>(), [1, 2, 3, 0, 4, 1, 0, 2]);
 
             let mut other = Counting { fed: vec![script.calls[0].clone()] };
             assert_eq!(replay(&mut other, &script, 5).unwrap(), logits);
             assert_eq!(other.fed, script.calls);
         }
+    }
+
+    /// Pieces change what is fed at once and nothing else.
+    #[test]
+    fn a_prompt_in_pieces_has_the_same_spots() {
+        let whole = Case::batch("c", &[vec![0, 1, 2, 3, 4], vec![4, 3]], Padding::Left, 2).unwrap();
+        let mut runner = Counting { fed: Vec::new() };
+        let (at_once, logits) = record(&mut runner, &whole, 5).unwrap();
+        let (pieces, of_pieces) = record(&mut runner, &whole.clone().chunked(2), 5).unwrap();
+        let widths: Vec<usize> = runner.fed.iter().map(|call| call.ids.ncols()).collect();
+        assert_eq!(widths, [2, 2, 1, 1, 1]);
+        let by_place = |script: &Script, logits: &Array2<f64>| {
+            let next = script.next.iter().zip(logits.outer_iter().map(top1));
+            let mut all: Vec<_> =
+                script.spots.iter().map(|s| (s.row, s.column)).zip(next.map(|(n, t)| (*n, t))).collect();
+            all.sort();
+            all
+        };
+        assert_eq!(by_place(&pieces, &of_pieces), by_place(&at_once, &logits));
+        let picked = |script: &Script| {
+            let spots = script.picks.iter().flatten().map(|spot| script.spots[*spot]);
+            spots.map(|spot| (spot.row, spot.column)).collect::<Vec<_>>()
+        };
+        assert_eq!(picked(&pieces), picked(&at_once));
     }
 
     #[test]

@@ -71,6 +71,11 @@ impl Page {
         self.add(format_args!("</div>\n"))
     }
 
+    /// A picture, an SVG element, with a caption.
+    pub fn figure(&mut self, caption: &str, svg: &str) -> &mut Self {
+        self.add(format_args!("<figure><figcaption>{}</figcaption>\n{svg}</figure>\n", escape(caption)))
+    }
+
     /// The page as a document.
     pub fn html(&self) -> String {
         let title = escape(&self.title);

@@ -3,7 +3,7 @@
 //! Positions are counted from the attention mask, `max(cumsum(mask) - 1, 0)`, so that padding on either side leaves a
 //! row's own positions as they are.
 
-use ndarray::{Array2, Array3, ArrayView1, Axis, Ix3, concatenate, s};
+use ndarray::{Array2, Array3, ArrayD, ArrayView1, Axis, Ix3, concatenate, s};
 
 use super::{DType, Dim, Error, Port, Result, Session, Tensor, Value};
 
@@ -22,6 +22,64 @@ pub struct DecoderPorts {
     /// Number of tokens, where the logits' last dimension declares it.
     pub vocab_size: Option<usize>,
     index_dtype: DType,
+    extras: Vec<Extra>,
+}
+
+/// An input that some exporters add, and that follows from the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Extra {
+    port: Port,
+    kind: ExtraKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ExtraKind {
+    /// Whether there is a past: optimum's merged decoders hold two graphs.
+    CacheBranch,
+    /// How many logits to give; 0 for all.
+    LogitsToKeep,
+    /// The new columns, counted with padding.
+    CachePosition,
+    /// Zero for every token.
+    TokenTypes,
+    PastLength,
+    TotalLength,
+}
+
+impl Extra {
+    fn of(port: &Port) -> Option<Self> {
+        let kind = match port.name.as_str() {
+            "use_cache_branch" => ExtraKind::CacheBranch,
+            "num_logits_to_keep" | "logits_to_keep" => ExtraKind::LogitsToKeep,
+            "cache_position" => ExtraKind::CachePosition,
+            "token_type_ids" => ExtraKind::TokenTypes,
+            "past_sequence_length" => ExtraKind::PastLength,
+            "total_sequence_length" => ExtraKind::TotalLength,
+            _ => return None,
+        };
+        Some(Self { port: port.clone(), kind })
+    }
+
+    /// What is fed after `past` columns for `new` ones.
+    fn feed(&self, batch: usize, past: usize, new: usize) -> Result<Value> {
+        let one = vec![1; self.port.dims.len()];
+        let total = past.saturating_add(new);
+        let (shape, values) = match self.kind {
+            ExtraKind::CacheBranch => return Ok(ArrayD::from_elem(one, past > 0).into()),
+            ExtraKind::LogitsToKeep => (one, vec![0]),
+            ExtraKind::CachePosition => (vec![new], (past..total).collect()),
+            ExtraKind::TokenTypes => (vec![batch, new], vec![0; batch.saturating_mul(new)]),
+            ExtraKind::PastLength => (one, vec![past]),
+            ExtraKind::TotalLength => (one, vec![total]),
+        };
+        let values = values.into_iter().map(|value| i64::try_from(value).unwrap_or(i64::MAX)).collect();
+        let array = ArrayD::from_shape_vec(shape, values)
+            .map_err(|error| misfit(format!("{} cannot be fed: {error}", self.port)))?;
+        Ok(match self.port.dtype {
+            DType::I32 => array.mapv(|value| i32::try_from(value).unwrap_or(i32::MAX)).into(),
+            _ => array.into(),
+        })
+    }
 }
 
 /// One tensor of the cache, of shape `[batch, kv_heads, past, head_dim]`.
@@ -64,19 +122,21 @@ impl DecoderPorts {
             Some(Dim::Fixed(size)) => Some(*size),
             _ => None,
         };
-        let mut cache = Vec::new();
+        let (mut cache, mut extras) = (Vec::new(), Vec::new());
         for port in inputs {
-            match port.name.strip_prefix("past_key_values.") {
-                Some(part) => {
-                    let present = find(outputs, "output", &format!("present.{part}"))?;
-                    cache.push(cache_port(port, present, head_dim)?);
-                }
-                None if [IDS, MASK, POSITIONS].contains(&port.name.as_str()) => {}
-                None => return Err(misfit(format!("the input {port} is none that prefold can fill"))),
+            if [IDS, MASK, POSITIONS].contains(&port.name.as_str()) {
+                continue;
+            }
+            if let Some(extra) = Extra::of(port) {
+                extras.push(extra);
+            } else if port.name.starts_with("past") {
+                cache.push(cache_port(port, present(outputs, &port.name)?, head_dim)?);
+            } else {
+                return Err(misfit(format!("the input {port} is none that prefold can fill")));
             }
         }
         let has_positions = inputs.iter().any(|port| port.name == POSITIONS);
-        Ok(Self { has_positions, cache, vocab_size, index_dtype })
+        Ok(Self { has_positions, cache, vocab_size, index_dtype, extras })
     }
 
     /// Number of layers that have a cache.
@@ -90,6 +150,14 @@ fn find<'a>(ports: &'a [Port], kind: &str, name: &str) -> Result<&'a Port> {
         let present: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
         misfit(format!("it has no {kind} `{name}`, only {}", present.join(", ")))
     })
+}
+
+/// The output that an input of the cache becomes.
+fn present<'a>(outputs: &'a [Port], input: &str) -> Result<&'a Port> {
+    let usual = input.replacen("past_key_values", "present", 1);
+    let names = [input.replacen("past", "present", 1), format!("{input}_out"), usual.clone()];
+    let found = names.iter().find_map(|name| find(outputs, "output", name).ok());
+    found.map_or_else(|| find(outputs, "output", &usual), Ok)
 }
 
 fn misfit(reason: String) -> Error {
@@ -243,7 +311,9 @@ impl<S: Session> GraphDecoder<S> {
         if let Some(given) = position_ids {
             all_positions.slice_mut(s![.., -signed(new)..]).assign(given);
         }
-        let feeds = if self.ports.cache.is_empty() {
+        let past = if self.ports.cache.is_empty() { 0 } else { all_mask.ncols().saturating_sub(new) };
+        let fed = all_mask.ncols().saturating_sub(past);
+        let mut feeds = if self.ports.cache.is_empty() {
             let all_ids = append(self.ids.take(), ids)?;
             self.ids = Some(all_ids.clone());
             self.feeds(all_ids, &all_mask, all_positions)
@@ -251,6 +321,9 @@ impl<S: Session> GraphDecoder<S> {
             self.feeds(ids.clone(), &all_mask, all_positions.slice(s![.., -signed(new)..]).to_owned())
         };
         let batch = ids.nrows();
+        for extra in &self.ports.extras {
+            feeds.push((extra.port.name.clone(), extra.feed(batch, past, fed)?.into()));
+        }
         let feeds = self.with_cache(feeds, batch)?;
         let outputs = self.session.run_tensors(feeds)?;
         let logits = self.keep_cache(outputs)?;
@@ -645,12 +718,69 @@ mod tests {
         oracle.check("single", 0..ids.ncols(), &logits, "fused");
     }
 
+    /// optimum's merged decoder: two graphs in one, and an input that says which.
+    #[test]
+    fn a_merged_decoder_gives_the_oracles_logits_with_and_without_its_cache() {
+        let (Some(graph), Some(oracle), Some(library)) = (
+            testing::shared("graphs/optimum_merged/llama_gqa/decoder_model_merged.onnx"),
+            testing::shared("oracles/llama_gqa/io.safetensors"),
+            testing::ort_library(),
+        ) else {
+            return;
+        };
+        let oracle = Oracle(NamedValues::load(&oracle).unwrap());
+        let session = OrtSession::open(&library, &graph, OrtOptions::default()).unwrap();
+        let mut decoder = GraphDecoder::new(session).unwrap();
+        let (ids, mask) = (oracle.get("left", "input_ids"), oracle.get("left", "attention_mask"));
+        let (seq, half) = (ids.ncols(), ids.ncols() / 2);
+        let part = |array: &Array2<i64>, from: usize, to: usize| array.slice(s![.., from..to]).to_owned();
+        let logits = decoder.prefill(&part(&ids, 0, half), &part(&mask, 0, half)).unwrap();
+        oracle.check("left", 0..half, &logits, "merged, without a past");
+        let logits = decoder.extend(&part(&ids, half, seq), &part(&mask, half, seq), None).unwrap();
+        oracle.check("left", half..seq, &logits, "merged, with a past");
+    }
+
+    /// Ports and nothing behind them.
+    struct Ports(Vec<Port>, Vec<Port>);
+
+    impl Session for Ports {
+        fn inputs(&self) -> &[Port] {
+            &self.0
+        }
+
+        fn outputs(&self) -> &[Port] {
+            &self.1
+        }
+
+        fn info(&self) -> crate::runtime::RuntimeInfo {
+            panic!("it is not asked")
+        }
+
+        fn run_tensors(&mut self, _: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+            panic!("it is not run")
+        }
+    }
+
+    fn ports(names: &[&str]) -> Ports {
+        let port = |name: &&str, dtype| Port { name: (*name).into(), dtype, dims: vec![Dim::Unknown] };
+        let inputs = [IDS, MASK].iter().chain(names).map(|name| port(name, DType::I64)).collect();
+        Ports(inputs, vec![port(&LOGITS, DType::F32)])
+    }
+
+    #[test]
+    fn inputs_that_follow_from_others_are_filled() {
+        let ports =
+            DecoderPorts::of(&ports(&["num_logits_to_keep", "cache_position", "token_type_ids"]), None).unwrap();
+        let fed = ports.extras.iter().map(|extra| extra.feed(2, 3, 2).unwrap().into_i64().unwrap());
+        let fed: Vec<_> = fed.map(|array| (array.shape().to_vec(), array.into_iter().collect::<Vec<_>>())).collect();
+        assert_eq!(fed, [(vec![1], vec![0]), (vec![2], vec![3, 4]), (vec![2, 2], vec![0; 4])]);
+    }
+
     #[test]
     fn a_graph_that_is_no_decoder_is_refused() {
-        let Some(graph) = testing::shared("graphs/optimum_merged/llama_gqa/decoder_model_merged.onnx") else { return };
-        let Some(library) = testing::ort_library() else { return };
-        let session = OrtSession::open(&library, &graph, OrtOptions::default()).unwrap();
-        let error = GraphDecoder::new(session).err().unwrap().to_string();
-        assert!(error.contains("use_cache_branch"), "{error}");
+        let error = DecoderPorts::of(&ports(&["encoder_hidden_states"]), None).unwrap_err().to_string();
+        assert!(error.contains("encoder_hidden_states"), "{error}");
+        let error = DecoderPorts::of(&ports(&["past_key_values.0.key"]), None).unwrap_err().to_string();
+        assert!(error.contains("no output `present.0.key`"), "{error}");
     }
 }

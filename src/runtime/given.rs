@@ -1,5 +1,7 @@
 //! A session that is given some of its inputs with every run: an adapter's values for slots, the row of a bank.
 
+use std::collections::BTreeMap;
+
 use super::{DType, Error, Port, Result, RuntimeInfo, Session, Tensor, Value};
 
 /// What an input is given.
@@ -52,6 +54,10 @@ impl<S: Session> Session for WithGiven<S> {
 
     fn info(&self) -> RuntimeInfo {
         self.inner.info()
+    }
+
+    fn nodes(&self) -> Option<BTreeMap<String, usize>> {
+        self.inner.nodes()
     }
 
     fn run_tensors(&mut self, mut feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {

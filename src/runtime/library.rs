@@ -183,7 +183,7 @@ pub(super) fn load(path: &Path) -> Result<ort::environment::Environment> {
 }
 
 /// The version that a library's own name or prefold's cache folder states.
-pub(super) fn version_of(library: &Path) -> Option<String> {
+pub fn version_of(library: &Path) -> Option<String> {
     let real = library.canonicalize().unwrap_or_else(|_| library.into());
     let name = real.file_name()?.to_str()?;
     let named = name.trim_start_matches("libonnxruntime").trim_start_matches(".so").trim_end_matches(".dylib");

@@ -1,14 +1,20 @@
 //! Running a graph: ONNX Runtime (found or installed, loaded at run time) and tract (embedded), behind one [`Session`],
-//! and the cached decode loop over either.
+//! and the cached decode loop over either. A [`Setup`] says which runtime and how; [`ProcessSession`] runs it in a process of
+//! its own, whose crash or hang is an error here.
 //!
 //! Knows nothing of adapters, checkpoints or how a graph was made: it sees a file with named inputs and outputs.
 
 mod decode;
+mod frame;
 mod given;
 mod guard;
 pub mod library;
 mod ort_session;
+mod process;
+mod profile;
+mod serve;
 mod session;
+mod setup;
 mod tensor;
 #[cfg(test)]
 mod testing;
@@ -19,8 +25,11 @@ use std::path::PathBuf;
 
 pub use decode::{CachePort, DecoderPorts, GraphDecoder, last_logits, left_pad, positions};
 pub use given::{Given, WithGiven};
-pub use ort_session::{Optimization, OrtOptions, OrtSession};
+pub use ort_session::{Optimization, OrtOptions, OrtSession, Provider};
+pub use process::{Launch, ProcessSession};
+pub use serve::serve_parent;
 pub use session::{Dim, Port, RuntimeInfo, Session};
+pub use setup::Setup;
 pub use tensor::Tensor;
 pub use tract_session::{TRACT_VERSION, TractOptions, TractSession};
 pub use value::{DType, NamedValues, Value};
@@ -91,6 +100,36 @@ pub enum Error {
         runtime: &'static str,
         /// The runtime's reason.
         reason: String,
+    },
+    /// The execution provider that was asked for is not there.
+    #[error("ONNX Runtime cannot use the execution provider {provider}: {reason}")]
+    #[diagnostic(
+        code(prefold::runtime::provider),
+        help("name a library that is built with it (--ort-lib), beside the provider's own libraries")
+    )]
+    Provider {
+        /// The provider.
+        provider: &'static str,
+        /// The runtime's reason.
+        reason: String,
+    },
+    /// The process of a runtime ended or did not answer.
+    #[error("the process of {runtime} {reason}")]
+    #[diagnostic(code(prefold::runtime::process), help("the graph, the library or the machine's memory is at fault"))]
+    Process {
+        /// The runtime.
+        runtime: String,
+        /// How it ended.
+        reason: String,
+    },
+    /// A runtime in a process of its own failed.
+    #[error("{message}")]
+    #[diagnostic(code(prefold::runtime::remote), help("the runtime gave this reason"))]
+    Remote {
+        /// The error's text there.
+        message: String,
+        /// Whether there is no such runtime.
+        unavailable: bool,
     },
     /// The tensors given to a graph are not those it takes.
     #[error("the graph cannot be fed: {reason}")]
@@ -174,6 +213,17 @@ pub enum Error {
 
 /// The result of loading or running a graph.
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Whether the runtime is not there at all, so that nothing is known about the graph.
+    pub fn is_unavailable(&self) -> bool {
+        match self {
+            Self::NoLibrary { .. } | Self::Library { .. } | Self::LibraryLoaded { .. } | Self::Provider { .. } => true,
+            Self::Remote { unavailable, .. } => *unavailable,
+            _ => false,
+        }
+    }
+}
 
 fn list(tried: &[String]) -> String {
     tried.iter().map(|line| format!("\n  {line}")).collect()

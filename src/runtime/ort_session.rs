@@ -1,6 +1,9 @@
-//! ONNX Runtime on the CPU, through `ort`.
+//! ONNX Runtime, through `ort`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+use ort::ep::{CUDA, TensorRT};
 
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Adapter, RunOptions, Session as InnerSession, SessionInputValue};
@@ -8,6 +11,7 @@ use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, Tensor as OrtTens
 use serde::{Deserialize, Serialize};
 
 use super::guard::guarded;
+use super::profile::Profile;
 use super::session::order_feeds;
 use super::{DType, Dim, Error, Port, Result, RuntimeInfo, Session, Tensor, Value, library};
 
@@ -26,13 +30,57 @@ pub enum Optimization {
     All,
 }
 
+/// What runs the nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Provider {
+    /// The CPU.
+    #[default]
+    Cpu,
+    /// CUDA.
+    Cuda,
+    /// TensorRT, and CUDA for what it leaves.
+    TensorRt,
+}
+
 /// How a graph is loaded.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct OrtOptions {
     /// Graph optimisation.
     pub optimization: Optimization,
     /// Threads inside one operator; none means one per core.
     pub threads: Option<usize>,
+    /// The execution provider. One that the library lacks is an error, not a run on the CPU.
+    pub provider: Provider,
+    /// Whether float32 products on a GPU may be rounded to TF32.
+    pub tf32: bool,
+    /// Whether nodes that another provider does not take may run on the CPU.
+    pub cpu_fallback: bool,
+    /// Whether the first run is profiled, for [`Session::nodes`].
+    pub profile: bool,
+}
+
+impl Optimization {
+    /// `off`, `basic` or `all`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Basic => "basic",
+            Self::All => "all",
+        }
+    }
+}
+
+impl Provider {
+    /// `cpu`, `cuda` or `tensorrt`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+            Self::TensorRt => "tensorrt",
+        }
+    }
 }
 
 /// A graph in ONNX Runtime.
@@ -45,7 +93,10 @@ pub struct OrtSession {
     /// The adapter that is active, in the options of a run.
     adapter: Option<Active>,
     library: PathBuf,
-    optimization: Optimization,
+    options: OrtOptions,
+    /// The profile of the first run, which ends it.
+    profile: Option<Profile>,
+    nodes: Option<BTreeMap<String, usize>>,
 }
 
 struct Active(RunOptions);
@@ -64,8 +115,11 @@ impl OrtSession {
     pub fn open(library: &Path, graph: &Path, options: OrtOptions) -> Result<Self> {
         let environment = library::load(library)?;
         std::fs::File::open(graph).map_err(crate::files::Error::io("open", graph))?;
-        let open = || configure(SessionBuilder::new(&environment)?, options)?.commit_from_file(graph);
+        let profile = options.profile.then(Profile::new).transpose()?;
         let refused = |reason: String| Error::Load { runtime: NAME, path: graph.into(), reason };
+        let missing = |reason: String| Error::Provider { provider: options.provider.name(), reason };
+        let builder = guarded(|| with_provider(SessionBuilder::new(&environment)?, options)).map_err(missing)?;
+        let open = || configure(builder, options, profile.as_ref())?.commit_from_file(graph);
         let inner = guarded(open).map_err(refused)?;
         let ports = |outlets: &[Outlet]| outlets.iter().map(port).collect::<Result<Vec<_>>>();
         let inputs = ports(inner.inputs())?;
@@ -73,8 +127,8 @@ impl OrtSession {
         let optional = inner.overridable_initializers();
         let optional = optional.iter().map(|default| port_of(default.name(), default.dtype()));
         let optional = optional.collect::<Result<Vec<_>>>()?;
-        let (library, optimization) = (library.into(), options.optimization);
-        Ok(Self { inner, inputs, optional, outputs, adapter: None, library, optimization })
+        let library = library.into();
+        Ok(Self { inner, inputs, optional, outputs, adapter: None, library, options, profile, nodes: None })
     }
 
     /// Makes the values of an `.onnx_adapter` file those of the graph's slots from the next run on, through ONNX Runtime's
@@ -92,9 +146,36 @@ impl OrtSession {
         self.adapter = file.map(active).transpose()?;
         Ok(())
     }
+
+    /// Ends the profile, after the first run.
+    fn end_profile(&mut self) -> Result<()> {
+        let Some(profile) = self.profile.take() else { return Ok(()) };
+        let path = self.inner.end_profiling().map_err(run_error)?;
+        self.nodes = Some(profile.nodes(Path::new(&path))?);
+        Ok(())
+    }
 }
 
-fn configure(builder: SessionBuilder, options: OrtOptions) -> ort::Result<SessionBuilder> {
+/// Asks for the execution provider, which fails where the library lacks it.
+fn with_provider(builder: SessionBuilder, options: OrtOptions) -> ort::Result<SessionBuilder> {
+    let cuda = || CUDA::default().with_tf32(options.tf32).build().error_on_failure();
+    let providers = match options.provider {
+        Provider::Cpu => return Ok(builder),
+        Provider::Cuda => vec![cuda()],
+        Provider::TensorRt => vec![TensorRT::default().build().error_on_failure(), cuda()],
+    };
+    let builder = builder.with_execution_providers(providers)?;
+    if options.cpu_fallback { Ok(builder) } else { Ok(builder.with_disable_cpu_fallback()?) }
+}
+
+fn configure(
+    mut builder: SessionBuilder,
+    options: OrtOptions,
+    profile: Option<&Profile>,
+) -> ort::Result<SessionBuilder> {
+    if let Some(profile) = profile {
+        builder = builder.with_profiling(profile.prefix())?;
+    }
     let level = match options.optimization {
         Optimization::Off => GraphOptimizationLevel::Disable,
         Optimization::Basic => GraphOptimizationLevel::Level1,
@@ -125,16 +206,11 @@ impl Session for OrtSession {
     }
 
     fn info(&self) -> RuntimeInfo {
-        let optimization = match self.optimization {
-            Optimization::Off => "off",
-            Optimization::Basic => "basic",
-            Optimization::All => "all",
-        };
         RuntimeInfo {
             runtime: "onnxruntime".into(),
             version: library::version_of(&self.library).unwrap_or_else(|| ort::info().into()),
-            device: "cpu".into(),
-            optimization: optimization.into(),
+            device: self.options.provider.name().into(),
+            optimization: self.options.optimization.name().into(),
             library: Some(self.library.clone()),
         }
     }
@@ -148,7 +224,13 @@ impl Session for OrtSession {
             None => self.inner.run(feeds),
         };
         let outputs = outputs.map_err(run_error)?;
-        Ok(outputs.into_iter().map(|(name, value)| (name.to_owned(), Tensor::ort(value))).collect())
+        let outputs = outputs.into_iter().map(|(name, value)| (name.to_owned(), Tensor::ort(value))).collect();
+        self.end_profile()?;
+        Ok(outputs)
+    }
+
+    fn nodes(&self) -> Option<BTreeMap<String, usize>> {
+        self.nodes.clone()
     }
 }
 
@@ -253,8 +335,34 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let graph = TinyModel { cached: false, external: false }.write(folder.path());
         for optimization in [Optimization::Off, Optimization::Basic, Optimization::All] {
-            let options = OrtOptions { optimization, threads: Some(1) };
+            let options = OrtOptions { optimization, threads: Some(1), ..OrtOptions::default() };
             testing::check_tiny(&mut OrtSession::open(&library, &graph, options).unwrap());
+        }
+    }
+
+    /// The tiny graph is one node, which the optimiser leaves as it is.
+    #[test]
+    fn the_profile_tells_where_nodes_ran() {
+        let Some(library) = testing::ort_library() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let graph = TinyModel { cached: false, external: false }.write(folder.path());
+        let options = OrtOptions { profile: true, ..OrtOptions::default() };
+        let mut session = OrtSession::open(&library, &graph, options).unwrap();
+        assert_eq!(session.nodes(), None, "nothing has run");
+        testing::check_tiny(&mut session);
+        assert_eq!(session.nodes(), Some(BTreeMap::from([("CPUExecutionProvider".to_owned(), 1)])));
+    }
+
+    /// The library of the tests knows the CPU alone. A run there in the place of a GPU would be a silent one.
+    #[test]
+    fn a_provider_that_is_not_there_is_no_run_on_the_cpu() {
+        let Some(library) = testing::ort_library() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let graph = TinyModel { cached: false, external: false }.write(folder.path());
+        for provider in [Provider::Cuda, Provider::TensorRt] {
+            let options = OrtOptions { provider, cpu_fallback: true, ..OrtOptions::default() };
+            let error = OrtSession::open(&library, &graph, options).unwrap_err();
+            assert!(matches!(error, Error::Provider { .. }) && error.is_unavailable(), "{error}");
         }
     }
 

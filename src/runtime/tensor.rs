@@ -1,5 +1,6 @@
 //! A tensor wherever it lies: in host memory, or still in the runtime that made it.
 
+use super::process::HeldTensor;
 use super::value::{DType, Value};
 use super::{Result, ort_session, tract_session};
 
@@ -13,6 +14,8 @@ enum Storage {
     Host(Value),
     Ort(ort::value::DynValue),
     Tract(tract_onnx::prelude::TValue),
+    /// In another process.
+    Held(HeldTensor),
 }
 
 impl Tensor {
@@ -24,6 +27,18 @@ impl Tensor {
         Self(Storage::Tract(value))
     }
 
+    pub(super) fn held(tensor: HeldTensor) -> Self {
+        Self(Storage::Held(tensor))
+    }
+
+    /// The tensor that another process holds, or this one itself.
+    pub(super) fn into_held(self) -> std::result::Result<HeldTensor, Self> {
+        match self.0 {
+            Storage::Held(tensor) => Ok(tensor),
+            other => Err(Self(other)),
+        }
+    }
+
     /// The element type.
     ///
     /// # Errors
@@ -33,6 +48,7 @@ impl Tensor {
             Storage::Host(value) => Ok(value.dtype()),
             Storage::Ort(value) => ort_session::dtype(value.dtype()),
             Storage::Tract(value) => tract_session::dtype(value.datum_type()),
+            Storage::Held(tensor) => Ok(tensor.dtype()),
         }
     }
 
@@ -42,6 +58,7 @@ impl Tensor {
             Storage::Host(value) => value.shape().into(),
             Storage::Ort(value) => ort_session::shape(value.dtype()),
             Storage::Tract(value) => value.shape().into(),
+            Storage::Held(tensor) => tensor.shape().into(),
         }
     }
 
@@ -54,6 +71,7 @@ impl Tensor {
             Storage::Host(value) => Ok(value),
             Storage::Ort(value) => ort_session::to_value(&value),
             Storage::Tract(value) => tract_session::to_value(&value),
+            Storage::Held(tensor) => tensor.fetch(),
         }
     }
 

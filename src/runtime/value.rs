@@ -11,7 +11,7 @@ use crate::files::MappedFile;
 macro_rules! values {
     ($($(#[$doc:meta])* $variant:ident $type:ty, $name:literal, $onnx:literal, $safetensors:ident;)*) => {
         /// An element type.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
         pub enum DType { $($(#[$doc])* $variant,)* }
 
         /// A tensor in host memory, row-major.
@@ -67,7 +67,7 @@ macro_rules! values {
                 }
             }
 
-            fn to_le_bytes(&self) -> Vec<u8> {
+            pub(super) fn to_le_bytes(&self) -> Vec<u8> {
                 let mut bytes = Vec::new();
                 match self {
                     $(Self::$variant(array) => array.iter().for_each(|element| element.append_le(&mut bytes)),)*

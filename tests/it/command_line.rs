@@ -6,9 +6,13 @@ use crate::support::{arg, fixture, prefold, prefold_ok};
 
 /// The error text of a command that must fail with exit code 1, without paths of this machine.
 pub fn failure(folder: &Path, args: &[&str]) -> String {
+    failure_with(1, folder, args)
+}
+
+fn failure_with(code: i32, folder: &Path, args: &[&str]) -> String {
     let output = prefold(folder, args);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{args:?}: {error}");
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
     assert!(!error.contains("panicked"), "{error}");
     let folder = folder.display().to_string();
     let error = error.replace(&folder, "FOLDER").replace(&fixture("").display().to_string(), "FIXTURES/");
@@ -252,6 +256,6 @@ fn a_full_disk() {
     let model = fixture("demo/model");
     let verify = ["verify", "--model", arg(&model), "--graph", "base", "--runtime", "tract", "--out", "/dev/full"];
     prefold_ok(folder.path(), &["export", "--model", arg(&model), "--out", "base"]);
-    let error = failure(folder.path(), &verify);
+    let error = failure_with(2, folder.path(), &verify);
     assert!(error.contains("No space left on device") && error.contains("free some space"), "{error}");
 }

@@ -81,7 +81,7 @@ const AS_WRITTEN: &str = "onnxruntime, as written";
 /// How a graph can be opened here: tract for the portable dialect, ONNX Runtime with and without optimisation.
 fn runtimes(dialect: Dialect) -> Vec<(&'static str, Opener)> {
     fn ort(graph: &Path, optimization: Optimization) -> Open<'_> {
-        let options = OrtOptions { optimization, threads: Some(1) };
+        let options = OrtOptions { optimization, threads: Some(1), ..OrtOptions::default() };
         let library = library::find(None, &prefold::files::cache_folder().unwrap()).unwrap();
         Box::new(move || Ok(Box::new(OrtSession::open(&library, graph, options)?)))
     }
@@ -125,7 +125,7 @@ fn failures(spec: &DecoderSpec, weights: &Weights<'_>, precision: Precision) -> 
             }
         }
     }
-    let report = check.report(Facts { inputs: Vec::new(), command: "cargo test".into() }).unwrap();
+    let report = check.report(Facts { command: "cargo test".into(), ..Facts::default() }).unwrap();
     let rows = report.rows().into_iter().filter_map(|row| Some(format!("{}, {}: {}", row.run, row.case, row.failure?)));
     let tract = report.runs.iter().filter_map(|run| run.runtime.as_ref()).filter(|info| info.runtime == "tract");
     rows.chain(tract.map(|info| info.optimization.clone()).filter(|plan| !plan.contains("symbolic"))).collect()

@@ -109,7 +109,7 @@ fn open(
         eprintln!("skipped: no ONNX Runtime here (prefold runtime install)");
         return None;
     };
-    let options = OrtOptions { threads: Some(1), optimization };
+    let options = OrtOptions { threads: Some(1), optimization, ..OrtOptions::default() };
     let session = OrtSession::open(&library, &graph.join("model.onnx"), options).unwrap();
     let session = Box::new(session) as Box<dyn prefold::runtime::Session>;
     Some(GraphDecoder::with_head_dim(session, head_dim).unwrap())

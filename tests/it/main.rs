@@ -25,3 +25,4 @@ mod run_control;
 mod schemas;
 mod support;
 mod training;
+mod verify;

@@ -256,7 +256,7 @@ impl BenchGraph {
 
     fn open(&self, context: &Context, graph: &Path) -> Result<Box<dyn Session>> {
         if self.runtime == Engine::Ort && self.threads.is_some() {
-            let library = library::find(context.global.ort_lib.as_deref(), &context.cache)?;
+            let library = library::find(context.ort_lib(), &context.cache)?;
             let options = OrtOptions { threads: self.threads, ..OrtOptions::default() };
             return Ok(Box::new(OrtSession::open(&library, graph, options)?));
         }

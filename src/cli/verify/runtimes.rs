@@ -1,0 +1,152 @@
+//! Which runtimes a verification asks, and the processes that they run in.
+
+use super::*;
+use crate::runtime::{Launch, Optimization, ProcessSession, Provider, Setup};
+
+/// An optimisation level of ONNX Runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum LevelArg {
+    /// The graph as it is written.
+    Off,
+    /// Rewrites that keep the meaning exactly.
+    Basic,
+    /// Everything, fused operators included.
+    All,
+}
+
+/// An execution provider of ONNX Runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ProviderArg {
+    /// The CPU.
+    Cpu,
+    /// CUDA.
+    Cuda,
+    /// TensorRT, and CUDA for what it leaves.
+    Tensorrt,
+}
+
+/// A runtime that is asked, with its name in the report.
+pub(super) struct Chosen {
+    pub(super) name: String,
+    launch: Launch,
+    /// Why there is no such runtime, in an error that is made anew for each use.
+    setup: std::result::Result<Setup, (Vec<String>, Option<PathBuf>)>,
+}
+
+impl Chosen {
+    /// Opens a graph in a process of its own.
+    pub(super) fn open<'a>(&'a self, graph: &'a Path) -> Open<'a> {
+        self.open_given(graph, Vec::new())
+    }
+
+    /// Opens a graph in a process of its own, with inputs that are given with every run.
+    pub(super) fn open_given<'a>(&'a self, graph: &'a Path, given: Vec<(String, Given)>) -> Open<'a> {
+        Box::new(move || match &self.setup {
+            Ok(setup) => {
+                let fed: Vec<String> = given.iter().map(|(name, _)| name.clone()).collect();
+                let session = ProcessSession::open(&self.launch, setup, graph, &fed)?;
+                Ok(if given.is_empty() { Box::new(session) } else { Box::new(WithGiven::new(session, given)?) })
+            }
+            Err((tried, None)) => Err(runtime::Error::NoLibrary { tried: tried.clone() }),
+            Err((reason, Some(path))) => Err(runtime::Error::Library { path: path.clone(), reason: reason.concat() }),
+        })
+    }
+}
+
+/// The runtimes asked for, or those that are at hand and know the graph's operators.
+pub(super) fn chosen(context: &Context, graph: &Graph, options: &VerifyArgs) -> Result<Vec<Chosen>> {
+    let timeout = Duration::try_from_secs_f64(options.timeout).ok().filter(|timeout| !timeout.is_zero());
+    let timeout = timeout.ok_or_else(|| usage("--timeout is no time", "give seconds, more than 0"))?;
+    let program = std::env::current_exe().map_err(crate::files::Error::io("find", "prefold"))?;
+    let launch = Launch { program, arguments: vec![crate::cli::RUNTIME_PROCESS.into()], timeout };
+    let mut all = Vec::new();
+    for engine in engines(context, graph, &options.runtime) {
+        match engine {
+            Engine::Tract => {
+                all.push(Chosen { name: engine.name().into(), launch: launch.clone(), setup: Ok(Setup::Tract) });
+            }
+            Engine::Ort => all.extend(ort(context, options, &launch)),
+        }
+    }
+    Ok(all)
+}
+
+/// ONNX Runtime, once for each library, level and provider.
+fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> {
+    let named = context.global.ort_libs.iter().map(|path| Some(path.as_path()));
+    let named: Vec<Option<&Path>> = if context.global.ort_libs.is_empty() { vec![None] } else { named.collect() };
+    let levels = if options.ort_level.is_empty() { &[LevelArg::All][..] } else { &options.ort_level };
+    let providers = if options.provider.is_empty() { &[ProviderArg::Cpu][..] } else { &options.provider };
+    let mut all = Vec::new();
+    for (index, library) in named.iter().enumerate() {
+        let found = library::find(*library, &context.cache).map_err(|error| match error {
+            runtime::Error::NoLibrary { tried } => (tried, None),
+            runtime::Error::Library { path, reason } => (vec![reason], Some(path)),
+            error => (vec![error.to_string()], Some(library.unwrap_or(Path::new("")).to_owned())),
+        });
+        for (level, provider) in levels.iter().flat_map(|level| providers.iter().map(move |p| (*level, *p))) {
+            let optimization = match level {
+                LevelArg::Off => Optimization::Off,
+                LevelArg::Basic => Optimization::Basic,
+                LevelArg::All => Optimization::All,
+            };
+            let provider = match provider {
+                ProviderArg::Cpu => Provider::Cpu,
+                ProviderArg::Cuda => Provider::Cuda,
+                ProviderArg::Tensorrt => Provider::TensorRt,
+            };
+            let mut name = Engine::Ort.name().to_owned();
+            if named.len() > 1 {
+                let version = found.as_ref().ok().and_then(|library| library::version_of(library));
+                name += &format!(" {}", version.unwrap_or_else(|| format!("#{}", index.saturating_add(1))));
+            }
+            if levels.len() > 1 || optimization != Optimization::All {
+                name += &format!(", {}", optimization.name());
+            }
+            if providers.len() > 1 || provider != Provider::Cpu {
+                name += &format!(", {}", provider.name());
+            }
+            let options = OrtOptions {
+                optimization,
+                threads: None,
+                provider,
+                tf32: options.allow_tf32,
+                cpu_fallback: options.allow_cpu_fallback,
+                profile: true,
+            };
+            let setup = found.clone().map(|library| Setup::Ort { library, options });
+            all.push(Chosen { name, launch: launch.clone(), setup });
+        }
+    }
+    unique(&mut all);
+    all
+}
+
+/// Tells runs of one name apart: two libraries may be of one version.
+fn unique(all: &mut [Chosen]) {
+    let names: Vec<String> = all.iter().map(|chosen| chosen.name.clone()).collect();
+    for (index, chosen) in all.iter_mut().enumerate() {
+        let earlier = names.iter().take(index).filter(|name| **name == chosen.name).count();
+        if earlier > 0 {
+            chosen.name += &format!(" ({})", earlier.saturating_add(1));
+        }
+    }
+}
+
+fn engines(context: &Context, graph: &Graph, asked: &[Engine]) -> Vec<Engine> {
+    if !asked.is_empty() {
+        return asked.to_vec();
+    }
+    let has_ort = !context.global.ort_libs.is_empty() || library::find(None, &context.cache).is_ok();
+    let is_fused = graph.opset("com.microsoft").is_some();
+    match (is_fused, has_ort) {
+        (true, _) => vec![Engine::Ort],
+        (false, true) => vec![Engine::Tract, Engine::Ort],
+        (false, false) => {
+            tracing::warn!(
+                "no ONNX Runtime library was found, so tract alone is asked; `prefold runtime install` gets one"
+            );
+            vec![Engine::Tract]
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What a report comes to, in a sentence.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Report, RunReport, Subject, Verdict};
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Finding {
+    /// Its kind.
+    pub kind: FindingKind,
+    /// The sentence.
+    pub text: String,
+}
+
+/// The kind of a finding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FindingKind {
+    /// Everything passed.
+    Parity,
+    /// The base graph is another function than the checkpoint, whatever was folded into it.
+    UnfaithfulBase,
+    /// The graph is the checkpoint's function but for rows with padding.
+    PaddingOnly,
+    /// The graph is the checkpoint's function where a prompt is computed at once, and another with its cache.
+    CacheOnly,
+    /// The runtimes disagree: the graph passes in some of them.
+    RuntimeDependent,
+    /// No runtime gave logits to judge.
+    RuntimeFailure,
+    /// The graph is another function than the checkpoint with its adapter.
+    NoParity,
+    /// It became worse than an earlier report says.
+    Regression,
+    /// It could not be told.
+    CouldNotTell,
+}
+
+impl Finding {
+    /// What a report comes to.
+    pub(super) fn of(report: &Report, subject: Subject) -> Self {
+        let kind = Self::kind(report, subject);
+        Self { kind, text: text(kind, report) }
+    }
+
+    fn kind(report: &Report, subject: Subject) -> FindingKind {
+        use FindingKind as Kind;
+        if report.verdict == Verdict::Pass {
+            return Kind::Parity;
+        }
+        if !report.regressions.is_empty() {
+            return Kind::Regression;
+        }
+        if report.verdict == Verdict::Unknown {
+            return Kind::CouldNotTell;
+        }
+        let failed = |runs: &[RunReport]| runs.iter().any(|run| run.verdict == Verdict::Fail);
+        let judged = if failed(&report.base) { &report.base } else { &report.runs };
+        let base = failed(&report.base) || subject == Subject::Base;
+        if judged.iter().any(|run| run.verdict == Verdict::Pass) && failed(judged) {
+            return Kind::RuntimeDependent;
+        }
+        let failures = || {
+            let cases = judged.iter().filter(|run| run.verdict == Verdict::Fail).flat_map(|run| &run.cases);
+            cases.filter(|case| case.verdict == Verdict::Fail)
+        };
+        if judged.iter().flat_map(|run| &run.cases).all(|case| case.figures.is_none()) {
+            return Kind::RuntimeFailure;
+        }
+        let all = |is: &dyn Fn(&super::CaseReport) -> bool| {
+            let find = |name: &str| report.cases.iter().find(|case| case.name == name);
+            failures().next().is_some()
+                && failures().all(|failed| find(&failed.case).is_some_and(is))
+                && report.cases.iter().any(|case| !is(case))
+        };
+        let padded = |case: &super::CaseReport| case.attention_mask.iter().flatten().any(|real| *real == 0);
+        let cached = |case: &super::CaseReport| {
+            case.steps > 0 || case.input_ids.first().is_some_and(|row| row.len() > case.chunk)
+        };
+        match base {
+            _ if all(&padded) => Kind::PaddingOnly,
+            _ if all(&cached) => Kind::CacheOnly,
+            true => Kind::UnfaithfulBase,
+            false => Kind::NoParity,
+        }
+    }
+}
+
+fn text(kind: FindingKind, report: &Report) -> String {
+    let base = if report.runs.iter().all(|run| run.verdict == Verdict::Pass) || !report.base.is_empty() {
+        "the base graph"
+    } else {
+        "the graph"
+    };
+    let worst = report
+        .rows()
+        .into_iter()
+        .find(|row| row.verdict == report.verdict)
+        .and_then(|row| Some(format!("{}, {}: {}", row.run, row.case, row.failure?)));
+    let worst = worst.map(|worst| format!(" ({worst})")).unwrap_or_default();
+    match kind {
+        FindingKind::Parity => "the graph computes what the model computes".into(),
+        FindingKind::UnfaithfulBase => {
+            format!("{base} is unfaithful: without any adapter it is another function than the checkpoint{worst}")
+        }
+        FindingKind::PaddingOnly => format!("{base} computes the model but for rows with padding{worst}"),
+        FindingKind::CacheOnly => format!("{base} computes the model but not with its cache{worst}"),
+        FindingKind::RuntimeDependent => format!("{base} computes the model in some runtimes only{worst}"),
+        FindingKind::RuntimeFailure => format!("no runtime that was asked ran the graph{worst}"),
+        FindingKind::NoParity => format!("the graph is another function than the model{worst}"),
+        FindingKind::Regression => match report.regressions.first() {
+            Some(first) => format!("a figure is worse than before: {first}"),
+            None => "a figure is worse than before".into(),
+        },
+        FindingKind::CouldNotTell => format!("it could not be told whether the graph computes the model{worst}"),
+    }
+}
