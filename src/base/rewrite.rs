@@ -55,6 +55,9 @@ impl View for Written<'_> {
     }
 }
 
+/// What a weight is written as; none for what it is.
+pub type Change<'a, E> = dyn Fn(WeightRole, &Tensor) -> std::result::Result<Option<Tensor>, E> + 'a;
+
 impl Checkpoint {
     /// Writes the folder's files into another one, with the weights that `change` gives in the place of the file's: under
     /// the same names, in the same shards and data types. What `change` is given, and gives, has the shape that the spec
@@ -62,11 +65,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When the checkpoint is a GGUF file, a file cannot be read or written, and those of `change`.
-    pub fn write_with<E: From<Error>>(
-        &self,
-        folder: &Path,
-        change: &dyn Fn(WeightRole, &Tensor) -> std::result::Result<Option<Tensor>, E>,
-    ) -> std::result::Result<(), E> {
+    pub fn write_with<E: From<Error>>(&self, folder: &Path, change: &Change<'_, E>) -> std::result::Result<(), E> {
         let Weights::Folder(shards) = &self.weights else {
             let why = "a GGUF file is not written again".to_owned();
             return Err(Error::NotACheckpoint { path: self.path().into(), why }.into());
@@ -109,7 +108,7 @@ impl Checkpoint {
         shards: &Shards,
         name: &str,
         held: &[Held],
-        change: &dyn Fn(WeightRole, &Tensor) -> std::result::Result<Option<Tensor>, E>,
+        change: &Change<'_, E>,
     ) -> std::result::Result<Option<Tensor>, E> {
         let action = Error::candle("writing a weight");
         let mut whole: Option<Tensor> = None;

@@ -14,7 +14,6 @@ mod gradients;
 mod graphs;
 mod large_graph;
 mod linear_maps;
-mod memory;
 mod merge;
 mod methods;
 mod operators;

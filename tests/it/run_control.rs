@@ -312,7 +312,13 @@ fn a_dry_run_says_what_would_be_done_and_writes_nothing() {
     let options = &printed[printed.find("model = ").unwrap()..];
     std::fs::write(folder.path().join("again.toml"), options).unwrap();
     let again = prefold_ok(folder.path(), &["train", "--config", "again.toml", "--dry-run", "--json"]);
-    assert_eq!(serde_json::from_str::<Value>(&again).unwrap(), json);
+    // what the process holds already differs from one to the next
+    let without_process = |mut plan: Value| {
+        plan["plan"]["memory"]["process"] = Value::Null;
+        plan["plan"]["memory"]["peak"] = Value::Null;
+        plan
+    };
+    assert_eq!(without_process(serde_json::from_str(&again).unwrap()), without_process(json));
 }
 
 #[test]

@@ -1,11 +1,18 @@
-//! The memory estimate: what it reads, and how near it is to the measured peak.
+//! The memory estimate: what it reads, and how near it is to the measured peak. A program of its own: beside other tests, which want
+//! the same cores, a peak is higher by a third.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
 use std::io::{Seek, SeekFrom, Write};
 use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{arg, fixture, prefold_ok};
+#[path = "it/support.rs"]
+#[allow(dead_code)]
+mod support;
+
+use support::{arg, fixture, prefold_ok};
 
 /// The plan of a model of 27 GB is made from its headers: the file is a hole after them.
 #[test]
