@@ -125,7 +125,7 @@ fn external_data_that_cannot_be() {
         found.iter().for_each(|&i| bytes[i..i + 15].copy_from_slice(location.as_bytes()));
         bytes
     };
-    for location in ["../outside.data", "sub/../../x.dat", "/root/out.data/", "C:\\outside.data", "..\\outside.data"] {
+    for location in ["../outside.data", "sub/../../x.dat", "/data/out.data/", "C:\\outside.data", "..\\outside.data"] {
         std::fs::write(&good, located(location)).unwrap();
         errors.push(fold());
     }
