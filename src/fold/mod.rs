@@ -189,7 +189,7 @@ fn check_names(names: &[String]) -> Result<()> {
 }
 
 /// What may differ between adapters of one graph: a rank and what goes with it, which is computed into the tensors.
-const RANK_FIELDS: [&str; 10] = [
+const RANK_FIELDS: [&str; 13] = [
     "format_version",
     "base_model",
     "rank",
@@ -200,6 +200,9 @@ const RANK_FIELDS: [&str; 10] = [
     "init",
     "prompt_scale",
     "gate",
+    "num_virtual_tokens",
+    "projection",
+    "encoder_hidden_size",
 ];
 
 /// Whether two adapters are of one kind, up to the rank.

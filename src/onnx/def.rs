@@ -112,6 +112,16 @@ impl NodeDef {
         &self.name
     }
 
+    /// Its operator.
+    pub(crate) fn op_type(&self) -> &str {
+        &self.op_type
+    }
+
+    /// The tensors that it reads.
+    pub(crate) fn inputs_read(&self) -> &[String] {
+        &self.inputs
+    }
+
     /// The tensors that it makes.
     pub(crate) fn outputs_made(&self) -> &[String] {
         &self.outputs

@@ -44,6 +44,10 @@ impl Constants {
         self.data_type = data_type;
     }
 
+    pub(super) fn emission(&self) -> Emission {
+        self.emission
+    }
+
     pub(super) fn data_type(&self) -> DataType {
         self.data_type
     }
@@ -97,6 +101,14 @@ impl Constants {
     pub(super) fn integers(&mut self, patch: &mut Patch, name: &str, values: &[i64]) -> String {
         if self.added.insert(name.to_owned()) {
             patch.add_initializer(TensorDef::from_i64s(name, &[values.len() as i64], values));
+        }
+        name.to_owned()
+    }
+
+    /// One integer; the same name is added once.
+    pub(super) fn integer(&mut self, patch: &mut Patch, name: &str, value: i64) -> String {
+        if self.added.insert(name.to_owned()) {
+            patch.add_initializer(TensorDef::from_i64s(name, &[], &[value]));
         }
         name.to_owned()
     }

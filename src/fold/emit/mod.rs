@@ -98,7 +98,6 @@ pub(super) fn emit(
 fn check_emission(adapter: &Adapter, emission: Emission) -> Result<()> {
     let what = match &adapter.config().method {
         _ if emission == Emission::Baked => return Ok(()),
-        Method::Prefix(_) => "prefix tuning",
         Method::Lora(lora) if lora.dora => "DoRA",
         _ => return Ok(()),
     };

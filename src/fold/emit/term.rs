@@ -39,11 +39,11 @@ pub(super) fn write(job: &mut Job, method: &dyn AdapterMethod) -> Result<()> {
 }
 
 /// The nodes of one site.
-struct Writer<'a, 'j> {
-    job: &'a mut Job<'j>,
-    site: &'a Site,
+pub(super) struct Writer<'a, 'j> {
+    pub(super) job: &'a mut Job<'j>,
+    pub(super) site: &'a Site,
     /// The node before which all stand: the first reader of the output.
-    first: NodeId,
+    pub(super) first: NodeId,
     /// The type of the output, where the graph says.
     output_type: Option<DataType>,
     /// Names of the site's nodes.
@@ -51,7 +51,7 @@ struct Writer<'a, 'j> {
 }
 
 impl<'a, 'j> Writer<'a, 'j> {
-    fn new(job: &'a mut Job<'j>, site: &'a Site, output_type: Option<DataType>) -> Result<Self> {
+    pub(super) fn new(job: &'a mut Job<'j>, site: &'a Site, output_type: Option<DataType>) -> Result<Self> {
         let Some(first) = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index()) else {
             let reason = format!("nothing reads its output `{}`", site.output);
             let help = "the graph computes attention that it does not use: look at how it was exported";
@@ -61,11 +61,11 @@ impl<'a, 'j> Writer<'a, 'j> {
     }
 
     /// Adds a node under a name like `name`, and returns its output.
-    fn node(&mut self, op: &str, name: &str, inputs: &[&str]) -> String {
+    pub(super) fn node(&mut self, op: &str, name: &str, inputs: &[&str]) -> String {
         self.node_with(|name| NodeDef::new(op, name), name, inputs)
     }
 
-    fn node_with(&mut self, node: impl Fn(String) -> NodeDef, name: &str, inputs: &[&str]) -> String {
+    pub(super) fn node_with(&mut self, node: impl Fn(String) -> NodeDef, name: &str, inputs: &[&str]) -> String {
         let mut unique = name.to_owned();
         let mut count = 1;
         while !self.names.insert(unique.clone()) {
@@ -79,16 +79,16 @@ impl<'a, 'j> Writer<'a, 'j> {
         output
     }
 
-    fn transpose(&mut self, name: &str, x: &str) -> String {
+    pub(super) fn transpose(&mut self, name: &str, x: &str) -> String {
         self.node_with(|name| NodeDef::new("Transpose", name).attr_ints("perm", &[0, 2, 1, 3]), name, &[x])
     }
 
-    fn reshape(&mut self, name: &str, x: &str, constant: &str, shape: &[i64]) -> String {
+    pub(super) fn reshape(&mut self, name: &str, x: &str, constant: &str, shape: &[i64]) -> String {
         let shape = self.job.constants.integers(&mut self.job.patch, constant, shape);
         self.node("Reshape", name, &[x, &shape])
     }
 
-    fn number(&mut self, name: &str, value: f64) -> Result<String> {
+    pub(super) fn number(&mut self, name: &str, value: f64) -> Result<String> {
         self.job.constants.number(&mut self.job.patch, name, value)
     }
 
@@ -230,7 +230,7 @@ impl<'a, 'j> Writer<'a, 'j> {
     }
 
     /// Adds the term to the output.
-    fn add(mut self, mut term: String) -> Result<()> {
+    pub(super) fn add(mut self, mut term: String) -> Result<()> {
         if self.site.output_layout == Layout::Merged {
             let config = self.job.adapter.config();
             let shape = [0, 0, (config.num_heads * config.head_dim) as i64];

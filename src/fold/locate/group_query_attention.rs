@@ -145,7 +145,7 @@ fn rotate(beside: &mut Beside, index: &Index, node: &Node, query: &str, heads: i
     let (Some(cos), Some(sin)) = (node.input(COS), node.input(SIN)) else {
         return Err(stopped(node, "it has no cos_cache or no sin_cache", HELP));
     };
-    let positions = positions(beside, node)?;
+    let positions = positions(beside, node, node.input(POSITION_IDS))?;
     let interleaved = integer(node, "rotary_interleaved").unwrap_or(0);
     let rotary =
         |name: String| NodeDef::new("RotaryEmbedding", name).domain(MICROSOFT).attr_int("interleaved", interleaved);
@@ -165,12 +165,21 @@ fn rotate(beside: &mut Beside, index: &Index, node: &Node, query: &str, heads: i
     Ok(beside.node_with("Concat", &[&turned, &kept], |name| NodeDef::new("Concat", name).attr_int("axis", 3)))
 }
 
+/// The column of each query among the keys, `[batch, seq]`: a query sees those up to its own.
+///
+/// # Errors
+/// When the operator is not told the lengths of its rows.
+pub(in crate::fold) fn columns(node: &Node, site: &Site) -> Result<QuerySource> {
+    let mut beside = Beside::new(site);
+    let columns = positions(&mut beside, node, None)?;
+    Ok(beside.finish(columns, Layout::Merged))
+}
+
 /// `[batch, seq]` positions, by the operator's rule. Layers that read the same lengths share them.
-fn positions(beside: &mut Beside, node: &Node) -> Result<String> {
+fn positions(beside: &mut Beside, node: &Node, given: Option<&str>) -> Result<String> {
     let (Some(query), Some(lengths), Some(total)) = (node.input(0), node.input(LENGTHS), node.input(TOTAL)) else {
         return Err(stopped(node, "it has no seqlens_k or no total_sequence_length", HELP));
     };
-    let given = node.input(POSITION_IDS);
     let prefix = match given {
         Some(given) => format!("/prefold/positions({given},{total})"),
         None => format!("/prefold/positions({lengths})"),

@@ -12,11 +12,12 @@ mod microsoft_attention;
 mod multi_head_attention;
 mod order;
 mod other_operators;
+mod position_uses;
 mod positions;
 pub mod projections;
 mod rotary;
-mod scope;
-mod shape;
+pub(in crate::fold) mod scope;
+pub(in crate::fold) mod shape;
 mod unrotated;
 
 use serde::Serialize;
@@ -25,6 +26,8 @@ use super::{Error, Result};
 use crate::adapter::Query;
 use crate::onnx::{Dim, Index, Model, Node, NodeDef, TensorDef, Use};
 pub use explain::{Block, explain};
+pub(in crate::fold) use group_query_attention::columns;
+pub(in crate::fold) use position_uses::position_uses;
 pub use positions::{Exactness, Positions, exactness};
 
 /// An attention site: the query that meets the keys, and the attention output it belongs to.

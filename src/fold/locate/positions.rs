@@ -101,7 +101,7 @@ fn rotation(index: &Index, node: &Node) -> Vec<Positions> {
 }
 
 /// Where the positions of a table of learned positions come from; none for the table of tokens.
-fn table(index: &Index, node: &Node) -> Option<Positions> {
+pub(super) fn table(index: &Index, node: &Node) -> Option<Positions> {
     let integer = |t: &TensorInfo| matches!(t.data_type(), DataType::Int64 | DataType::Int32 | DataType::Bool);
     let floats = |table: &str| index.initializer(table).is_some_and(|t| t.dims().len() == 2 && !integer(t));
     let positions = node.input(1).filter(|_| node.is("", "Gather") && node.input(0).is_some_and(floats))?;

@@ -8,28 +8,28 @@ const MAX_STEPS: usize = 256;
 const MAX_LIST: i64 = 64;
 
 /// The number of dimensions of a tensor, where the graph tells.
-pub(super) fn rank(index: &Index, tensor: &str) -> Option<usize> {
+pub(in crate::fold) fn rank(index: &Index, tensor: &str) -> Option<usize> {
     Reader { index, steps: MAX_STEPS }.rank(tensor)
 }
 
 /// The dimensions that a Reshape gives its output: those that are numbers, and none where they are computed.
-pub(super) fn target(index: &Index, reshape: &Node) -> Option<Vec<Option<i64>>> {
+pub(in crate::fold) fn target(index: &Index, reshape: &Node) -> Option<Vec<Option<i64>>> {
     Reader { index, steps: MAX_STEPS }.list(reshape.input(1)?)
 }
 
 /// The constant of this name, be it an initializer or a node's.
-pub(super) fn constant<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g TensorInfo> {
+pub(in crate::fold) fn constant<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g TensorInfo> {
     let stored = index.initializer(tensor).filter(|_| index.input(tensor).is_none());
     stored.or_else(|| index.producer(tensor).filter(|n| n.is("", "Constant"))?.attribute("value")?.as_tensor())
 }
 
 /// Whether a tensor is one number: a constant of one element, or what arithmetic makes of such and of dimensions.
-pub(super) fn is_number(index: &Index, tensor: &str) -> bool {
+pub(in crate::fold) fn is_number(index: &Index, tensor: &str) -> bool {
     Reader { index, steps: MAX_STEPS }.number(tensor, false)
 }
 
 /// Whether a tensor holds weights: a constant behind nodes that only lay it out or restore its precision.
-pub(super) fn is_weight(index: &Index, tensor: &str) -> bool {
+pub(in crate::fold) fn is_weight(index: &Index, tensor: &str) -> bool {
     let mut tensor = tensor;
     for _ in 0..MAX_STEPS {
         if index.initializer(tensor).is_some() {

@@ -1,0 +1,186 @@
+//! Scores of a block of standard operators: they are what its softmax reads.
+//!
+//! ```text
+//! scores ─ ReduceMax ──────────────────────┐
+//! softmax ─ (NaN guard) ─ ReduceMax ─ Log ─ Sub ─► logarithm of the sum of exponentials
+//! ```
+//! The largest weight is the exponential of the largest score over the sum, whatever masks, caps and sinks are in it.
+//! The scores of the prefix go the same way as the block's, but for its mask.
+
+use candle_core::Tensor;
+
+use super::{Block, LOWEST, Scores, stopped, types, window};
+use crate::fold::Result;
+use crate::fold::locate::shape;
+use crate::onnx::{DataType, Index, Node};
+
+/// Nodes on one way through a block.
+const MAX_STEPS: usize = 64;
+/// Less than any weight of a softmax that is not zero.
+const TINY: f64 = 1e-37;
+
+/// What happens to the product of queries and keys.
+#[derive(Clone, Debug, PartialEq)]
+enum Step {
+    /// A Mul or Div by this number.
+    Scale(&'static str, String),
+    Alpha(f32),
+    Tanh,
+    Cast(DataType),
+}
+
+/// The way from a product of queries and keys to the scores, and the product.
+struct Way<'g> {
+    product: &'g Node,
+    steps: Vec<Step>,
+}
+
+impl Block<'_, '_> {
+    pub(super) fn in_block(&mut self, key: &Tensor) -> Result<Scores> {
+        let (index, site) = (self.index, self.writer.site);
+        let Some(softmax) = softmax(index, &site.anchor) else {
+            return Err(stopped(site, "its softmax has no name of its own"));
+        };
+        let (Some(scores), Some(weights)) = (softmax.input(0), softmax.output(0)) else {
+            return Err(stopped(site, "its softmax has no input or no output"));
+        };
+        let Some(way) = way(index, scores, MAX_STEPS) else {
+            return Err(stopped(site, "the way from its product to its softmax is not known"));
+        };
+        let side = |slot: usize, end: &str| way.product.input(slot).map_or(Vec::new(), |x| scales(index, x, end));
+        let steps = [side(0, &site.query), side(1, ""), way.steps].concat();
+
+        let (_, query) = self.queries(None)?;
+        let mut data_type = self.writer.job.constants.data_type();
+        let key = self.parameter("key", key)?;
+        let mut prefix = self.node("MatMul", "MatMul_scores", &[&query, &key]);
+        for step in steps {
+            prefix = match step {
+                Step::Scale(op, by) => self.node(op, &format!("{op}_scale"), &[&prefix, &by]),
+                Step::Alpha(alpha) => {
+                    let alpha = self.number(&format!("prefold/number_{alpha}"), alpha.into())?;
+                    self.node("Mul", "Mul_alpha", &[&prefix, &alpha])
+                }
+                Step::Tanh => self.node("Tanh", "Tanh", &[&prefix]),
+                Step::Cast(to) => {
+                    self.set_type(to);
+                    let from = std::mem::replace(&mut data_type, to);
+                    self.cast("Cast_scores", &prefix, Some(from), to)
+                }
+            };
+        }
+        let wide = self.wide();
+        prefix = self.cast("Cast_wide", &prefix, Some(data_type), wide);
+        self.set_type(wide);
+        let own = self.sum_of(scores, guarded(index, weights), &prefix)?;
+        let window = window::find(index, vec![scores]);
+        let column = window.map(|_| {
+            let (total, seq) = (self.size("total", scores, -1), self.size("seq", scores, -2));
+            self.columns(&total, &seq)
+        });
+        Ok(Scores { prefix, own, window, column })
+    }
+
+    /// The logarithm of the sum of exponentials behind a softmax, `[batch, heads, seq, 1]` as the prefix's scores have them.
+    fn sum_of(&mut self, scores: &str, weights: &str, prefix: &str) -> Result<String> {
+        let (index, wide) = (self.index, self.wide());
+        let (low, tiny) = (self.number("prefold/lowest", LOWEST)?, self.number("prefold/tiny", TINY)?);
+        let most = self.reduce("ReduceMax", "ReduceMax_own", scores);
+        let most = self.cast("Cast_most", &most, types::float_type(index, scores), wide);
+        let most = self.node("Max", "Max_lowest", &[&most, &low]);
+        let weight = self.reduce("ReduceMax", "ReduceMax_weights", weights);
+        let weight = self.cast("Cast_weight", &weight, types::float_type(index, weights), wide);
+        let weight = self.node("Max", "Max_tiny", &[&weight, &tiny]);
+        let weight = self.node("Log", "Log", &[&weight]);
+        let own = self.node("Sub", "Sub_weight", &[&most, &weight]);
+        if shape::rank(index, scores) == Some(4) {
+            return Ok(own);
+        }
+        let like = self.reduce("ReduceMax", "ReduceMax_rows", prefix);
+        let like = self.node("Shape", "Shape_rows", &[&like]);
+        Ok(self.node("Reshape", "Reshape_own", &[&own, &like]))
+    }
+}
+
+fn softmax<'g>(index: &Index<'g>, anchor: &str) -> Option<&'g Node> {
+    let mut named = index.graph().nodes().iter().filter(|node| node.name() == anchor && node.is("", "Softmax"));
+    named.next().filter(|_| named.next().is_none())
+}
+
+/// The weights that meet the values: those of the softmax, or where it may be no number, zero.
+fn guarded<'g>(index: &Index<'g>, weights: &'g str) -> &'g str {
+    let readers = |tensor: &str| {
+        let nodes = index.consumers(tensor).iter().filter_map(|reader| index.graph().node(reader.node));
+        nodes.collect::<Vec<_>>()
+    };
+    let is_guard = |node: &&Node| node.is("", "IsNaN");
+    let guard = readers(weights).into_iter().find(is_guard).and_then(|node| node.output(0));
+    let choice = guard.and_then(|guard| readers(guard).into_iter().find(|node| node.is("", "Where")));
+    choice.and_then(|node| node.output(0)).unwrap_or(weights)
+}
+
+/// From scores back to the product of queries and keys.
+fn way<'g>(index: &Index<'g>, scores: &str, steps: usize) -> Option<Way<'g>> {
+    let (node, left) = (index.producer(scores)?, steps.checked_sub(1)?);
+    let behind = |slot: usize| way(index, node.input(slot)?, left);
+    let number = |slot: usize| node.input(slot).filter(|input| shape::is_number(index, input));
+    let with = |way: Option<Way<'g>>, step: Step| {
+        way.map(|mut way| {
+            way.steps.push(step);
+            way
+        })
+    };
+    match node.op_type() {
+        "MatMul" | "FusedMatMul" => {
+            let is_weight = |slot: usize| node.input(slot).is_none_or(|side| shape::is_weight(index, side));
+            let alpha = node.attribute("alpha").and_then(|a| a.as_float()).filter(|alpha| *alpha != 1.0);
+            let steps = alpha.map(Step::Alpha).into_iter().collect();
+            (!is_weight(0) && !is_weight(1)).then_some(Way { product: node, steps })
+        }
+        "Cast" => {
+            let to = node.attribute("to")?.as_int()?;
+            with(behind(0), Step::Cast(DataType::from_code(i32::try_from(to).ok()?)))
+        }
+        "Tanh" => with(behind(0), Step::Tanh),
+        "Div" => with(behind(0), Step::Scale("Div", number(1)?.to_owned())),
+        "Mul" => match (number(0), number(1)) {
+            (_, Some(by)) => with(behind(0), Step::Scale("Mul", by.to_owned())),
+            (Some(by), _) => with(behind(1), Step::Scale("Mul", by.to_owned())),
+            _ => None,
+        },
+        "Clip" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" => behind(0),
+        // masks
+        "Add" | "Max" | "Min" | "Sub" => behind(0).or_else(|| behind(1)),
+        "Where" => behind(1).or_else(|| behind(2)),
+        "Concat" => (0..node.inputs().len()).find_map(behind),
+        _ => None,
+    }
+}
+
+/// The scales between one side of the product and `end`, or as far as nodes only lay it out.
+fn scales(index: &Index, side: &str, end: &str) -> Vec<Step> {
+    let (mut tensor, mut steps) = (side, Vec::new());
+    for _ in 0..MAX_STEPS {
+        let Some(node) = index.producer(tensor).filter(|_| tensor != end) else { break };
+        let number = |slot: usize| node.input(slot).filter(|input| shape::is_number(index, input));
+        let slot = match (node.op_type(), number(0), number(1)) {
+            ("Mul", _, Some(by)) => {
+                steps.push(Step::Scale("Mul", by.to_owned()));
+                0
+            }
+            ("Mul", Some(by), _) => {
+                steps.push(Step::Scale("Mul", by.to_owned()));
+                1
+            }
+            ("Div", _, Some(by)) => {
+                steps.push(Step::Scale("Div", by.to_owned()));
+                0
+            }
+            ("Cast" | "Dropout" | "Expand" | "Identity" | "Reshape" | "Squeeze" | "Transpose" | "Unsqueeze", ..) => 0,
+            _ => break,
+        };
+        let Some(behind) = node.input(slot) else { break };
+        tensor = behind;
+    }
+    steps
+}
