@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use miette::Result;
 
 use super::site_proof::ProofArgs;
 use super::{Context, existing_graph, keep_apart, named_adapter, usage};
 use crate::files::StagedFolder;
-use crate::fold::{ADAPTER_EXTENSION, Carry, Emission, FoldOptions, Over, fold_adapters};
+use crate::fold::{ADAPTER_EXTENSION, Carry, Emission, FoldOptions, LoraForm, Over, fold_adapters};
 use crate::onnx::MODEL_NAME;
 
 /// Put an adapter into an ONNX graph
@@ -41,6 +41,10 @@ pub(super) struct Fold {
     /// Take the last adapter that was folded off first
     #[arg(long)]
     replace: bool,
+    /// How LoRA stands in the graph: side, beside its products, whatever their weights are kept in; or merge, in new float
+    /// weights that they read instead, as fast as the base graph
+    #[arg(long, value_enum, default_value_t = Lora::Side)]
+    lora: Lora,
     /// Hard-link the graph's external data instead of copying it: at once and without space. The `onnx` package refuses
     /// such files, runtimes do not
     #[arg(long)]
@@ -50,6 +54,13 @@ pub(super) struct Fold {
     overwrite: bool,
     #[command(flatten)]
     proof: ProofArgs,
+}
+
+/// How LoRA stands in a graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Lora {
+    Side,
+    Merge,
 }
 
 impl Fold {
@@ -68,7 +79,11 @@ impl Fold {
         };
         let staged = StagedFolder::new(&self.out, self.overwrite)?;
         let carry = if self.link { Carry::Link } else { Carry::Copy };
-        let options = FoldOptions { emission: self.emission, over, carry };
+        let lora = match self.lora {
+            Lora::Side => LoraForm::Side,
+            Lora::Merge => LoraForm::Merge,
+        };
+        let options = FoldOptions { emission: self.emission, over, carry, lora };
         let folded = fold_adapters(&existing_graph(&self.graph)?, &adapters, options, staged.path())?;
         if let Some((_, adapter)) = adapters.first() {
             self.proof.run(context, &self.graph, adapter, staged.path())?;

@@ -58,7 +58,7 @@ pub fn edit_bank(graph: &Path, edit: &BankEdit, folder: &Path) -> Result<Vec<Str
             for adapter in adapters {
                 super::check_same(("the bank", &fold.config), (&adapter.name, adapter.adapter.config()))?;
                 let sites = super::adapted(&sites, &adapter.adapter)?;
-                let place = Place { model: &before, source, sites: &sites };
+                let place = Place { model: &before, source, sites: &sites, merge: None };
                 let (_, mut row) = emit::write(place, &adapter.adapter, Emission::Bank)?;
                 scope_names(&fold, &mut row);
                 rows.push(row);

@@ -38,7 +38,7 @@ pub use slots::{Slot, check_adapter_file, slot_values, slots};
 pub use stack::sites;
 pub use unfold::{Unfolded, unfold_folder};
 
-use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, WEIGHTS_NAME, peft};
+use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, Method, WEIGHTS_NAME, peft};
 use crate::base::family;
 use crate::files::{self, Manifest};
 use crate::onnx::{MODEL_NAME, Model};
@@ -56,6 +56,17 @@ pub enum Over {
     Replace,
 }
 
+/// How LoRA stands in a graph.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoraForm {
+    /// Beside the products that it adapts, whatever their weights are kept in.
+    #[default]
+    Side,
+    /// In new weights, which the products read instead: no node is added. The old weights stay where they are, read by
+    /// nothing, so that the way back is as short as ever.
+    Merge,
+}
+
 /// How to fold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FoldOptions {
@@ -65,6 +76,8 @@ pub struct FoldOptions {
     pub over: Over,
     /// How the external data comes to the new folder.
     pub carry: Carry,
+    /// How LoRA stands in the graph.
+    pub lora: LoraForm,
 }
 
 /// An adapter with the name that a graph knows it by.
@@ -118,6 +131,19 @@ pub fn fold(
     if options.emission == Emission::Baked && adapters.len() > 1 {
         return Err(Error::OneAdapter { count: adapters.len() });
     }
+    let merges = options.lora == LoraForm::Merge;
+    if merges && !matches!(first.adapter.config().method, Method::Lora(_)) {
+        return Err(Error::NotFolded {
+            what: format!("{}, merged into weights", first.adapter.config().method.name()),
+            help: "only LoRA is a change of weights: leave --lora out",
+        });
+    }
+    if merges && options.emission != Emission::Baked {
+        return Err(Error::NotFolded {
+            what: format!("LoRA as a {}, merged into weights", options.emission),
+            help: "merged weights are constants: fold with --emission baked, or with --lora side",
+        });
+    }
     let called = |adapter: &NamedAdapter| format!("adapter `{}`", adapter.name);
     for other in adapters {
         check_same((&called(first), first.adapter.config()), (&called(other), other.adapter.config()))?;
@@ -136,7 +162,7 @@ pub fn fold(
     let record = Record::new(number, options.emission, config, names.clone());
 
     let sites = adapted(&sites(model)?, &first.adapter)?;
-    let place = Place { model, source, sites: &sites };
+    let place = Place { model, source, sites: &sites, merge: merges.then_some(folder) };
     let opened: Vec<Adapter> = adapters.iter().map(|adapter| adapter.adapter.clone()).collect();
     let (mut patch, mut values) = emit::emit(place, &opened, options.emission, folder)?;
     patch.rename(|name| record.scoped(name));

@@ -94,7 +94,7 @@ pub fn slot_values(model: &Model, source: &Path, adapter: &Adapter) -> Result<Ad
         before = record::last(&before.0)?;
     }
     let sites = super::adapted(&stack::sites(&before.0)?, adapter)?;
-    let place = Place { model: &before.0, source, sites: &sites };
+    let place = Place { model: &before.0, source, sites: &sites, merge: None };
     let (_, mut parameters) = emit::write(place, adapter, Emission::Slot)?;
     scope_names(&slot, &mut parameters);
     let index = Index::new(model.graph());

@@ -19,7 +19,7 @@ const CLOSE: f32 = 1e-4;
 const FUSED: [&str; 4] = ["genai_fp32/", "genai_int4/", "hf_onnx_ortfused/", "torch_dynamo23/"];
 
 /// Every graph at hand: its name, its file, and its family's oracle.
-fn graphs() -> Vec<(String, PathBuf, PathBuf)> {
+pub fn graphs() -> Vec<(String, PathBuf, PathBuf)> {
     let Some(root) = shared("graphs") else { return Vec::new() };
     let mut found = Vec::new();
     let entries = |path: &Path| std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
@@ -34,14 +34,14 @@ fn graphs() -> Vec<(String, PathBuf, PathBuf)> {
     found
 }
 
-fn session(library: &Path, graph: &Path) -> OrtSession {
+pub fn session(library: &Path, graph: &Path) -> OrtSession {
     let options = OrtOptions { threads: Some(1), ..OrtOptions::default() };
     OrtSession::open(library, graph, options).unwrap()
 }
 
 /// What a graph is fed for a case: `position_ids` counted from the mask, and an empty cache. `branch`: what a merged decoder is
 /// told of its cache.
-fn feeds(session: &dyn Session, case: &Case, head_dim: usize, branch: bool) -> NamedValues {
+pub fn feeds(session: &dyn Session, case: &Case, head_dim: usize, branch: bool) -> NamedValues {
     let seq = case.ids.len() / case.batch;
     let tokens = |values: &[i64]| ArrayD::from_shape_vec(IxDyn(&[case.batch, seq]), values.to_vec()).unwrap();
     let rows = case.mask.chunks(seq).flat_map(|row| {
@@ -73,14 +73,14 @@ fn feeds(session: &dyn Session, case: &Case, head_dim: usize, branch: bool) -> N
     feeds
 }
 
-fn logits(mut outputs: NamedValues) -> Tensor {
+pub fn logits(mut outputs: NamedValues) -> Tensor {
     let logits = outputs.take("logits").unwrap().into_f32().unwrap();
     let shape = logits.shape().to_vec();
     Tensor::from_vec(logits.into_iter().collect(), shape, &Device::Cpu).unwrap()
 }
 
 /// The first tokens in one run, the others one by one from the cache, for graphs that have one.
-fn in_steps(session: &mut OrtSession, case: &Case, head_dim: usize) -> Option<Tensor> {
+pub fn in_steps(session: &mut dyn Session, case: &Case, head_dim: usize) -> Option<Tensor> {
     session.inputs().iter().find(|port| port.name.starts_with("past_key_values."))?;
     let (all, seq) = (feeds(session, case, head_dim, false), case.ids.len() / case.batch);
     let first = 5;
@@ -168,7 +168,7 @@ fn by_hand(library: &Path, file: &Path, sites: &[Site], adapter: &Adapter, case:
 }
 
 /// Whether attention computes in float16: its cache tells.
-fn is_half(model: &Model) -> bool {
+pub fn is_half(model: &Model) -> bool {
     let half = |tensor: &TensorInfo| tensor.data_type() == DataType::Float16;
     model.graph().inputs().iter().any(|input| input.elem_type() == Some(DataType::Float16))
         || model.graph().initializers().iter().any(half)

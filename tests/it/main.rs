@@ -7,6 +7,7 @@ mod checkpoints;
 mod command_line;
 mod data;
 mod emissions;
+mod emitted;
 mod export;
 mod foreign;
 mod fused;
@@ -19,6 +20,7 @@ mod methods;
 mod operators;
 mod oracles;
 mod peft;
+
 mod real_models;
 mod run_control;
 mod schemas;

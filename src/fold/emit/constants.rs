@@ -119,7 +119,7 @@ impl Constants {
 }
 
 /// Little-endian bytes of a tensor, rounded to `data_type`.
-fn bytes_of(tensor: &Tensor, data_type: DataType) -> candle_core::Result<Vec<u8>> {
+pub(super) fn bytes_of(tensor: &Tensor, data_type: DataType) -> candle_core::Result<Vec<u8>> {
     let flat = tensor.flatten_all()?;
     Ok(match data_type {
         DataType::Double => flat.to_dtype(DType::F64)?.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),

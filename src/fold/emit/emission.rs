@@ -62,7 +62,7 @@ impl std::str::FromStr for Emission {
 pub const ADAPTER_IDS: &str = "adapter_ids";
 
 /// Tensors together larger than this go into a data file of their own.
-const INLINE_LIMIT: usize = 64 << 20;
+pub(super) const INLINE_LIMIT: usize = 64 << 20;
 /// Tensors of fewer elements stay inline.
 const SMALL: usize = 256;
 /// The oldest format version in which an initializer may be the default of an input.
@@ -230,7 +230,7 @@ fn write(
 }
 
 /// A data file that the model does not refer to.
-fn data_name(model: &Model) -> crate::onnx::Result<String> {
+pub(super) fn data_name(model: &Model) -> crate::onnx::Result<String> {
     let taken = external_files(model)?;
     let free = (1u32..).map(|count| match count {
         1 => "adapter.onnx.data".to_owned(),

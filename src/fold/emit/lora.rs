@@ -7,41 +7,55 @@
 //!
 //! Where a product holds several maps, their A stand side by side, those that are equal once, and every B fills the columns
 //! of its own map. The factor of DoRA is computed here, from the weight as it stands in the graph, and does not touch a bias that the
-//! product holds already.
+//! product holds already. As slot and bank it is one where no adapter is active.
+//!
+//! In a bank a product of two dimensions gets its batch back, `[batch, rows, …]`, since every row of the batch has its own A and B.
+
+mod merge;
 
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::Job;
+use super::emission::{ADAPTER_IDS, Emission};
+use super::{Job, types};
 use crate::adapter::{Lora, LoraMap};
 use crate::base::Linear;
 use crate::fold::locate::projections::{LinearNode, Projection, Projections, WeightStorage};
+use crate::fold::locate::shape;
 use crate::fold::{Error, Result, locate};
 use crate::onnx::{Index, NodeDef, NodeId};
 
 const HELP: &str = "fold into the graph with float weights, as it was before it was quantised or optimised";
 
 /// An adapted map in the graph.
-struct Part<'p> {
+struct Part {
     linear: Linear,
     map: LoraMap,
-    place: &'p Projection,
+    place: Projection,
 }
 
 pub(super) fn write(job: &mut Job, lora: &Lora) -> Result<()> {
-    let index = Index::new(job.model.graph());
-    let projections = Projections::find(&index, &locate::sites(job.model)?, job.adapter.config());
-    let mut products: BTreeMap<NodeId, (usize, Vec<Part>)> = BTreeMap::new();
-    for (layer, linear) in lora.sites(job.adapter.config()) {
-        let map = lora.map(job.adapter.tensors(), layer, linear)?.to_dtype(DType::F64).map_err(Error::Convert)?;
-        let place = projections.get(layer, linear)?;
-        products.entry(place.node.id).or_insert((layer, Vec::new())).1.push(Part { linear, map, place });
+    if let Some(folder) = job.merge {
+        return merge::write(job, lora, folder);
     }
-    for (layer, parts) in products.values() {
+    let index = Index::new(job.model.graph());
+    for (layer, parts) in products(job, &index, lora)?.values() {
         add(job, &index, *layer, parts)?;
     }
     Ok(())
+}
+
+/// The products that hold adapted maps, by their nodes.
+fn products(job: &Job, index: &Index, lora: &Lora) -> Result<BTreeMap<NodeId, (usize, Vec<Part>)>> {
+    let projections = Projections::find(index, &locate::sites(job.model)?, job.adapter.config());
+    let mut products: BTreeMap<NodeId, (usize, Vec<Part>)> = BTreeMap::new();
+    for (layer, linear) in lora.sites(job.adapter.config()) {
+        let map = lora.map(job.adapter.tensors(), layer, linear)?.to_dtype(DType::F64).map_err(Error::Convert)?;
+        let place = projections.get(layer, linear)?.clone();
+        products.entry(place.node.id).or_insert((layer, Vec::new())).1.push(Part { linear, map, place });
+    }
+    Ok(products)
 }
 
 fn stopped(node: &LinearNode, reason: &str) -> Error {
@@ -59,34 +73,75 @@ fn add(job: &mut Job, index: &Index, layer: usize, parts: &[Part]) -> Result<()>
     let module = module(parts);
     let at = |op: &str| format!("/prefold/layers.{layer}/{}/{op}", module.replace('.', "/"));
     let name = |part: &str| format!("prefold.layers.{layer}.{module}.{part}");
+    if let Some(found) = types::float_type(index, &node.product) {
+        job.constants.set_type(found);
+    }
     let (a, b) = factors(parts).map_err(Error::Convert)?;
+    let width = b.dim(1).map_err(Error::Convert)? as i64;
+    let inputs = a.dim(0).map_err(Error::Convert)? as i64;
     let a = job.constants.add(&mut job.patch, &name("lora_A"), &a)?;
     let b = job.constants.add(&mut job.patch, &name("lora_B"), &b)?;
     let scaling = scaling(job, index, parts)?;
     let scaling = scaling.map(|(factor, shift)| {
-        let factor = job.constants.add(&mut job.patch, &name("dora"), &factor)?;
+        let factor = job.constants.add_off(&mut job.patch, &name("dora"), &factor, 1.0)?;
         let shift = shift.map(|shift| job.constants.add(&mut job.patch, &name("dora_bias"), &shift)).transpose()?;
         Ok::<_, Error>((factor, shift))
     });
     let scaling = scaling.transpose()?;
+    let is_flat = node.op_type == "Gemm" || shape::rank(index, &node.input) == Some(2);
+    let rows = if is_flat && job.constants.emission() == Emission::Bank {
+        Some((
+            by_row(job, inputs),
+            by_row(job, width),
+            job.constants.integers(&mut job.patch, &format!("prefold/flat_{width}"), &[-1, width]),
+        ))
+    } else {
+        None
+    };
     let mut node_of = |op: &str, label: &str, inputs: [&str; 2]| {
         let output = format!("{}/output_0", at(label));
         job.patch.insert_before(before, NodeDef::new(op, at(label)).inputs(inputs).outputs([output.as_str()]));
         output
     };
-    let inner = node_of("MatMul", "MatMul_A", [&node.input, &a]);
+    let (mut input, mut product) = (node.input.clone(), node.product.clone());
+    if let Some((of_input, of_product, _)) = &rows {
+        input = node_of("Reshape", "Reshape_input", [&input, of_input]);
+        product = node_of("Reshape", "Reshape_product", [&product, of_product]);
+    }
+    let inner = node_of("MatMul", "MatMul_A", [&input, &a]);
     let delta = node_of("MatMul", "MatMul_B", [&inner, &b]);
-    let mut sum = node_of("Add", "Add", [&node.product, &delta]);
+    let mut sum = node_of("Add", "Add", [&product, &delta]);
     if let Some((factor, shift)) = scaling {
         sum = node_of("Mul", "Mul", [&sum, &factor]);
         if let Some(shift) = shift {
             sum = node_of("Add", "Add_bias", [&sum, &shift]);
         }
     }
+    if let Some((_, _, flat)) = &rows {
+        sum = node_of("Reshape", "Reshape_flat", [&sum, flat]);
+    }
     for reader in readers {
         job.patch.replace_input(reader.node, reader.slot, sum.as_str());
     }
     Ok(())
+}
+
+/// `[batch, -1, width]` as a shape: the batch is that of the bank's input.
+fn by_row(job: &mut Job, width: i64) -> String {
+    let name = format!("/prefold/batch/Concat_{width}");
+    let output = format!("{name}/output_0");
+    if job.constants.is_new(&name) {
+        let first = NodeId(0);
+        let batch = "/prefold/batch/Shape";
+        let size = format!("{batch}/output_0");
+        if job.constants.is_new(batch) {
+            job.patch.insert_before(first, NodeDef::new("Shape", batch).inputs([ADAPTER_IDS]).outputs([size.as_str()]));
+        }
+        let rest = job.constants.integers(&mut job.patch, &format!("prefold/rows_{width}"), &[-1, width]);
+        let concat = NodeDef::new("Concat", name).attr_int("axis", 0);
+        job.patch.insert_before(first, concat.inputs([size.as_str(), &rest]).outputs([output.as_str()]));
+    }
+    output
 }
 
 /// The name of a product: that of its map, or of the module that holds its maps.

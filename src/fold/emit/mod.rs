@@ -28,6 +28,8 @@ struct Job<'a> {
     source: &'a Path,
     adapter: &'a Adapter,
     sites: &'a [Site],
+    /// Where LoRA is merged into the weights: the folder of the new graph.
+    merge: Option<&'a Path>,
     constants: Constants,
     patch: Patch,
 }
@@ -40,6 +42,8 @@ pub(super) struct Place<'a> {
     pub(super) source: &'a Path,
     /// The adapted layers' sites.
     pub(super) sites: &'a [Site],
+    /// Where LoRA is merged into the weights: the folder of the new graph.
+    pub(super) merge: Option<&'a Path>,
 }
 
 /// Nodes and values of one adapter. The nodes read the tensors of an emission, which the edit does not hold yet.
@@ -50,13 +54,12 @@ pub(super) fn write(place: Place, adapter: &Adapter, emission: Emission) -> Resu
     for site in place.sites {
         check_heads(site, adapter)?;
     }
-    check_emission(adapter, emission)?;
     let data_type = first_type(place)?;
     let method = &adapter.config().method;
     let constants = Constants::new(data_type, emission);
     let patch = Patch::new(format!("fold {}, {emission}", method.name()));
-    let Place { model, source, sites } = place;
-    let mut job = Job { model, source, adapter, sites, constants, patch };
+    let Place { model, source, sites, merge } = place;
+    let mut job = Job { model, source, adapter, sites, merge, constants, patch };
     match method {
         Method::Lora(lora) => lora::write(&mut job, lora)?,
         Method::Prefix(prefix) => prefix::write(&mut job, prefix)?,
@@ -92,17 +95,6 @@ pub(super) fn emit(
     let Some(mut patch) = kept else { return Err(Error::NoAdapter) };
     emission::emit(&mut patch, place.model, emission, &values, folder)?;
     Ok((patch, values))
-}
-
-/// Where no adapter is active a graph must be the base graph, which not every method can say with a value of its tensors.
-fn check_emission(adapter: &Adapter, emission: Emission) -> Result<()> {
-    let what = match &adapter.config().method {
-        _ if emission == Emission::Baked => return Ok(()),
-        Method::Lora(lora) if lora.dora => "DoRA",
-        _ => return Ok(()),
-    };
-    let what = format!("{what} as a {emission}");
-    Err(Error::NotFolded { what, help: "fold it with --emission baked" })
 }
 
 fn check_heads(site: &Site, adapter: &Adapter) -> Result<()> {

@@ -40,7 +40,8 @@ pub(in crate::fold) fn position_uses(index: &Index) -> Vec<(Use, bool)> {
 /// Where the positions of cosines, or of rows of a table of them, are read.
 fn behind(index: &Index, made: &Node) -> Option<(Use, bool)> {
     if made.is("", "Gather") {
-        return made.input(1).map(|_| (Use { node: made.id(), slot: 1 }, false));
+        let positions = made.input(1).filter(|tensor| !positions::is_tokens(index, tensor));
+        return positions.map(|_| (Use { node: made.id(), slot: 1 }, false));
     }
     let mut tensor = made.input(0)?;
     for _ in 0..MAX_STEPS {

@@ -100,6 +100,11 @@ fn rotation(index: &Index, node: &Node) -> Vec<Positions> {
     }
 }
 
+/// Whether a tensor is made of tokens, and so no position.
+pub(super) fn is_tokens(index: &Index, tensor: &str) -> bool {
+    Origin::of(index, tensor).tokens
+}
+
 /// Where the positions of a table of learned positions come from; none for the table of tokens.
 pub(super) fn table(index: &Index, node: &Node) -> Option<Positions> {
     let integer = |t: &TensorInfo| matches!(t.data_type(), DataType::Int64 | DataType::Int32 | DataType::Bool);

@@ -113,9 +113,7 @@ impl<'a> Block<'a, '_> {
 
     fn refuse(&self, node: &Node, inputs: &[(usize, &str)]) -> Result<()> {
         match inputs.iter().find(|(slot, _)| node.input(*slot).is_some()) {
-            Some((_, what)) => {
-                Err(stopped(self.writer.site, format!("prefix tuning beside its {what} is not known")))
-            }
+            Some((_, what)) => Err(stopped(self.writer.site, format!("prefix tuning beside its {what} is not known"))),
             None => Ok(()),
         }
     }
@@ -300,12 +298,16 @@ impl<'a> Block<'a, '_> {
         let (index, site) = (self.index, self.writer.site);
         if let Some(mask) = node.input(slot) {
             if !super::rank_is(index, mask, 2) {
-                return Err(stopped(site, "prefix tuning beside a mask of keys that is not [batch, total] is not known"));
+                return Err(stopped(
+                    site,
+                    "prefix tuning beside a mask of keys that is not [batch, total] is not known",
+                ));
             }
             let real = self.cast("Cast_mask", mask, None, DataType::Bool);
             inside.seen.push(self.writer.reshape("Reshape_mask", &real, "prefold/mask_of_keys", &[0, 1, 1, -1]));
         }
-        inside.window = window::find(index, inside.bias.as_deref().into_iter().filter_map(|b| known(index, b)).collect());
+        inside.window =
+            window::find(index, inside.bias.as_deref().into_iter().filter_map(|b| known(index, b)).collect());
         if integer(node, "unidirectional") != 0 || inside.window.is_some() {
             let (query, _) = self.queries(None)?;
             let keys = inside.keys.clone();
@@ -338,7 +340,10 @@ fn is_bool(index: &Index, mask: &str) -> bool {
             ("Cast", _) => {
                 return node.attribute("to").and_then(|a| a.as_int()) == Some(i64::from(DataType::Bool.code()));
             }
-            ("Expand" | "Gather" | "GatherND" | "Identity" | "Reshape" | "Slice" | "Transpose" | "Unsqueeze", Some(behind)) => {
+            (
+                "Expand" | "Gather" | "GatherND" | "Identity" | "Reshape" | "Slice" | "Transpose" | "Unsqueeze",
+                Some(behind),
+            ) => {
                 tensor = behind;
             }
             _ => return false,

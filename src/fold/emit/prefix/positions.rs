@@ -52,7 +52,9 @@ pub(super) fn shift(job: &mut Job, length: &Length) -> Result<Shift> {
     let mut found = Vec::new();
     scope::visit(model, &mut |index, scope| {
         for (reader, is_float) in position_uses(index) {
-            let Some(tensor) = index.graph().node(reader.node).and_then(|node| node.input(reader.slot)) else { continue };
+            let Some(tensor) = index.graph().node(reader.node).and_then(|node| node.input(reader.slot)) else {
+                continue;
+            };
             let declared = || index.value(tensor).and_then(|value| value.elem_type());
             let data_type = match is_float {
                 true => types::float_type(index, tensor).unwrap_or(DataType::Float),
@@ -71,7 +73,9 @@ pub(super) fn shift(job: &mut Job, length: &Length) -> Result<Shift> {
         return Err(missing("prefix tuning in a graph of which it is not known where it counts positions"));
     }
     if length.is_bank && !found.is_empty() {
-        return Err(missing("prefix tuning as a bank in a graph that counts positions by itself, the same for every row"));
+        return Err(missing(
+            "prefix tuning as a bank in a graph that counts positions by itself, the same for every row",
+        ));
     }
     // the first reader of a tensor comes first
     found.sort_by_key(|(_, reader, _, _)| reader.node);

@@ -1,0 +1,324 @@
+//! Prefix tuning, LoRA and DoRA in graphs of every exporter, as every emission: against candle's logits of the same checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use ndarray::Array1;
+use prefold::adapter::Adapter;
+use prefold::base::{Checkpoint, Decoder, Input, NoHook, SiteHook};
+use prefold::fold::{AdapterFile, Emission, FoldOptions, Folded, LoraForm, fold_adapters, unfold_folder};
+use prefold::onnx::Model;
+use prefold::runtime::{Given, OrtSession, Session, Value, WithGiven};
+use serde_json::json;
+
+use crate::foreign::{feeds, graphs, in_steps, is_half, logits, session};
+use crate::fused::runtime;
+use crate::methods::adapter;
+use crate::oracles::Case;
+
+/// The largest distance in float32.
+const CLOSE: f32 = 1e-4;
+
+/// What adapters are of. Their sizes differ: a prefix's length, or LoRA's rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Prefix,
+    Lora,
+    Dora,
+}
+
+impl Kind {
+    fn fields(self, size: usize) -> serde_json::Value {
+        match self {
+            Self::Prefix => json!({"method": "prefix", "num_virtual_tokens": size, "init": "random"}),
+            Self::Lora | Self::Dora => json!({"method": "lora", "rank": size, "dora": self == Self::Dora}),
+        }
+    }
+
+    /// How large the tensors are: the values of a prefix matter, and its keys are seen beside those of the tokens.
+    fn scale(self) -> f64 {
+        if self == Self::Prefix { 3.0 } else { 0.5 }
+    }
+}
+
+/// One graph with its model, its oracle's cases, and adapters of two sizes.
+struct Bench {
+    name: String,
+    file: PathBuf,
+    scratch: tempfile::TempDir,
+    library: PathBuf,
+    decoder: Decoder,
+    cases: Vec<Case>,
+    adapters: Vec<Adapter>,
+    head_dim: usize,
+}
+
+impl Bench {
+    fn new(library: &Path, kind: Kind, name: &str, file: &Path, oracle: &Path) -> Self {
+        let scratch = tempfile::tempdir().unwrap();
+        let checkpoint = Checkpoint::open(oracle).unwrap();
+        for (name, size) in [("three", 3), ("five", 5)] {
+            adapter(oracle, &kind.fields(size), &scratch.path().join(name));
+        }
+        let adapters: Vec<_> =
+            ["three", "five"].iter().map(|name| Adapter::open(&scratch.path().join(name)).unwrap()).collect();
+        let moved = |adapter: &Adapter| {
+            let tensors =
+                adapter.tensors().iter().map(|(name, tensor)| (name.clone(), (tensor * kind.scale()).unwrap()));
+            Adapter::new(adapter.config().clone(), tensors.collect()).unwrap()
+        };
+        let adapters: Vec<Adapter> = adapters.iter().map(moved).collect();
+        for (adapter, name) in adapters.iter().zip(["three", "five"]) {
+            adapter.save(&scratch.path().join(name)).unwrap();
+        }
+        Self {
+            name: name.to_owned(),
+            file: file.to_owned(),
+            scratch,
+            library: library.to_owned(),
+            decoder: Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap(),
+            cases: Case::all(oracle),
+            head_dim: checkpoint.spec().attention.head_dim,
+            adapters,
+        }
+    }
+
+    fn fold_with(&self, names: &[&str], options: FoldOptions) -> prefold::fold::Result<(Folded, OrtSession, PathBuf)> {
+        let folder = self.scratch.path().join(format!("{}_{:?}_{}", options.emission, options.lora, names.join("_")));
+        std::fs::create_dir(&folder).unwrap();
+        let adapters: Vec<_> = names.iter().map(|name| ((*name).to_owned(), self.scratch.path().join(name))).collect();
+        let folded = fold_adapters(&self.file, &adapters, options, &folder)?;
+        Ok((folded, session(&self.library, &folder.join("model.onnx")), folder))
+    }
+
+    fn fold(&self, names: &[&str], emission: Emission) -> prefold::fold::Result<(Folded, OrtSession, PathBuf)> {
+        self.fold_with(names, FoldOptions { emission, ..FoldOptions::default() })
+    }
+
+    /// candle's logits of a case with the prefix of a row's adapter, where it is given one.
+    fn expected(&self, case: &Case, adapter: Option<usize>) -> Tensor {
+        let input = Input::new(case.batch, &case.ids, &case.mask, None).unwrap();
+        let hook: Box<dyn SiteHook> = match adapter {
+            Some(adapter) => self.adapters[adapter].hook(self.decoder.spec(), &Device::Cpu).unwrap(),
+            None => Box::new(NoHook),
+        };
+        self.decoder.forward(&input, None, hook.as_ref()).unwrap()
+    }
+
+    fn feeds(&self, session: &dyn Session, case: &Case) -> prefold::runtime::NamedValues {
+        feeds(session, case, self.head_dim, false)
+    }
+
+    /// A base run, or none where the graph's operator refuses rows that begin with padding.
+    fn base(&self, session: &mut dyn Session, case: &Case) -> Option<Tensor> {
+        let feeds = self.feeds(session, case);
+        session.run(feeds).ok().map(logits)
+    }
+}
+
+/// Distances of each row of a case, where its mask is 1.
+fn distances(case: &Case, found: &Tensor, expected: &Tensor) -> Vec<f32> {
+    let vocab = found.dim(2).unwrap();
+    let flat = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (found, expected) = (flat(found), flat(expected));
+    let seq = case.ids.len() / case.batch;
+    let of_row = |row: usize| {
+        let places = (row * seq..(row + 1) * seq).filter(|place| case.mask[*place] == 1);
+        let at = |place: usize| place * vocab..(place + 1) * vocab;
+        let differences = places.flat_map(|place| {
+            found[at(place)].iter().zip(&expected[at(place)]).map(|(f, e)| (f - e).abs()).collect::<Vec<_>>()
+        });
+        differences.fold(0.0, |most: f32, x| if x.is_nan() { f32::INFINITY } else { most.max(x) })
+    };
+    (0..case.batch).map(of_row).collect()
+}
+
+fn benches(kind: Kind) -> Vec<Bench> {
+    let Some(library) = runtime() else { return Vec::new() };
+    let only = std::env::var("PREFOLD_GRAPH").unwrap_or_default();
+    let graphs = graphs().into_iter().filter(|(name, _, _)| name.contains(&only));
+    graphs.map(|(name, file, oracle)| Bench::new(&library, kind, &name, &file, &oracle)).collect()
+}
+
+/// How many rows of a case are the model's, and that with the adapter they are the adapted model's.
+fn compare(
+    bench: &Bench,
+    label: &str,
+    case: &Case,
+    base: &Tensor,
+    found: &Tensor,
+    adapters: &[Option<usize>],
+) -> usize {
+    let half = is_half(&Model::open(&bench.file).unwrap());
+    let mut reached = 0;
+    let of_base = distances(case, base, &bench.expected(case, None));
+    for (row, adapter) in adapters.iter().enumerate() {
+        let expected = bench.expected(case, *adapter);
+        let (distance, moved) = (distances(case, found, &expected)[row], distances(case, base, &expected)[row]);
+        eprintln!(
+            "{} {label} {} {row}: base {:.1e}, adapted {distance:.1e}, moved {moved:.1e}",
+            bench.name, case.name, of_base[row]
+        );
+        let limit = if half { 4.0 * of_base[row] } else { CLOSE };
+        if of_base[row] >= CLOSE && !half {
+            continue;
+        }
+        reached += 1;
+        assert!(adapter.is_none() || moved > 0.1, "{}: the adapter says nothing", bench.name);
+        assert!(distance < limit, "{} {label} {} {row}: {distance:.1e}", bench.name, case.name);
+    }
+    reached
+}
+
+/// Whether DoRA asks for the norms of weights that are quantised.
+fn is_refused(kind: Kind, error: &prefold::fold::Error) -> bool {
+    kind == Kind::Dora && error.to_string().contains("which is quantised")
+}
+
+fn baked(kind: Kind, lora: LoraForm) {
+    for bench in benches(kind) {
+        let (folded, mut graph, folder) =
+            match bench.fold_with(&["five"], FoldOptions { lora, ..FoldOptions::default() }) {
+                Err(error) if is_refused(kind, &error) => continue,
+                Err(error) if lora == LoraForm::Merge && bench.name.contains("int4") => {
+                    assert!(error.to_string().contains("its weight is quantised"), "{error}");
+                    continue;
+                }
+                folded => folded.unwrap_or_else(|error| panic!("{}: {error}", bench.name)),
+            };
+        if lora == LoraForm::Merge {
+            let nodes = |file: &Path| Model::open(file).unwrap().graph().nodes().len();
+            assert_eq!(nodes(&folder.join("model.onnx")), nodes(&bench.file), "{}", bench.name);
+        }
+        let mut base = session(&bench.library, &bench.file);
+        let mut reached = 0;
+        for case in &bench.cases {
+            let trained = case.name != "left" || folded.exactness.holds_left_padded();
+            let Some(plain) = bench.base(&mut base, case).filter(|_| trained) else { continue };
+            let found = bench.base(&mut graph, case).unwrap();
+            let adapters = vec![Some(1); case.batch];
+            reached += compare(&bench, "baked", case, &plain, &found, &adapters);
+            let fused = bench.name.starts_with("genai") || bench.name.starts_with("hf_onnx");
+            if !(fused && case.name == "left")
+                && let (Some(plain), Some(steps)) =
+                    (in_steps(&mut base, case, bench.head_dim), in_steps(&mut graph, case, bench.head_dim))
+            {
+                reached += compare(&bench, "step by step", case, &plain, &steps, &adapters);
+            }
+        }
+        // the quantised graph is another model
+        assert!(reached > 0 || bench.name.contains("int4"), "{}", bench.name);
+        let back = bench.scratch.path().join("back");
+        std::fs::create_dir(&back).unwrap();
+        unfold_folder(&folder, true, &back).unwrap();
+        assert!(
+            std::fs::read(back.join("model.onnx")).unwrap() == std::fs::read(&bench.file).unwrap(),
+            "{}",
+            bench.name
+        );
+    }
+}
+
+#[test]
+fn prefix_tuning_in_graphs_of_every_exporter_is_candle_s() {
+    baked(Kind::Prefix, LoraForm::Side);
+}
+
+#[test]
+fn lora_merged_into_weights_of_every_exporter_is_candle_s() {
+    baked(Kind::Lora, LoraForm::Merge);
+    baked(Kind::Dora, LoraForm::Merge);
+}
+
+fn slots(kind: Kind) {
+    for bench in benches(kind) {
+        let (_, mut graph, folder) = match bench.fold(&["three", "five"], Emission::Slot) {
+            Err(error) if is_refused(kind, &error) => continue,
+            folded => folded.unwrap_or_else(|error| panic!("{}: {error}", bench.name)),
+        };
+        let mut base = session(&bench.library, &bench.file);
+        let given = |name: &str| -> Vec<(String, Given)> {
+            let file = AdapterFile::open(&folder.join(format!("{name}.onnx_adapter"))).unwrap();
+            let value = |p: prefold::fold::onnx_adapter::AdapterParameter| {
+                (p.name, Given::from_le_bytes(p.data_type.code(), &p.dims, &p.bytes).unwrap())
+            };
+            file.parameters.into_iter().map(value).collect()
+        };
+        for case in bench.cases.iter().filter(|case| case.name != "left") {
+            let plain = bench.base(&mut base, case).unwrap();
+            let off = bench.base(&mut graph, case).unwrap();
+            same(&bench, case, &plain, &off, &vec![None; case.batch]);
+            for (number, name) in ["three", "five"].iter().enumerate() {
+                let open = session(&bench.library, &folder.join("model.onnx"));
+                let mut with = WithGiven::new(open, given(name)).unwrap();
+                let found = bench.base(&mut with, case).unwrap();
+                compare(&bench, name, case, &plain, &found, &vec![Some(number); case.batch]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prefix_as_slot_is_off_without_values_and_on_with_them() {
+    slots(Kind::Prefix);
+}
+
+#[test]
+fn lora_and_dora_as_slot_are_off_without_values_and_on_with_them() {
+    slots(Kind::Lora);
+    slots(Kind::Dora);
+}
+
+/// The rows without an adapter are the base graph's, bit for bit.
+fn same(bench: &Bench, case: &Case, plain: &Tensor, found: &Tensor, adapters: &[Option<usize>]) {
+    let of_base = distances(case, plain, &bench.expected(case, None));
+    for (row, _) in adapters.iter().enumerate().filter(|(_, adapter)| adapter.is_none()) {
+        // the operator takes the positions of every row from the first one's, an adapter's perhaps
+        if bench.name.starts_with("hf_onnx_ortfused") && of_base[row] > CLOSE {
+            continue;
+        }
+        let distance = distances(case, plain, found)[row];
+        assert!(distance == 0.0, "{} {} {row}: off, and {distance:.1e} from the base graph", bench.name, case.name);
+    }
+}
+
+fn banks(kind: Kind) {
+    for bench in benches(kind) {
+        let (graph, mut base) = match bench.fold(&["three", "five"], Emission::Bank) {
+            Ok((_, graph, _)) => (graph, session(&bench.library, &bench.file)),
+            Err(error) if is_refused(kind, &error) => continue,
+            // it has no position_ids
+            Err(error) => {
+                let known = bench.name == "optimum_with_past/gemma3" && kind == Kind::Prefix;
+                assert!(known && error.to_string().contains("counts positions by itself"), "{}: {error}", bench.name);
+                continue;
+            }
+        };
+        let mut graph = Some(graph);
+        for case in bench.cases.iter().filter(|case| case.name != "left") {
+            let plain = bench.base(&mut base, case).unwrap();
+            for start in 0..3 {
+                let ids: Vec<i64> = (0..case.batch).map(|row| ((row + start) % 3) as i64).collect();
+                let adapters: Vec<_> = ids.iter().map(|id| usize::try_from(id - 1).ok()).collect();
+                let value: Value = Array1::from(ids).into_dyn().into();
+                let given = vec![("adapter_ids".to_owned(), Given::Value(value))];
+                let mut with = WithGiven::new(graph.take().unwrap(), given).unwrap();
+                let found = bench.base(&mut with, case).unwrap();
+                graph = Some(with.into_session());
+                same(&bench, case, &plain, &found, &adapters);
+                compare(&bench, "bank", case, &plain, &found, &adapters);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prefix_in_a_bank_is_chosen_by_row_and_row_zero_is_the_base() {
+    banks(Kind::Prefix);
+}
+
+#[test]
+fn lora_and_dora_in_a_bank_are_chosen_by_row_and_row_zero_is_the_base() {
+    banks(Kind::Lora);
+    banks(Kind::Dora);
+}
