@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use ndarray::Array1;
-use prefold::adapter::Adapter;
-use prefold::base::{Checkpoint, Decoder, Input, NoHook, SiteHook};
+use prefold::adapter::{Adapter, Target};
+use prefold::base::{Checkpoint, Decoder, DecoderSpec, Input, NoHook, SiteHook};
 use prefold::fold::{AdapterFile, Emission, FoldOptions, Folded, LoraForm, fold_adapters, unfold_folder};
 use prefold::onnx::Model;
 use prefold::runtime::{Given, OrtSession, Session, Value, WithGiven};
@@ -28,10 +28,13 @@ enum Kind {
 }
 
 impl Kind {
-    fn fields(self, size: usize) -> serde_json::Value {
+    fn fields(self, size: usize, spec: &DecoderSpec) -> serde_json::Value {
+        let targets: Vec<Target> = spec.linears().map(Into::into).collect();
         match self {
             Self::Prefix => json!({"method": "prefix", "num_virtual_tokens": size, "init": "random"}),
-            Self::Lora | Self::Dora => json!({"method": "lora", "rank": size, "dora": self == Self::Dora}),
+            Self::Lora | Self::Dora => {
+                json!({"method": "lora", "rank": size, "dora": self == Self::Dora, "targets": targets})
+            }
         }
     }
 
@@ -48,6 +51,8 @@ struct Bench {
     scratch: tempfile::TempDir,
     library: PathBuf,
     decoder: Decoder,
+    /// The same in float16, where the graph computes in it.
+    half: Option<Decoder>,
     cases: Vec<Case>,
     adapters: Vec<Adapter>,
     head_dim: usize,
@@ -58,7 +63,7 @@ impl Bench {
         let scratch = tempfile::tempdir().unwrap();
         let checkpoint = Checkpoint::open(oracle).unwrap();
         for (name, size) in [("three", 3), ("five", 5)] {
-            adapter(oracle, &kind.fields(size), &scratch.path().join(name));
+            adapter(oracle, &kind.fields(size, checkpoint.spec()), &scratch.path().join(name));
         }
         let adapters: Vec<_> =
             ["three", "five"].iter().map(|name| Adapter::open(&scratch.path().join(name)).unwrap()).collect();
@@ -77,6 +82,8 @@ impl Bench {
             scratch,
             library: library.to_owned(),
             decoder: Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap(),
+            half: is_half(&Model::open(file).unwrap())
+                .then(|| Decoder::load(&checkpoint, DType::F16, &Device::Cpu).unwrap()),
             cases: Case::all(oracle),
             head_dim: checkpoint.spec().attention.head_dim,
             adapters,
@@ -97,12 +104,16 @@ impl Bench {
 
     /// candle's logits of a case with the prefix of a row's adapter, where it is given one.
     fn expected(&self, case: &Case, adapter: Option<usize>) -> Tensor {
+        self.run(&self.decoder, case, adapter)
+    }
+
+    fn run(&self, decoder: &Decoder, case: &Case, adapter: Option<usize>) -> Tensor {
         let input = Input::new(case.batch, &case.ids, &case.mask, None).unwrap();
         let hook: Box<dyn SiteHook> = match adapter {
-            Some(adapter) => self.adapters[adapter].hook(self.decoder.spec(), &Device::Cpu).unwrap(),
+            Some(adapter) => self.adapters[adapter].hook(decoder.spec(), &Device::Cpu).unwrap(),
             None => Box::new(NoHook),
         };
-        self.decoder.forward(&input, None, hook.as_ref()).unwrap()
+        decoder.forward(&input, None, hook.as_ref()).unwrap()
     }
 
     fn feeds(&self, session: &dyn Session, case: &Case) -> prefold::runtime::NamedValues {
@@ -112,7 +123,13 @@ impl Bench {
     /// A base run, or none where the graph's operator refuses rows that begin with padding.
     fn base(&self, session: &mut dyn Session, case: &Case) -> Option<Tensor> {
         let feeds = self.feeds(session, case);
-        session.run(feeds).ok().map(logits)
+        match session.run(feeds) {
+            Err(error) => {
+                assert!(case.name == "left", "{} {}: {error}", self.name, case.name);
+                None
+            }
+            Ok(outputs) => Some(logits(outputs)),
+        }
     }
 }
 
@@ -149,8 +166,8 @@ fn compare(
     found: &Tensor,
     adapters: &[Option<usize>],
 ) -> usize {
-    let half = is_half(&Model::open(&bench.file).unwrap());
-    let mut reached = 0;
+    let half = bench.half.as_ref();
+    let (mut reached, mut active, mut most) = (0, false, 0.0f32);
     let of_base = distances(case, base, &bench.expected(case, None));
     for (row, adapter) in adapters.iter().enumerate() {
         let expected = bench.expected(case, *adapter);
@@ -159,27 +176,33 @@ fn compare(
             "{} {label} {} {row}: base {:.1e}, adapted {distance:.1e}, moved {moved:.1e}",
             bench.name, case.name, of_base[row]
         );
-        let limit = if half { 4.0 * of_base[row] } else { CLOSE };
-        if of_base[row] >= CLOSE && !half {
+        // in float16 as far as candle is itself
+        let limit = half.map_or(CLOSE, |half| 2.0 * distances(case, &bench.run(half, case, *adapter), &expected)[row]);
+        if of_base[row] >= CLOSE && half.is_none() {
             continue;
         }
         reached += 1;
-        assert!(adapter.is_none() || moved > 0.1, "{}: the adapter says nothing", bench.name);
-        assert!(distance < limit, "{} {label} {} {row}: {distance:.1e}", bench.name, case.name);
+        active |= adapter.is_some();
+        most = most.max(moved);
+        assert!(distance < limit, "{} {label} {} {row}: {distance:.1e} ({limit:.1e})", bench.name, case.name);
     }
+    // a row that begins with padding may be out of a window's reach of its prefix
+    assert!(!active || most > 0.1, "{} {label} {}: the adapter says nothing", bench.name, case.name);
     reached
 }
 
-/// Whether DoRA asks for the norms of weights that are quantised.
-fn is_refused(kind: Kind, error: &prefold::fold::Error) -> bool {
-    kind == Kind::Dora && error.to_string().contains("which is quantised")
+/// Whether DoRA asks for the norms of weights that are quantised, or the maps are in branches, where they are not looked for.
+fn is_refused(bench: &Bench, kind: Kind, error: &prefold::fold::Error) -> bool {
+    let error = error.to_string();
+    let in_branches = bench.name.starts_with("optimum_merged") && error.contains("nothing makes the attention output");
+    kind == Kind::Dora && error.contains("which is quantised") || kind != Kind::Prefix && in_branches
 }
 
 fn baked(kind: Kind, lora: LoraForm) {
     for bench in benches(kind) {
         let (folded, mut graph, folder) =
             match bench.fold_with(&["five"], FoldOptions { lora, ..FoldOptions::default() }) {
-                Err(error) if is_refused(kind, &error) => continue,
+                Err(error) if is_refused(&bench, kind, &error) => continue,
                 Err(error) if lora == LoraForm::Merge && bench.name.contains("int4") => {
                     assert!(error.to_string().contains("its weight is quantised"), "{error}");
                     continue;
@@ -233,7 +256,7 @@ fn lora_merged_into_weights_of_every_exporter_is_candle_s() {
 fn slots(kind: Kind) {
     for bench in benches(kind) {
         let (_, mut graph, folder) = match bench.fold(&["three", "five"], Emission::Slot) {
-            Err(error) if is_refused(kind, &error) => continue,
+            Err(error) if is_refused(&bench, kind, &error) => continue,
             folded => folded.unwrap_or_else(|error| panic!("{}: {error}", bench.name)),
         };
         let mut base = session(&bench.library, &bench.file);
@@ -286,7 +309,7 @@ fn banks(kind: Kind) {
     for bench in benches(kind) {
         let (graph, mut base) = match bench.fold(&["three", "five"], Emission::Bank) {
             Ok((_, graph, _)) => (graph, session(&bench.library, &bench.file)),
-            Err(error) if is_refused(kind, &error) => continue,
+            Err(error) if is_refused(&bench, kind, &error) => continue,
             // it has no position_ids
             Err(error) => {
                 let known = bench.name == "optimum_with_past/gemma3" && kind == Kind::Prefix;

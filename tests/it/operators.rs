@@ -17,6 +17,8 @@ const MICROSOFT: &str = "com.microsoft";
 const HEADS: usize = 3;
 const DIM: usize = 32;
 const WIDTH: usize = HEADS * DIM;
+/// Positions of a prefix.
+const PREFIX: usize = 3;
 
 /// Numbers without a pattern.
 fn numbers(seed: usize, shape: &[usize]) -> ArrayD<f32> {
@@ -84,7 +86,12 @@ impl Graph {
         }
         builder.node(NodeDef::new("Identity", "o_proj").inputs(["output"]).outputs(["read"]));
         for name in std::iter::once(&"read").chain(&self.presents) {
-            builder.output(ValueDef::new(*name, DataType::Float, []));
+            let rank = match *name {
+                "read" => 0,
+                "present" => 5,
+                _ => 4,
+            };
+            builder.output(ValueDef::new(*name, DataType::Float, (0..rank).map(|_| Dim::Unknown)));
         }
         builder.build().unwrap()
     }
@@ -145,6 +152,57 @@ impl Graph {
         }
         near(label, &after, &expected);
     }
+
+    /// Folds a prefix, or says why it cannot be.
+    fn with_prefix(&self, kv_heads: usize, key: &ArrayD<f32>, value: &ArrayD<f32>) -> prefold::fold::Result<Model> {
+        let fields = serde_json::json!({
+            "method": "prefix", "num_virtual_tokens": PREFIX, "num_layers": 1,
+            "num_heads": HEADS, "num_kv_heads": kv_heads, "head_dim": DIM,
+        });
+        let config: AdapterConfig = serde_json::from_value(fields).unwrap();
+        let tensor = |name: &str, values: &ArrayD<f32>| {
+            let shape = (kv_heads, PREFIX, DIM);
+            let values = values.iter().copied().collect::<Vec<_>>();
+            (name.to_owned(), candle_core::Tensor::from_vec(values, shape, &candle_core::Device::Cpu).unwrap())
+        };
+        let tensors = [tensor("layers.0.key", key), tensor("layers.0.value", value)];
+        let adapters = [NamedAdapter { name: "one".into(), adapter: Adapter::new(config, tensors.into()).unwrap() }];
+        let scratch = tempfile::tempdir().unwrap();
+        let options = FoldOptions::default();
+        Ok(fold(&self.model(), scratch.path(), &adapters, options, scratch.path())?.0)
+    }
+
+    /// Folds a prefix, and finds the output to be the operator's own with the same keys and values before those that it is
+    /// fed: `join` puts them there.
+    fn sees_prefix(
+        &self,
+        library: &Path,
+        label: &str,
+        kv_heads: usize,
+        join: impl Fn(&mut NamedValues, &ArrayD<f32>, &ArrayD<f32>),
+    ) {
+        let (key, value) = (numbers(71, &[kv_heads, PREFIX, DIM]) * 8.0, numbers(72, &[kv_heads, PREFIX, DIM]));
+        let folded = self.with_prefix(kv_heads, &key, &value).unwrap_or_else(|error| panic!("{label}: {error}"));
+        let mut longer = self.feeds.clone();
+        join(&mut longer, &key, &value);
+        let read = |model: &Model, feeds: &NamedValues| {
+            let read = run(library, model, feeds).take("read").unwrap().into_f32().unwrap();
+            if read.ndim() == 3 { heads_first(&read) } else { read.into_dimensionality().unwrap() }
+        };
+        let (found, plain) = (read(&folded, &self.feeds), read(&self.model(), &self.feeds));
+        near(label, &found, &read(&self.model(), &longer));
+        let moved = found.iter().zip(&plain).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max);
+        assert!(moved > 0.05, "{label}: the prefix says nothing");
+    }
+}
+
+/// Rows of the batch with a prefix before them on the time axis.
+fn joined(feeds: &mut NamedValues, name: &str, axis: usize, prefix: &ArrayD<f32>) {
+    let own = feeds.take(name).unwrap().into_f32().unwrap();
+    let mut shape = own.shape().to_vec();
+    shape[axis] = PREFIX;
+    let rows = prefix.broadcast(shape).unwrap().to_owned();
+    feeds.insert(name, concatenate(Axis(axis), &[rows.view(), own.view()]).unwrap());
 }
 
 fn run(library: &Path, model: &Model, feeds: &NamedValues) -> NamedValues {
@@ -360,7 +418,32 @@ fn the_bias_inside_multi_head_attention_is_part_of_the_query() {
         let own = present.slice(s![.., .., past.., ..]).to_owned().into_dimensionality().unwrap();
         near(label, &found, &own);
         graph.carries(&library, label, &found);
+        graph.sees_prefix(&library, label, HEADS, |feeds, key, value| {
+            joined(feeds, "past_key", 2, key);
+            joined(feeds, "past_value", 2, value);
+        });
     }
+    // without a past it does not put out its keys; padding hides some
+    let graph = Graph::default()
+        .feed("query", query)
+        .feed("key", numbers(7, &[batch, 4, WIDTH]))
+        .feed("value", numbers(2, &[batch, 4, WIDTH]))
+        .feed("mask", ndarray::arr2(&[[1i32, 1, 1, 1], [1, 1, 1, 0]]).into_dyn())
+        .node(
+            NodeDef::new("MultiHeadAttention", "attention")
+                .domain(MICROSOFT)
+                .inputs(["query", "key", "value", "", "mask"])
+                .outputs(["output"])
+                .attr_int("num_heads", HEADS as i64),
+        );
+    graph.sees_prefix(&library, "with a mask of keys", HEADS, |feeds, key, value| {
+        for (name, prefix) in [("key", key), ("value", value)] {
+            let by_token = prefix.clone().permuted_axes(vec![1, 0, 2]).as_standard_layout().into_owned();
+            let merged = by_token.into_shape_with_order(vec![PREFIX, WIDTH]).unwrap();
+            joined(feeds, name, 1, &merged);
+        }
+        feeds.insert("mask", ndarray::arr2(&[[1i32, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]).into_dyn());
+    });
 }
 
 /// ONNX Runtime's CPU kernels do not run these, so what the specification says is written out here.
@@ -430,6 +513,10 @@ fn the_projection_inside_attention_of_onnx_runtime_is_made_once_more() {
         near(label, &found, &own);
         near(label, &graph.query(&library, Query::PreRope), &own);
         graph.carries(&library, label, &found);
+        graph.sees_prefix(&library, label, HEADS, |feeds, key, value| {
+            let both = ndarray::stack(Axis(0), &[key.view(), value.view()]).unwrap().insert_axis(Axis(1));
+            joined(feeds, "past", 3, &both);
+        });
     }
 }
 
@@ -453,12 +540,20 @@ fn the_standard_attention_carries_a_term_in_both_layouts() {
             .inputs(["query", "key", "value", "", "past_key", "past_value"])
             .outputs(["output", "present_key", "present_value"])
             .attr_int("is_causal", 1)
-            .attr_float("softcap", 2.0)
             .attr_float("scale", 0.4);
         if merged {
             node = node.attr_int("q_num_heads", HEADS as i64).attr_int("kv_num_heads", kv_heads as i64);
         }
-        let graph = graph.node(node);
+        let uncapped = Graph { feeds: graph.feeds.clone(), presents: graph.presents.clone(), ..Graph::default() };
+        let uncapped = Graph { declared: true, ..uncapped }.node(node.clone());
+        uncapped.sees_prefix(&library, label, kv_heads, |feeds, key, value| {
+            joined(feeds, "past_key", 2, key);
+            joined(feeds, "past_value", 2, value);
+        });
+        let graph = graph.node(node.attr_float("softcap", 2.0));
+        let prefix = numbers(7, &[kv_heads, PREFIX, DIM]);
+        let error = graph.with_prefix(kv_heads, &prefix, &prefix).unwrap_err();
+        assert!(error.to_string().contains("its soft cap comes before its mask"), "{error}");
         let query = numbers(1, &shape(HEADS));
         let query = if merged { heads_first(&query) } else { query.into_dimensionality().unwrap() };
         near(label, &graph.query(&library, Query::PostRope), &query);

@@ -89,36 +89,34 @@ fn add(job: &mut Job, index: &Index, layer: usize, parts: &[Part]) -> Result<()>
     });
     let scaling = scaling.transpose()?;
     let is_flat = node.op_type == "Gemm" || shape::rank(index, &node.input) == Some(2);
-    let rows = if is_flat && job.constants.emission() == Emission::Bank {
-        Some((
-            by_row(job, inputs),
-            by_row(job, width),
-            job.constants.integers(&mut job.patch, &format!("prefold/flat_{width}"), &[-1, width]),
-        ))
-    } else {
-        None
-    };
-    let mut node_of = |op: &str, label: &str, inputs: [&str; 2]| {
+    // the rank that a graph does not declare may be another, and so the product gets back the shape that it had
+    let rows =
+        (is_flat && job.constants.emission() == Emission::Bank).then(|| (by_row(job, inputs), by_row(job, width)));
+    let mut node_of = |op: &str, label: &str, inputs: &[&str]| {
         let output = format!("{}/output_0", at(label));
-        job.patch.insert_before(before, NodeDef::new(op, at(label)).inputs(inputs).outputs([output.as_str()]));
+        job.patch.insert_before(
+            before,
+            NodeDef::new(op, at(label)).inputs(inputs.iter().copied()).outputs([output.as_str()]),
+        );
         output
     };
     let (mut input, mut product) = (node.input.clone(), node.product.clone());
-    if let Some((of_input, of_product, _)) = &rows {
-        input = node_of("Reshape", "Reshape_input", [&input, of_input]);
-        product = node_of("Reshape", "Reshape_product", [&product, of_product]);
+    if let Some((of_input, of_product)) = &rows {
+        input = node_of("Reshape", "Reshape_input", &[&input, of_input]);
+        product = node_of("Reshape", "Reshape_product", &[&product, of_product]);
     }
-    let inner = node_of("MatMul", "MatMul_A", [&input, &a]);
-    let delta = node_of("MatMul", "MatMul_B", [&inner, &b]);
-    let mut sum = node_of("Add", "Add", [&product, &delta]);
+    let inner = node_of("MatMul", "MatMul_A", &[&input, &a]);
+    let delta = node_of("MatMul", "MatMul_B", &[&inner, &b]);
+    let mut sum = node_of("Add", "Add", &[&product, &delta]);
     if let Some((factor, shift)) = scaling {
-        sum = node_of("Mul", "Mul", [&sum, &factor]);
+        sum = node_of("Mul", "Mul", &[&sum, &factor]);
         if let Some(shift) = shift {
-            sum = node_of("Add", "Add_bias", [&sum, &shift]);
+            sum = node_of("Add", "Add_bias", &[&sum, &shift]);
         }
     }
-    if let Some((_, _, flat)) = &rows {
-        sum = node_of("Reshape", "Reshape_flat", [&sum, flat]);
+    if rows.is_some() {
+        let shape = node_of("Shape", "Shape", &[&node.product]);
+        sum = node_of("Reshape", "Reshape_flat", &[&sum, &shape]);
     }
     for reader in readers {
         job.patch.replace_input(reader.node, reader.slot, sum.as_str());
