@@ -473,8 +473,10 @@ fn adapters_of_other_kinds_are_kept_apart() {
     adapter(&model, &json!({"sharing": "layer"}), &bench.at("shared"));
     adapter(&model, &json!({"method": "lora", "rank": 2, "dora": true}), &bench.at("dora"));
     adapter(&model, &json!({"method": "prefix", "num_virtual_tokens": 2, "init": "random"}), &bench.at("prefix"));
+    bench.fold("base", &["a"], Emission::Baked, Over::Refuse, "with_a");
     let error = |args: &[&str]| {
-        let args = [&["fold", "--graph", "base", "--out", "out"], args].concat();
+        let graph = if args.contains(&"--stack") { "with_a" } else { "base" };
+        let args = [&["fold", "--graph", graph, "--out", "out"], args].concat();
         let output = prefold(at, &args);
         assert_eq!(output.status.code(), Some(1), "{args:?}");
         let text = String::from_utf8(output.stderr).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
@@ -485,8 +487,9 @@ fn adapters_of_other_kinds_are_kept_apart() {
         error(&["--adapter", "a", "--adapter", "dora", "--emission", "slot"]),
         error(&["--adapter", "a", "--adapter", "b"]),
         error(&["--adapter", "a", "--adapter", "a=b", "--emission", "bank"]),
-        error(&["--adapter", "dora", "--emission", "slot"]),
-        error(&["--adapter", "prefix", "--emission", "bank"]),
+        error(&["--adapter", "dora", "--emission", "slot", "--lora", "merge"]),
+        error(&["--adapter", "prefix", "--lora", "merge"]),
+        error(&["--adapter", "prefix", "--stack"]),
     ];
     insta::assert_snapshot!(errors.join("\n\n"), @r#"
     prefold::fold::adapters_differ × `sharing` is "head" in adapter `a` and "layer" in adapter `shared` help: adapters that share a graph's slots or bank have the same configuration up to their rank
@@ -497,9 +500,11 @@ fn adapters_of_other_kinds_are_kept_apart() {
 
     prefold::fold::name × the adapter name `a` is given twice help: give adapters names: --adapter NAME=FOLDER
 
-    prefold::fold::not_folded × not yet folded: DoRA as a slot help: fold it with --emission baked
+    prefold::fold::not_folded × not yet folded: LoRA as a slot, merged into weights help: merged weights are constants: fold with --emission baked, or with --lora side
 
-    prefold::fold::not_folded × not yet folded: prefix tuning as a bank help: fold it with --emission baked
+    prefold::fold::not_folded × not yet folded: prefix, merged into weights help: only LoRA is a change of weights: leave --lora out
+
+    prefold::fold::not_folded × not yet folded: prefix tuning over another adapter, which was trained without it help: fold it into the base graph; other adapters can be folded over it with --stack
     "#);
 }
 

@@ -94,15 +94,23 @@ impl Bench {
         }
     }
 
-    fn fold_with(&self, names: &[&str], options: FoldOptions) -> prefold::fold::Result<(Folded, OrtSession, PathBuf)> {
+    fn fold_with(
+        &self,
+        names: &[&str],
+        options: FoldOptions,
+    ) -> Result<(Folded, OrtSession, PathBuf), Box<prefold::fold::Error>> {
         let folder = self.scratch.path().join(format!("{}_{:?}_{}", options.emission, options.lora, names.join("_")));
         std::fs::create_dir(&folder).unwrap();
         let adapters: Vec<_> = names.iter().map(|name| ((*name).to_owned(), self.scratch.path().join(name))).collect();
-        let folded = fold_adapters(&self.file, &adapters, options, &folder)?;
+        let folded = fold_adapters(&self.file, &adapters, options, &folder).map_err(Box::new)?;
         Ok((folded, session(&self.library, &folder.join("model.onnx")), folder))
     }
 
-    fn fold(&self, names: &[&str], emission: Emission) -> prefold::fold::Result<(Folded, OrtSession, PathBuf)> {
+    fn fold(
+        &self,
+        names: &[&str],
+        emission: Emission,
+    ) -> Result<(Folded, OrtSession, PathBuf), Box<prefold::fold::Error>> {
         self.fold_with(names, FoldOptions { emission, ..FoldOptions::default() })
     }
 
@@ -120,7 +128,7 @@ impl Bench {
         decoder.forward(&input, None, hook.as_ref()).unwrap()
     }
 
-    fn feeds(&self, session: &dyn Session, case: &Case) -> prefold::runtime::NamedValues {
+    fn feeds(&self, session: &dyn Session, case: &Case) -> NamedValues {
         feeds(session, case, self.head_dim, false)
     }
 

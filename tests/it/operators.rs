@@ -154,7 +154,12 @@ impl Graph {
     }
 
     /// Folds a prefix, or says why it cannot be.
-    fn with_prefix(&self, kv_heads: usize, key: &ArrayD<f32>, value: &ArrayD<f32>) -> prefold::fold::Result<Model> {
+    fn with_prefix(
+        &self,
+        kv_heads: usize,
+        key: &ArrayD<f32>,
+        value: &ArrayD<f32>,
+    ) -> Result<Model, Box<prefold::fold::Error>> {
         let fields = serde_json::json!({
             "method": "prefix", "num_virtual_tokens": PREFIX, "num_layers": 1,
             "num_heads": HEADS, "num_kv_heads": kv_heads, "head_dim": DIM,
@@ -169,7 +174,7 @@ impl Graph {
         let adapters = [NamedAdapter { name: "one".into(), adapter: Adapter::new(config, tensors.into()).unwrap() }];
         let scratch = tempfile::tempdir().unwrap();
         let options = FoldOptions::default();
-        Ok(fold(&self.model(), scratch.path(), &adapters, options, scratch.path())?.0)
+        Ok(fold(&self.model(), scratch.path(), &adapters, options, scratch.path()).map_err(Box::new)?.0)
     }
 
     /// Folds a prefix, and finds the output to be the operator's own with the same keys and values before those that it is
