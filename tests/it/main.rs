@@ -18,6 +18,7 @@ mod merge;
 mod methods;
 mod operators;
 mod oracles;
+mod parallel;
 mod peft;
 mod real_models;
 mod run_control;
