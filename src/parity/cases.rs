@@ -29,6 +29,8 @@ pub struct Case {
     steps: usize,
     /// Columns of each call of the prefill but the last; none for all at once.
     chunk: Option<usize>,
+    /// By row, the number of the model that it is for.
+    models: Vec<usize>,
 }
 
 /// How [`generated_prompts`] makes prompts.
@@ -92,13 +94,31 @@ impl Case {
             Array2::from_shape_vec(shape, values)
                 .map_err(|error| Error::Case { case: name.into(), why: error.to_string() })
         };
-        Ok(Self { name: name.into(), ids: array(ids)?, mask: array(mask)?, steps, chunk: None })
+        Ok(Self {
+            name: name.into(),
+            ids: array(ids)?,
+            mask: array(mask)?,
+            steps,
+            chunk: None,
+            models: vec![0; prompts.len()],
+        })
     }
 
     /// The same with the prompts fed in pieces of `columns`, each after the cache of those before it.
     pub fn chunked(mut self, columns: usize) -> Self {
         self.chunk = Some(columns.max(1));
         self
+    }
+
+    /// The same for other models than the first: row by row these, again from the beginning when there are more rows.
+    pub fn for_models(mut self, models: &[usize]) -> Self {
+        self.models = models.iter().copied().cycle().take(self.ids.nrows()).collect();
+        self
+    }
+
+    /// By row, the number of the model that it is for.
+    pub fn models(&self) -> &[usize] {
+        &self.models
     }
 
     /// Columns that each call of the prefill feeds, but for the last, which may feed fewer.
@@ -202,6 +222,33 @@ pub fn length_cases(spec: &DecoderSpec, lengths: &[usize], seed: u64) -> Result<
         Case::row(&format!("length_{length}"), &generated_prompts(spec, &options).concat(), 0)
     };
     lengths.iter().map(case).collect()
+}
+
+/// Cases for a graph that switches between models, `names`: every other one after the standard cases, which the first one runs,
+/// and then the first one again, so that all are swapped in one session. With `by_row` also all of them in one batch, padded on
+/// either side.
+///
+/// # Errors
+/// When there is no prompt or one of them is empty.
+pub fn adapter_cases(names: &[String], prompts: &[Vec<u32>], steps: usize, by_row: bool) -> Result<Vec<Case>> {
+    let numbers: Vec<usize> = (0..names.len()).collect();
+    let alone = |number: usize, name: &str| {
+        Ok(Case::batch(&format!("adapter_{name}"), prompts, Padding::Left, steps)?.for_models(&[number]))
+    };
+    let [first, others @ ..] = names else { return Ok(Vec::new()) };
+    let others = others.iter().zip(1..).map(|(name, number)| alone(number, name));
+    let mut cases = others.collect::<Result<Vec<_>>>()?;
+    if cases.is_empty() {
+        return Ok(cases);
+    }
+    cases.push(alone(0, &format!("{first}_again"))?);
+    if by_row {
+        let rows: Vec<Vec<u32>> = prompts.iter().cloned().cycle().take(prompts.len().max(names.len())).collect();
+        cases.push(Case::batch("mixed_adapters", &rows, Padding::Left, steps)?.for_models(&numbers));
+        let backwards: Vec<usize> = numbers.into_iter().rev().collect();
+        cases.push(Case::batch("mixed_adapters_right_padding", &rows, Padding::Right, 0)?.for_models(&backwards));
+    }
+    Ok(cases)
 }
 
 /// The cases of these names, in the order of `cases`; all where no name is given.

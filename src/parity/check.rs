@@ -69,10 +69,19 @@ impl Reference {
     /// # Errors
     /// When a case does not fit the model, or the model fails or gives a logit that is not finite.
     pub fn compute(model: Model<'_>, cases: Vec<Case>) -> Result<Self> {
-        let spec = model.decoder.spec().clone();
-        let mut runner = CandleRunner::new(model);
+        Self::compute_each(&[model], cases)
+    }
+
+    /// The same with several models, of which each row of a case names [its own](Case::models).
+    ///
+    /// # Errors
+    /// As [`compute`](Self::compute), and when a case names a model that is not given.
+    pub fn compute_each(models: &[Model<'_>], cases: Vec<Case>) -> Result<Self> {
+        let Some(first) = models.first() else { return Err(Error::Nothing) };
+        let spec = first.decoder.spec().clone();
+        let mut runner = CandleRunner::new(models);
         let cases = cases.into_iter().map(|case| ReferenceCase::compute(&mut runner, case, &spec));
-        Ok(Self { cases: cases.collect::<Result<_>>()?, precision: model.decoder.dtype().as_str(), spec })
+        Ok(Self { cases: cases.collect::<Result<_>>()?, precision: first.decoder.dtype().as_str(), spec })
     }
 
     /// The logits of the same model in another precision, by case.
@@ -80,10 +89,18 @@ impl Reference {
     /// # Errors
     /// When it is another model, or fails.
     pub fn replay(&self, model: Model<'_>) -> Result<Vec<Array2<f64>>> {
-        if *model.decoder.spec() != self.spec {
+        self.replay_each(&[model])
+    }
+
+    /// The same for [several models](Self::compute_each).
+    ///
+    /// # Errors
+    /// As [`replay`](Self::replay).
+    pub fn replay_each(&self, models: &[Model<'_>]) -> Result<Vec<Array2<f64>>> {
+        if models.iter().any(|model| *model.decoder.spec() != self.spec) {
             return Err(Error::Option { option: "model", why: "is not the reference's model".into() });
         }
-        let mut runner = CandleRunner::new(model);
+        let mut runner = CandleRunner::new(models);
         self.cases.iter().map(|case| replay(&mut runner, &case.script, self.spec.vocab_size)).collect()
     }
 }
@@ -400,6 +417,7 @@ impl Check {
             budget: self.budget,
             thresholds,
             rule: RULE.into(),
+            models: facts.models,
             cases: self.cases,
             runs: self.runs,
             base: self.base,
@@ -428,6 +446,7 @@ fn case_report(case: &ReferenceCase, candle: std::result::Result<Figures, String
         input_ids: rows(case.case.ids()),
         attention_mask: rows(case.case.mask()),
         steps: case.case.steps(),
+        models: case.case.models().to_vec(),
         chunk: case.case.chunk(),
         positions: case.script.spots.len(),
         largest_logit: case.largest,

@@ -25,11 +25,13 @@ mod store;
 #[cfg(test)]
 mod testing;
 mod thresholds;
+mod together;
 
 pub use baseline::Regression;
 pub use budget::{Allowance, Budget};
 pub use cases::{
-    Case, CaseOptions, Padding, generated_prompts, length_cases, named_cases, select_cases, standard_cases,
+    Case, CaseOptions, Padding, adapter_cases, generated_prompts, length_cases, named_cases, select_cases,
+    standard_cases,
 };
 pub use check::{Candidate, Check, Model, Open, Other, Reference};
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
@@ -43,6 +45,7 @@ pub use report::{
 pub use sites::{CapturedQuery, Probe, QueryDistance};
 pub use store::ReferenceStore;
 pub use thresholds::Thresholds;
+pub use together::Together;
 
 /// What keeps parity from being judged. A graph that fails is no error but a [`Report`] that says so.
 #[derive(Debug, thiserror::Error, miette::Diagnostic)]

@@ -71,6 +71,8 @@ pub struct Facts {
     pub inputs: Vec<FileFact>,
     /// The command that repeats the check.
     pub command: String,
+    /// The adapters of each model that the cases name.
+    pub models: Vec<String>,
     /// What the graph is to the checkpoint.
     pub subject: Subject,
 }
@@ -108,6 +110,9 @@ pub struct Report {
     pub thresholds: Option<Thresholds>,
     /// The error budget in words.
     pub rule: String,
+    /// The models that the rows of the cases are for, by the adapters that act: one, unless the graph switches.
+    #[serde(default)]
+    pub models: Vec<String>,
     /// The cases, with candle's own distance.
     pub cases: Vec<CaseReport>,
     /// One entry for each runtime.
@@ -149,6 +154,9 @@ pub struct CaseReport {
     pub attention_mask: Vec<Vec<i64>>,
     /// Cached steps after the prompts.
     pub steps: usize,
+    /// By row, the model that it is for: a place in [`Report::models`].
+    #[serde(default)]
+    pub models: Vec<usize>,
     /// Columns that each call of the prefill fed, but for the last.
     pub chunk: usize,
     /// Number of compared positions, those of the steps included.

@@ -180,6 +180,10 @@ pub(super) struct Tampered<S, F> {
 }
 
 impl<S: Session, F: FnMut(&str, &mut ArrayD<f32>) + Send> Session for Tampered<S, F> {
+    fn activate(&mut self, models: &[usize]) -> runtime::Result<()> {
+        self.inner.activate(models)
+    }
+
     fn inputs(&self) -> &[Port] {
         self.inner.inputs()
     }
