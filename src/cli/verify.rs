@@ -23,7 +23,7 @@ use self::lineup::Lineup;
 use self::no_op::no_op;
 use self::output::OutputArgs;
 pub(super) use self::output::{summary, table, write_report};
-use self::reference::{judged, precision_of, prepare};
+use self::reference::{explain, judged, precision_of, prepare};
 use self::runtimes::{Chosen, LevelArg, ProviderArg, chosen};
 use self::subject::{Adapted, Subject, facts};
 use super::export::ExportArgs;
@@ -37,9 +37,9 @@ use crate::fold::{
 };
 use crate::onnx::{DataType, Graph as OnnxGraph, MODEL_NAME, Model as Graph, external_files};
 use crate::parity::{
-    self, Budget, Candidate, Case, CaseOptions, Check, Facts, Model, NoOpPair, Open, Other, Reference, ReferenceStore,
-    Report, Thresholds, Verdict, adapter_cases, generated_prompts, length_cases, named_cases, select_cases,
-    standard_cases,
+    self, Budget, Candidate, Case, CaseOptions, Check, Facts, Model, NoOpPair, Open, Other, Padding, Reference,
+    ReferenceStore, Report, Thresholds, Verdict, adapter_cases, generated_prompts, length_cases, named_cases,
+    select_cases, standard_cases,
 };
 use crate::runtime::{self, Given, OrtOptions, OrtSession, Session, TractOptions, TractSession, WithGiven, library};
 use crate::train::ComputeType;
@@ -124,6 +124,9 @@ pub(super) struct VerifyArgs {
     /// Also random rows of these lengths; `max` is the model's context limit [default: max, for a small model]
     #[arg(long, value_delimiter = ',')]
     lengths: Vec<String>,
+    /// Only cases with padding on this side, beside those without: for graphs whose attention takes rows that end in padding
+    #[arg(long, value_delimiter = ',', value_enum, value_name = "SIDE")]
+    padding: Vec<Side>,
     /// Chooses the random prompts
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -148,6 +151,24 @@ pub(super) struct VerifyArgs {
     /// How much the kept references may take together
     #[arg(long, default_value = "4GB", value_name = "BYTES")]
     cache_size: String,
+}
+
+/// A side of padding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Side {
+    /// Before the prompt.
+    Left,
+    /// After it.
+    Right,
+}
+
+impl Side {
+    fn padding(self) -> Padding {
+        match self {
+            Self::Left => Padding::Left,
+            Self::Right => Padding::Right,
+        }
+    }
 }
 
 /// A runtime.
@@ -268,11 +289,13 @@ fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<
         for chosen in &chosen {
             of_base.run(Candidate { name: chosen.name.clone(), open: chosen.open(base) });
         }
+        explain(&mut of_base, checkpoint, models, options)?;
         check = check.with_base(of_base);
     }
     for chosen in &chosen {
         check.run(Candidate { name: chosen.name.clone(), open: chosen.open_given(&subject.graph, &lineup.given) });
     }
+    explain(&mut check, checkpoint, models, options)?;
     if let Some(other) = &subject.against {
         let of_other = Lineup::of(&Graph::open(other)?, folder_of(other), &subject.adapters)?;
         if of_other.names != lineup.names {
@@ -311,6 +334,7 @@ impl Default for VerifyArgs {
             prompts_file: None,
             cases: Vec::new(),
             lengths: Vec::new(),
+            padding: Vec::new(),
             seed: 0,
             steps: 8,
             factor: None,

@@ -126,9 +126,14 @@ impl Case {
         self.chunk.unwrap_or(self.ids.ncols())
     }
 
-    /// Whether a row has padding before or after it.
-    pub fn is_padded(&self) -> bool {
-        self.mask.iter().any(|real| *real == 0)
+    /// On which side rows have padding.
+    pub fn padding(&self) -> Option<Padding> {
+        let ends = |end: Option<usize>| end.is_some_and(|end| self.mask.column(end).iter().any(|real| *real == 0));
+        match (ends((self.mask.ncols() > 0).then_some(0)), ends(self.mask.ncols().checked_sub(1))) {
+            (true, _) => Some(Padding::Left),
+            (_, true) => Some(Padding::Right),
+            _ => None,
+        }
     }
 
     /// The case's name.
@@ -226,14 +231,25 @@ pub fn length_cases(spec: &DecoderSpec, lengths: &[usize], seed: u64) -> Result<
 
 /// Cases for a graph that switches between models, `names`: every other one after the standard cases, which the first one runs,
 /// and then the first one again, so that all are swapped in one session. With `by_row` also all of them in one batch, padded on
-/// either side.
+/// each of these sides.
 ///
 /// # Errors
 /// When there is no prompt or one of them is empty.
-pub fn adapter_cases(names: &[String], prompts: &[Vec<u32>], steps: usize, by_row: bool) -> Result<Vec<Case>> {
+pub fn adapter_cases(
+    names: &[String],
+    prompts: &[Vec<u32>],
+    steps: usize,
+    padding: &[Padding],
+    by_row: bool,
+) -> Result<Vec<Case>> {
     let numbers: Vec<usize> = (0..names.len()).collect();
+    let left = padding.contains(&Padding::Left);
+    let longest = prompts.iter().max_by_key(|prompt| prompt.len()).cloned().unwrap_or_default();
     let alone = |number: usize, name: &str| {
-        Ok(Case::batch(&format!("adapter_{name}"), prompts, Padding::Left, steps)?.for_models(&[number]))
+        let name = format!("adapter_{name}");
+        let case =
+            if left { Case::batch(&name, prompts, Padding::Left, steps) } else { Case::row(&name, &longest, steps) };
+        Ok(case?.for_models(&[number]))
     };
     let [first, others @ ..] = names else { return Ok(Vec::new()) };
     let others = others.iter().zip(1..).map(|(name, number)| alone(number, name));
@@ -244,9 +260,14 @@ pub fn adapter_cases(names: &[String], prompts: &[Vec<u32>], steps: usize, by_ro
     cases.push(alone(0, &format!("{first}_again"))?);
     if by_row {
         let rows: Vec<Vec<u32>> = prompts.iter().cloned().cycle().take(prompts.len().max(names.len())).collect();
-        cases.push(Case::batch("mixed_adapters", &rows, Padding::Left, steps)?.for_models(&numbers));
-        let backwards: Vec<usize> = numbers.into_iter().rev().collect();
-        cases.push(Case::batch("mixed_adapters_right_padding", &rows, Padding::Right, 0)?.for_models(&backwards));
+        let backwards: Vec<usize> = numbers.iter().rev().copied().collect();
+        let mixed = |side, name, steps| Case::batch(name, &rows, side, steps);
+        if left {
+            cases.push(mixed(Padding::Left, "mixed_adapters", steps)?.for_models(&numbers));
+        }
+        if padding.contains(&Padding::Right) {
+            cases.push(mixed(Padding::Right, "mixed_adapters_right_padding", 0)?.for_models(&backwards));
+        }
     }
     Ok(cases)
 }

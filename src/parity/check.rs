@@ -2,6 +2,7 @@
 
 use ndarray::Array2;
 
+use super::cause::{Failed, Reading, Suspect, recognise};
 use super::figures::{by_spot, first_non_finite, largest_abs};
 use super::report::RULE;
 use super::run::{CandleRunner, GraphRunner, Runner, Script, record, replay};
@@ -97,11 +98,24 @@ impl Reference {
     /// # Errors
     /// As [`replay`](Self::replay).
     pub fn replay_each(&self, models: &[Model<'_>]) -> Result<Vec<Array2<f64>>> {
-        if models.iter().any(|model| *model.decoder.spec() != self.spec) {
+        let all: Vec<usize> = (0..self.cases.len()).collect();
+        self.replay_some(models, |model| *model.decoder.spec() == self.spec, Reading::Faithful, &all)
+    }
+
+    /// The logits of some cases, by number, of models that must be `right`.
+    pub(super) fn replay_some(
+        &self,
+        models: &[Model<'_>],
+        right: impl Fn(&Model<'_>) -> bool,
+        reading: Reading,
+        cases: &[usize],
+    ) -> Result<Vec<Array2<f64>>> {
+        if !models.iter().all(right) {
             return Err(Error::Option { option: "model", why: "is not the reference's model".into() });
         }
-        let mut runner = CandleRunner::new(models);
-        self.cases.iter().map(|case| replay(&mut runner, &case.script, self.spec.vocab_size)).collect()
+        let mut runner = CandleRunner::reading(models, reading);
+        let cases = cases.iter().filter_map(|number| self.cases.get(*number));
+        cases.map(|case| replay(&mut runner, &case.script, self.spec.vocab_size)).collect()
     }
 }
 
@@ -142,6 +156,10 @@ pub struct Check {
     base: Vec<RunReport>,
     no_op: Vec<NoOpReport>,
     against: Vec<AgainstReport>,
+    /// The first failed run's logits, to find the cause by.
+    failed: Vec<Failed>,
+    cause: Option<String>,
+    base_cause: Option<String>,
 }
 
 /// What a run is judged by.
@@ -188,6 +206,9 @@ impl Check {
             base: Vec::new(),
             no_op: Vec::new(),
             against: Vec::new(),
+            failed: Vec::new(),
+            cause: None,
+            base_cause: None,
         })
     }
 
@@ -220,7 +241,11 @@ impl Check {
             cases: Vec::new(),
         };
         let report = match self.judge(open) {
-            Ok((runtime, nodes, cases)) => {
+            Ok((runtime, nodes, judged)) => {
+                let (cases, logits): (Vec<RunCase>, Vec<_>) = judged.into_iter().unzip();
+                if self.failed.is_empty() {
+                    self.failed = failed(&cases, logits);
+                }
                 let passed = Verdict::all(cases.iter().map(|case| case.verdict));
                 let verdict = if cases.is_empty() { Verdict::Fail } else { passed };
                 RunReport { verdict, runtime: Some(runtime), nodes, cases, ..report }
@@ -254,11 +279,33 @@ impl Check {
 
     /// The runs of the base graph against its own reference, without adapter, to go into this report.
     pub fn with_base(mut self, base: Self) -> Self {
-        self.base = base.runs;
+        (self.base, self.base_cause) = (base.runs, base.cause);
         self
     }
 
-    fn judge_case(&self, runner: &mut dyn Runner, case: &ReferenceCase, report: &CaseReport) -> RunCase {
+    /// Looks for the cause of the first run that failed: `logits` computes those of a suspect in some cases, as
+    /// [`Reference::suspected`] does. Nothing is computed where nothing failed.
+    ///
+    /// # Errors
+    /// Those of `logits`.
+    pub fn explain(
+        &mut self,
+        mut logits: impl FnMut(&Reference, &Suspect, &[usize]) -> Result<Vec<Array2<f64>>>,
+    ) -> Result<()> {
+        let reference = &self.reference;
+        let mut of_reference = |suspect: &Suspect, cases: &[usize]| logits(reference, suspect, cases);
+        self.cause = recognise(&reference.spec, &reference.cases, &self.failed, &mut of_reference)?;
+        self.failed.clear();
+        Ok(())
+    }
+
+    /// How a graph does in a case, and its logits.
+    fn judge_case(
+        &self,
+        runner: &mut dyn Runner,
+        case: &ReferenceCase,
+        report: &CaseReport,
+    ) -> (RunCase, Option<Array2<f64>>) {
         let logits = replay(runner, &case.script, self.reference.spec.vocab_size).map_err(|error| error.to_string());
         let judged = logits.and_then(|logits| Ok((case.figures(&logits)?, logits)));
         let allowed = report.allowance.allowed;
@@ -274,12 +321,12 @@ impl Check {
         };
         let (figures, logits) = match judged {
             Ok(judged) => judged,
-            Err(failure) => return RunCase { failure: Some(failure), ..row },
+            Err(failure) => return (RunCase { failure: Some(failure), ..row }, None),
         };
         let greedy = Greedy::of(&case.logits, &logits, &case.script.picks, allowed);
         let (verdict, failure) = self.verdict(&figures, &greedy, allowed);
         let candle = report.candle.map(|candle| candle.max_abs).filter(|distance| *distance > 0.0);
-        RunCase {
+        let row = RunCase {
             verdict,
             failure,
             errors: by_spot(&case.logits, &logits),
@@ -287,7 +334,8 @@ impl Check {
             figures: Some(figures),
             greedy: Some(greedy),
             ..row
-        }
+        };
+        (row, Some(logits))
     }
 
     /// Judges whether a zero adapter changes anything, over the tokens of all cases. A runtime that fails is a failed row
@@ -410,7 +458,7 @@ impl Check {
             schema_version: SCHEMA_VERSION,
             tool: format!("prefold {}", env!("CARGO_PKG_VERSION")),
             verdict,
-            finding: Finding { kind: FindingKind::Parity, text: String::new() },
+            finding: Finding { kind: FindingKind::Parity, text: String::new(), cause: None },
             inputs: facts.inputs,
             command: facts.command,
             environment: self.environment,
@@ -425,12 +473,20 @@ impl Check {
             against: self.against,
             regressions: Vec::new(),
         };
-        report.finding = Finding::of(&report, facts.subject);
+        report.finding = Finding::of(&report, facts.subject).because(self.base_cause, self.cause);
         Ok(report)
     }
 }
 
-type Judged = (runtime::RuntimeInfo, Option<std::collections::BTreeMap<String, usize>>, Vec<RunCase>);
+type JudgedCase = (RunCase, Option<Array2<f64>>);
+type Judged = (runtime::RuntimeInfo, Option<std::collections::BTreeMap<String, usize>>, Vec<JudgedCase>);
+
+/// The logits of the cases that failed; none where one of them has no logits.
+fn failed(cases: &[RunCase], logits: Vec<Option<Array2<f64>>>) -> Vec<Failed> {
+    let failed = cases.iter().zip(logits).enumerate().filter(|(_, (case, _))| case.verdict == Verdict::Fail);
+    let failed = failed.map(|(case, (row, logits))| Some(Failed { case, logits: logits?, allowed: row.allowed }));
+    failed.collect::<Option<_>>().unwrap_or_default()
+}
 
 /// A runtime that is not there says nothing about the graph.
 fn verdict_of(error: &Error) -> Verdict {
@@ -447,6 +503,7 @@ fn case_report(case: &ReferenceCase, candle: std::result::Result<Figures, String
         attention_mask: rows(case.case.mask()),
         steps: case.case.steps(),
         models: case.case.models().to_vec(),
+        padding: case.case.padding(),
         chunk: case.case.chunk(),
         positions: case.script.spots.len(),
         largest_logit: case.largest,

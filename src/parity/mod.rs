@@ -12,6 +12,7 @@
 mod baseline;
 mod budget;
 mod cases;
+mod cause;
 mod check;
 mod figures;
 mod finding;
@@ -33,6 +34,7 @@ pub use cases::{
     Case, CaseOptions, Padding, adapter_cases, generated_prompts, length_cases, named_cases, select_cases,
     standard_cases,
 };
+pub use cause::Suspect;
 pub use check::{Candidate, Check, Model, Open, Other, Reference};
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};

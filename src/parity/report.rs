@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Allowance, Budget, Figures, Finding, FirstDifference, Greedy, Regression, Result, TensorFigures, Thresholds,
+    Allowance, Budget, Figures, Finding, FirstDifference, Greedy, Padding, Regression, Result, TensorFigures,
+    Thresholds,
 };
 use crate::files::FileFact;
 use crate::runtime::RuntimeInfo;
@@ -154,6 +155,9 @@ pub struct CaseReport {
     pub attention_mask: Vec<Vec<i64>>,
     /// Cached steps after the prompts.
     pub steps: usize,
+    /// On which side rows have padding.
+    #[serde(default)]
+    pub padding: Option<Padding>,
     /// By row, the model that it is for: a place in [`Report::models`].
     #[serde(default)]
     pub models: Vec<usize>,

@@ -1,11 +1,12 @@
 //! Running a case: what is fed, call by call, and the logits that come out.
 
-use ndarray::{Array2, Array3, Axis, concatenate};
+use ndarray::{Array2, Array3, Axis, concatenate, s};
 
+use super::cause::Reading;
 use super::figures::{Spot, top1};
 use super::{Case, Error, Model, Result};
 use crate::base::{Input, KvCache};
-use crate::runtime::{GraphDecoder, Session};
+use crate::runtime::{GraphDecoder, Session, positions};
 
 /// Tokens that are fed at once, after those of earlier calls.
 #[derive(Clone, Debug, PartialEq)]
@@ -169,6 +170,7 @@ impl Recording {
 /// candle models, of which each row of a batch runs one.
 pub(super) struct CandleRunner<'a> {
     models: &'a [Model<'a>],
+    reading: Reading,
     parts: Vec<Part<'a>>,
 }
 
@@ -182,7 +184,12 @@ struct Part<'a> {
 
 impl<'a> CandleRunner<'a> {
     pub(super) fn new(models: &'a [Model<'a>]) -> Self {
-        Self { models, parts: Vec::new() }
+        Self { models, reading: Reading::Faithful, parts: Vec::new() }
+    }
+
+    /// The same with another way to read the mask.
+    pub(super) fn reading(models: &'a [Model<'a>], reading: Reading) -> Self {
+        Self { reading, ..Self::new(models) }
     }
 }
 
@@ -205,13 +212,13 @@ impl Runner for CandleRunner<'_> {
 
     fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {
         if let [part] = &mut self.parts[..] {
-            return part.extend(call);
+            return part.extend(call, self.reading);
         }
         let vocab = self.models.first().map_or(0, |model| model.decoder.spec().vocab_size);
         let mut all = Array3::zeros((call.ids.nrows(), call.ids.ncols(), vocab));
         for part in &mut self.parts {
             let rows = |array: &Array2<i64>| array.select(Axis(0), &part.rows);
-            let logits = part.extend(&Call::new(rows(&call.ids), rows(&call.mask)))?;
+            let logits = part.extend(&Call::new(rows(&call.ids), rows(&call.mask)), self.reading)?;
             for (row, logits) in part.rows.iter().zip(logits.outer_iter()) {
                 all.index_axis_mut(Axis(0), *row).assign(&logits);
             }
@@ -221,13 +228,19 @@ impl Runner for CandleRunner<'_> {
 }
 
 impl Part<'_> {
-    fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {
+    fn extend(&mut self, call: &Call, reading: Reading) -> Result<Array3<f64>> {
         let mask = match self.mask.take() {
             None => call.mask.clone(),
             Some(seen) => concatenate![Axis(1), seen, call.mask],
         };
         let flat = |array: &Array2<i64>| array.iter().copied().collect::<Vec<_>>();
-        let input = Input::new(call.ids.nrows(), &flat(&call.ids), &flat(&mask), None)?;
+        let (rows, seq) = call.ids.dim();
+        let by_column = Array2::ones(mask.raw_dim());
+        let counted = positions(if reading.is_by_column() { &by_column } else { &mask });
+        let counted = counted.slice_move(s![.., mask.ncols().saturating_sub(seq)..]);
+        let shown = if reading.hides_padding() { &mask } else { &by_column };
+        let given = (reading != Reading::Faithful).then(|| flat(&counted));
+        let input = Input::new(rows, &flat(&call.ids), &flat(shown), given.as_deref())?;
         self.mask = Some(mask);
         let logits = self.model.decoder.forward(&input, Some(&mut self.cache), self.model.hook)?;
         let expected = [call.ids.nrows(), call.ids.ncols(), self.model.decoder.spec().vocab_size];

@@ -32,9 +32,12 @@ pub(super) fn cases(checkpoint: &Checkpoint, lineup: &Lineup, options: &VerifyAr
     }
     let mut all = standard_cases(&prompts, options.steps)?;
     all.extend(length_cases(spec, &lengths, options.seed)?);
-    all.extend(adapter_cases(&lineup.names, &prompts, options.steps, lineup.by_row)?);
+    let padding: Vec<Padding> = options.padding.iter().map(|side| side.padding()).collect();
+    let padding = if padding.is_empty() { vec![Padding::Left, Padding::Right] } else { padding };
+    all.extend(adapter_cases(&lineup.names, &prompts, options.steps, &padding, lineup.by_row)?);
     let named = named_cases(&prompts, options.steps)?;
     all.extend(named.into_iter().filter(|case| options.cases.iter().any(|name| name == case.name())));
+    all.retain(|case| case.padding().is_none_or(|side| padding.contains(&side)));
     Ok(select_cases(all, &options.cases)?)
 }
 

@@ -83,16 +83,43 @@ fn compute(
     Ok((reference, own))
 }
 
+/// Looks for the cause of a failure, by the models that a graph may be in the checkpoint's place.
+pub(super) fn explain(
+    check: &mut Check,
+    checkpoint: &Checkpoint,
+    (lineup, adapters): (&Lineup, &[Adapted]),
+    options: &VerifyArgs,
+) -> Result<()> {
+    let hooks = lineup.hooks(adapters, checkpoint.spec())?;
+    let dtype = options.reference.dtype();
+    check.explain(|reference, suspect, cases| {
+        let weight = |weight: &crate::base::WeightShape| {
+            let action = crate::base::Error::candle("loading a weight");
+            checkpoint.weight(weight.role)?.to_dtype(dtype).map_err(action)
+        };
+        let decoder = Decoder::from_weights(&suspect.spec, weight)?;
+        reference.suspected(&models(&decoder, &hooks), suspect, cases)
+    })?;
+    Ok(())
+}
+
 fn models<'a>(decoder: &'a Decoder, hooks: &'a [Together]) -> Vec<Model<'a>> {
     hooks.iter().map(|hook| Model { decoder, hook }).collect()
 }
 
-/// The type that a graph computes in.
+/// The type that a graph computes in: the least precise of its inputs, outputs and weights.
 pub(super) fn precision_of(graph: &Graph) -> DType {
-    match graph.graph().outputs().first().and_then(|o| o.elem_type()) {
-        Some(DataType::Float16) => DType::F16,
-        Some(DataType::Bfloat16) => DType::BF16,
-        Some(DataType::Double) => DType::F64,
-        _ => DType::F32,
+    let graph = graph.graph();
+    let ports = graph.inputs().iter().chain(graph.outputs()).filter_map(|port| port.elem_type());
+    let is_weight = |tensor: &&crate::onnx::TensorInfo| tensor.dims().iter().product::<i64>() > 1;
+    let weights = graph.initializers().iter().filter(is_weight).map(|tensor| tensor.data_type());
+    let types: Vec<DataType> = ports.chain(weights).collect();
+    let has = |data_type: &DataType| types.contains(data_type);
+    match () {
+        () if has(&DataType::Bfloat16) => DType::BF16,
+        () if has(&DataType::Float16) => DType::F16,
+        () if has(&DataType::Float) => DType::F32,
+        () if has(&DataType::Double) => DType::F64,
+        () => DType::F32,
     }
 }
