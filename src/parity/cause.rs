@@ -3,8 +3,8 @@
 
 use ndarray::Array2;
 
-use super::check::ReferenceCase;
 use super::figures::{Figures, first_non_finite};
+use super::reference::ReferenceCase;
 use super::{Model, Reference, Result};
 use crate::base::DecoderSpec;
 

@@ -31,6 +31,8 @@ pub enum FindingKind {
     CacheOnly,
     /// The runtimes disagree: the graph passes in some of them.
     RuntimeDependent,
+    /// An execution provider was asked for, and all nodes ran on the CPU.
+    CpuFallback,
     /// No runtime gave logits to judge.
     RuntimeFailure,
     /// The graph is another function than the checkpoint with its adapter.
@@ -76,6 +78,10 @@ impl Finding {
         let failed = |runs: &[RunReport]| runs.iter().any(|run| run.verdict == Verdict::Fail);
         let judged = if failed(&report.base) { &report.base } else { &report.runs };
         let base = failed(&report.base) || subject == Subject::Base;
+        let wrong = |run: &RunReport| run.cases.iter().any(|case| case.verdict == Verdict::Fail);
+        if judged.iter().any(|run| run.failure.is_some() && !run.cases.is_empty()) && !judged.iter().any(wrong) {
+            return Kind::CpuFallback;
+        }
         if judged.iter().any(|run| run.verdict == Verdict::Pass) && failed(judged) {
             return Kind::RuntimeDependent;
         }
@@ -142,6 +148,7 @@ fn text(kind: FindingKind, report: &Report, subject: Subject) -> String {
         }
         FindingKind::CacheOnly => format!("{base} computes the model but not with its cache{worst}"),
         FindingKind::RuntimeDependent => format!("{base} computes the model in some runtimes only{worst}"),
+        FindingKind::CpuFallback => format!("the graph computes the model, but not where it was asked to{worst}"),
         FindingKind::RuntimeFailure => format!("no runtime that was asked ran the graph{worst}"),
         FindingKind::NoParity => format!("the graph is another function than the model{worst}"),
         FindingKind::Regression => match report.regressions.first() {

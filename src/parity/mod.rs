@@ -14,12 +14,15 @@ mod budget;
 mod cases;
 mod cause;
 mod check;
+mod compare;
 mod figures;
 mod finding;
 mod greedy;
 mod no_op;
+mod reference;
 mod render;
 mod report;
+mod rows;
 mod run;
 mod sites;
 mod store;
@@ -35,15 +38,18 @@ pub use cases::{
     standard_cases,
 };
 pub use cause::Suspect;
-pub use check::{Candidate, Check, Model, Open, Other, Reference};
+pub use check::{Candidate, Check, Open};
+pub use compare::Other;
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};
 pub use greedy::{Greedy, GreedyDifference};
 pub use no_op::{FirstDifference, NoOpPair};
+pub use reference::{Model, Reference};
 pub use report::{
-    AgainstCase, AgainstReport, CaseReport, Departure, Environment, Facts, LayerErrors, NoOpReport, Report, Row,
-    RunCase, RunReport, SCHEMA_VERSION, Subject, Verdict,
+    AgainstCase, AgainstReport, CaseReport, Departure, Environment, Facts, LayerErrors, NoOpReport, Report, RunCase,
+    RunReport, SCHEMA_VERSION, Subject, Verdict,
 };
+pub use rows::Row;
 pub use sites::{CapturedQuery, Probe, QueryDistance};
 pub use store::ReferenceStore;
 pub use thresholds::Thresholds;

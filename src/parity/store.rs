@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use ndarray::Array2;
 
-use super::check::ReferenceCase;
+use super::reference::ReferenceCase;
 use super::run::{Call, Script};
 use super::{Case, Reference, Result};
 use crate::base::DecoderSpec;

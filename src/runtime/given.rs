@@ -140,3 +140,70 @@ impl Given {
         Value::from_le_bytes(dtype, &shape, bytes).map(Self::Value)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keeps what it is fed.
+    struct Fed(Vec<Port>, Vec<Port>, Vec<(String, Vec<i64>)>);
+
+    impl Session for Fed {
+        fn inputs(&self) -> &[Port] {
+            &self.0
+        }
+
+        fn optional_inputs(&self) -> &[Port] {
+            &self.1
+        }
+
+        fn outputs(&self) -> &[Port] {
+            &[]
+        }
+
+        fn info(&self) -> RuntimeInfo {
+            let text = String::new;
+            RuntimeInfo { runtime: text(), version: text(), device: text(), optimization: text(), library: None }
+        }
+
+        fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+            let values = |tensor: Tensor| tensor.into_value().unwrap().into_i64().unwrap().iter().copied().collect();
+            self.2 = feeds.into_iter().map(|(name, tensor)| (name, values(tensor))).collect();
+            Ok(Vec::new())
+        }
+    }
+
+    fn port(name: &str) -> Port {
+        Port { name: name.into(), dtype: DType::I64, dims: Vec::new() }
+    }
+
+    fn value(number: i64) -> Given {
+        Given::Value(Array1::from_elem(1, number).into_dyn().into())
+    }
+
+    #[test]
+    fn every_row_is_given_what_its_model_is_and_slots_are_for_all() {
+        let inner = Fed(vec![port("ids"), port("bank")], vec![port("slot")], Vec::new());
+        let row = |row| ("bank".to_owned(), Given::EveryRow(row));
+        let slot = |number| ("slot".to_owned(), value(number));
+        let models = vec![vec![row(1), slot(7)], vec![row(2), slot(7)], vec![row(0)]];
+        let mut session = WithGiven::switching(inner, models).unwrap();
+        assert_eq!(session.inputs().iter().map(|port| port.name.as_str()).collect::<Vec<_>>(), ["ids"]);
+        let mut fed = |models: &[usize]| {
+            session.activate(models)?;
+            let ids: Value = Array1::<i64>::zeros(3).into_dyn().into();
+            session.run_tensors(vec![("ids".into(), ids.into())])?;
+            Ok::<_, Error>(
+                session.inner.2.iter().skip(1).map(|(name, v)| (name.clone(), v.clone())).collect::<Vec<_>>(),
+            )
+        };
+        let named = |name: &str, values: &[i64]| (name.to_owned(), values.to_vec());
+        assert_eq!(fed(&[]).unwrap(), [named("bank", &[1, 1, 1]), named("slot", &[7])]);
+        assert_eq!(fed(&[0, 1, 0]).unwrap(), [named("bank", &[1, 2, 1]), named("slot", &[7])]);
+        assert_eq!(fed(&[2, 2, 2]).unwrap(), [named("bank", &[0, 0, 0])], "the slot keeps its default");
+        let refused = |result: Result<Vec<_>>| result.unwrap_err().to_string();
+        assert!(refused(fed(&[0, 2, 0])).contains("one adapter for the whole batch"));
+        assert!(refused(fed(&[3, 3, 3])).contains("was not told"));
+        assert!(refused(fed(&[0, 1])).contains("3 rows were given"));
+    }
+}
