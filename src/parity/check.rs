@@ -280,7 +280,9 @@ type Judged = (runtime::RuntimeInfo, Option<BTreeMap<String, usize>>, Vec<Judged
 /// The logits of the cases that failed; none where one of them has no logits.
 fn failed(cases: &[RunCase], logits: Vec<Option<Array2<f64>>>) -> Vec<Failed> {
     let failed = cases.iter().zip(logits).enumerate().filter(|(_, (case, _))| case.verdict == Verdict::Fail);
-    let failed = failed.map(|(case, (row, logits))| Some(Failed { case, logits: logits?, allowed: row.allowed }));
+    let failed = failed.map(|(case, (row, logits))| {
+        Some(Failed { case, logits: logits?, allowed: row.allowed, distance: row.figures?.max_abs })
+    });
     failed.collect::<Option<_>>().unwrap_or_default()
 }
 

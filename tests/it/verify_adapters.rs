@@ -37,7 +37,7 @@ fn verified(folder: &Path, graph: &str, more: &[&str]) -> (i32, Value, String) {
     (output.status.code().unwrap(), report, text)
 }
 
-fn names<'a>(report: &'a Value) -> Vec<&'a str> {
+fn names(report: &Value) -> Vec<&str> {
     report["cases"].as_array().unwrap().iter().map(|case| case["name"].as_str().unwrap()).collect()
 }
 
