@@ -19,7 +19,7 @@ const CLOSE: f32 = 1e-4;
 const FUSED: [&str; 4] = ["genai_fp32/", "genai_int4/", "hf_onnx_ortfused/", "torch_dynamo23/"];
 
 /// Every graph at hand: its name, its file, and its family's oracle.
-fn graphs() -> Vec<(String, PathBuf, PathBuf)> {
+pub fn graphs() -> Vec<(String, PathBuf, PathBuf)> {
     let Some(root) = shared("graphs") else { return Vec::new() };
     let mut found = Vec::new();
     let entries = |path: &Path| std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
