@@ -14,8 +14,9 @@ mod order;
 mod other_operators;
 mod positions;
 pub mod projections;
+mod quantized;
 mod rotary;
-mod scope;
+pub(in crate::fold) mod scope;
 mod shape;
 mod unrotated;
 
@@ -23,7 +24,7 @@ use serde::Serialize;
 
 use super::{Error, Result};
 use crate::adapter::Query;
-use crate::onnx::{Dim, Index, Model, Node, NodeDef, TensorDef, Use};
+use crate::onnx::{Dim, Index, Model, Node, NodeDef, NodeId, TensorDef, Use};
 pub use explain::{Block, explain};
 pub use positions::{Exactness, Positions, exactness};
 
@@ -37,8 +38,11 @@ pub struct Site {
     pub scope: String,
     /// Which attention shape was matched.
     pub shape: &'static str,
-    /// The node that gave the block away.
+    /// The name of the node that gave the block away.
     pub anchor: String,
+    /// That node: the softmax, or the operator that computes the whole attention.
+    #[serde(skip)]
+    pub node: NodeId,
     /// The rotated, unscaled query.
     pub query: String,
     /// Its layout.
@@ -68,6 +72,7 @@ impl Site {
             scope: String::new(),
             shape,
             anchor: anchor.name().to_owned(),
+            node: anchor.id(),
             query: query.0.to_owned(),
             query_layout: query.1,
             output: output.0.to_owned(),
@@ -82,8 +87,12 @@ impl Site {
 
     /// What the names of the site's new nodes begin with: no other site of the model has the same.
     pub fn prefix(&self) -> String {
-        let branch = if self.scope.is_empty() { String::new() } else { format!("{}/", self.scope) };
-        format!("/prefold/{branch}layers.{}", self.layer)
+        format!("{}layers.{}", self.root(), self.layer)
+    }
+
+    /// What the names of new nodes in the site's graph begin with: no other graph of the model has the same.
+    pub fn root(&self) -> String {
+        if self.scope.is_empty() { "/prefold/".to_owned() } else { format!("/prefold/{}/", self.scope) }
     }
 }
 
@@ -116,8 +125,8 @@ pub struct QuerySource {
 /// When the graph does not show it and it cannot be rebuilt.
 pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
     scope::of_site(model, site, |index| {
-        // an operator that computes the whole attention made the output, and says where its query is
-        match index.producer(&site.output) {
+        // an operator that computes the whole attention says where its query is
+        match index.graph().node(site.node) {
             Some(node) if attention::is_anchor(node) => return attention::query(index, site, wanted),
             Some(node) if group_query_attention::is_anchor(node) => {
                 return group_query_attention::query(model, index, node, site, wanted);
@@ -126,7 +135,7 @@ pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
                 return multi_head_attention::query(index, node, site, wanted);
             }
             Some(node) if microsoft_attention::is_anchor(node) => {
-                return microsoft_attention::query(node, site, wanted);
+                return microsoft_attention::query(index, node, site, wanted);
             }
             _ => {}
         }
@@ -165,6 +174,7 @@ pub fn sites(model: &Model) -> Result<Vec<Site>> {
         }
         order::number_layers(index, &mut sites)?;
         for site in &mut sites {
+            quantized::move_behind(index, site);
             if let Some([_, Dim::Value(heads), _, Dim::Value(width)]) = cache_dims(index, site.layer) {
                 site.num_kv_heads.get_or_insert(*heads);
                 site.head_dim = Some(*width);

@@ -77,6 +77,11 @@ impl Projections {
         Err(Error::Site { anchor, reason: reason.to_owned(), help: HELP })
     }
 
+    /// Changes all that were found.
+    pub(in crate::fold) fn for_each(&mut self, change: impl FnMut(&mut Projection)) {
+        self.found.values_mut().filter_map(|found| found.as_mut().ok()).for_each(change);
+    }
+
     /// All that were found.
     pub fn iter(&self) -> impl Iterator<Item = (usize, Linear, &Projection)> {
         self.found.iter().filter_map(|((layer, linear), found)| Some((*layer, *linear, found.as_ref().ok()?)))
@@ -190,7 +195,9 @@ impl<'g> Finder<'_, 'g> {
     }
 
     fn node(&self, leaf: &Leaf) -> Found<LinearNode> {
-        self.walk.linears.get(&leaf.linear).cloned().ok_or_else(|| "it is no linear map".into())
+        let unreadable = || self.walk.unreadable.get(&leaf.linear).cloned();
+        let found = self.walk.linears.get(&leaf.linear).cloned();
+        found.ok_or_else(|| unreadable().unwrap_or_else(|| "it is no linear map".into()))
     }
 
     /// A map that makes `width` outputs and no more.
@@ -264,7 +271,10 @@ impl<'g> Finder<'_, 'g> {
             let mut behind = behind.into_iter();
             match (behind.next(), behind.next()) {
                 (Some(id), None) if had_output => return Ok(Leaf { linear: id, path: Vec::new(), activated: false }),
-                (Some(id), None) if layer + 1 == layers => from = self.input(id),
+                (Some(id), None) if layer + 1 == layers => match self.walk.unreadable.get(&id) {
+                    Some(reason) => return Err(reason.clone()),
+                    None => from = self.input(id),
+                },
                 (Some(_), None) => return Err("the next layer does not read its o_proj".into()),
                 (None, _) => return Err("no map of an MLP was found behind the layer's output".into()),
                 _ => return Err("several maps stand between this layer and the next".into()),

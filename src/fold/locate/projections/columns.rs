@@ -200,15 +200,31 @@ impl Sliced<'_> {
             "Sub" => operand(0)?.checked_sub(operand(1)?),
             "Mul" => operand(0)?.checked_mul(operand(1)?),
             "Div" => operand(0)?.checked_div(operand(1)?),
-            "Gather" => {
-                let shape = self.index.producer(node.input(0)?).filter(|node| node.is("", "Shape"))?;
-                let axis = operand(1)?;
-                let axis = if axis < 0 { axis + self.axes.len() as i64 } else { axis };
-                let size = *self.axes.get(usize::try_from(axis).ok()?)?;
-                (shape.input(0) == Some(self.tensor) && size > 0).then_some(size as i64)
-            }
+            "Gather" => self.size(node.input(0)?, operand(1)?, depth + 1),
             _ => None,
         }
+    }
+
+    /// One entry of a list that is the tensor's shape, or was that of the one it was transposed from.
+    fn size(&self, shape: &str, axis: i64, depth: usize) -> Option<i64> {
+        let axis = usize::try_from(if axis < 0 { axis + self.axes.len() as i64 } else { axis }).ok()?;
+        let node = self.index.producer(shape).filter(|_| depth < MAX_BOUND)?;
+        if node.is("", "Gather") {
+            let order = integers(self.index, node.input(1)?)?;
+            return self.size(node.input(0)?, *order.get(axis)?, depth + 1);
+        }
+        let start = node.attribute("start").and_then(|a| a.as_int()).unwrap_or(0);
+        let whole = node.is("", "Shape") && start == 0 && node.attribute("end").is_none();
+        let of = node.input(0).filter(|_| whole)?;
+        let axis = if of == self.tensor {
+            axis
+        } else {
+            let turned = self.index.producer(self.tensor).filter(|node| node.is("", "Transpose"))?;
+            let order = turned.attribute("perm")?.as_ints()?.iter();
+            let at = order.map(|from| usize::try_from(*from)).position(|from| from == Ok(axis))?;
+            (turned.input(0) == Some(of)).then_some(at)?
+        };
+        self.axes.get(axis).filter(|size| **size > 0).map(|size| *size as i64)
     }
 }
 

@@ -5,10 +5,13 @@
 //! x ─ QuantizeLinear ─ DequantizeLinear ─ MatMul (DequantizeLinear W) ─ (QuantizeLinear ─ DequantizeLinear) ─ product
 //! x ─ DynamicQuantizeLinear ─ MatMulInteger W ─ Cast ─ Mul scale ─ product
 //! x ─ DynamicQuantizeMatMul W ─ product
+//! x ─ QuantizeLinear ─ QLinearMatMul W ─ DequantizeLinear ─ product
 //! ```
+//! Other products with constant weights are [`unreadable`], and say why.
 
 use serde::Serialize;
 
+use crate::fold::locate::shape;
 use crate::onnx::{Index, Node, NodeId, TensorInfo, Use};
 
 const MICROSOFT: &str = "com.microsoft";
@@ -95,6 +98,30 @@ pub(super) fn linear<'g>(index: &Index<'g>, node: &'g Node) -> Option<LinearNode
     })
 }
 
+/// Why a product with constant weights is none of these; `None` where a node is no such product.
+pub(super) fn unreadable(index: &Index, node: &Node) -> Option<String> {
+    let is_weight = |slot: usize| node.input(slot).is_some_and(|input| shape::is_weight(index, input));
+    let slot = if node.op_type() == "QLinearMatMul" { 3 } else { 1 };
+    if !shape::is_product(node) || !(is_weight(0) || is_weight(slot)) {
+        return None;
+    }
+    let number = |name: &str| node.attribute(name).and_then(|a| a.as_float()).unwrap_or(1.0);
+    let flag = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
+    let why = match node.op_type() {
+        "FusedGemm" => "an activation is inside it".to_owned(),
+        "QLinearMatMul" | "QGemm" | "MatMulInteger" | "MatMulIntegerToFloat" => {
+            "what it reads or makes is not turned from or into floats beside it".to_owned()
+        }
+        _ if is_weight(0) => "its weights stand on the left".to_owned(),
+        _ if number("alpha") != 1.0 => format!("it scales its product (alpha = {})", number("alpha")),
+        _ if number("beta") != 1.0 => format!("it scales its bias (beta = {})", number("beta")),
+        _ if flag("transA") => "it transposes its input (transA = 1)".to_owned(),
+        _ => "its weights are not one matrix".to_owned(),
+    };
+    let name = if node.name().is_empty() { node.output(0).unwrap_or_default() } else { node.name() };
+    Some(format!("`{name}` ({}) stands in its place: {why}", node.op_type()))
+}
+
 fn parts<'g>(index: &Index, node: &'g Node) -> Option<Parts<'g>> {
     let integer = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0);
     let is_one = |name: &str| node.attribute(name).and_then(|a| a.as_float()).unwrap_or(1.0) == 1.0;
@@ -110,6 +137,10 @@ fn parts<'g>(index: &Index, node: &'g Node) -> Option<Parts<'g>> {
         (MICROSOFT, "MatMulNBits") => {
             let width = usize::try_from(integer("N")).ok()?;
             Some(Parts { transposed: true, bias: node.input(5), width: Some(width), quantized: true, ..plain })
+        }
+        ("", "QLinearMatMul") => {
+            let behind = index.producer(node.input(0)?)?;
+            behind.is("", "QuantizeLinear").then_some(Parts { weight_slot: 3, quantized: true, ..plain })
         }
         (MICROSOFT, "DynamicQuantizeMatMul") => Some(Parts { bias: node.input(4), quantized: true, ..plain }),
         ("", "MatMulInteger") => {
@@ -152,6 +183,7 @@ fn float_input<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
     let Some(behind) = index.producer(input) else { return Some(input) };
     match behind.op_type() {
         "DynamicQuantizeLinear" => behind.input(0),
+        "QuantizeLinear" if node.op_type() == "QLinearMatMul" => behind.input(0),
         "DequantizeLinear" => match index.producer(behind.input(0)?) {
             Some(quantize) if quantize.op_type() == "QuantizeLinear" => quantize.input(0),
             _ => Some(input),
@@ -170,6 +202,9 @@ fn float_product<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
     if node.op_type() == "MatMulInteger" {
         let cast = only(product).filter(|node| node.op_type() == "Cast")?;
         product = only(cast.output(0)?).filter(|node| node.op_type() == "Mul")?.output(0)?;
+    }
+    if node.op_type() == "QLinearMatMul" {
+        return only(product).filter(|node| node.op_type() == "DequantizeLinear")?.output(0);
     }
     let Some(quantize) = only(product).filter(|node| node.op_type() == "QuantizeLinear") else { return Some(product) };
     let dequantize = only(quantize.output(0)?).filter(|node| node.op_type() == "DequantizeLinear");
