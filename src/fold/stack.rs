@@ -23,6 +23,21 @@ pub fn sites(model: &Model) -> Result<Vec<Site>> {
     locate::sites(&base.model)?.into_iter().map(|site| base.site(&folded, site)).collect()
 }
 
+/// The graph before all folds; none where nothing was folded.
+///
+/// # Errors
+/// When a folded graph is not as its fold left it.
+pub fn base(model: &Model) -> Result<Option<Model>> {
+    if Record::all(model)?.is_empty() {
+        return Ok(None);
+    }
+    let (mut base, _) = record::last(model)?;
+    while !Record::all(&base)?.is_empty() {
+        base = record::last(&base)?.0;
+    }
+    Ok(Some(base))
+}
+
 /// The linear maps of a graph, folded or not, for the main graph and each branch that has sites, by what the names of
 /// its new nodes begin with.
 ///
@@ -56,13 +71,7 @@ struct Base {
 impl Base {
     /// None where nothing was folded.
     fn of(folded: &Model) -> Result<Option<Self>> {
-        if Record::all(folded)?.is_empty() {
-            return Ok(None);
-        }
-        let (mut model, _) = record::last(folded)?;
-        while !Record::all(&model)?.is_empty() {
-            model = record::last(&model)?.0;
-        }
+        let Some(model) = base(folded)? else { return Ok(None) };
         let mut places = HashMap::new();
         let found = place(model.graph(), folded.graph(), &mut places);
         found.ok_or_else(|| Error::Unfold { why: "its nodes are not those of its base graph".into() })?;

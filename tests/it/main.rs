@@ -22,6 +22,7 @@ mod peft;
 mod real_models;
 mod run_control;
 mod schemas;
+mod site_proof;
 mod support;
 mod training;
 mod verify;

@@ -212,8 +212,8 @@ fn weighted_values<'g>(index: &Index<'g>, softmax: &'g Node) -> Result<&'g Node>
             let Some(node) = node.filter(|node| seen.len() < MAX_STEPS && seen.insert(node.id())) else { continue };
             match node.op_type() {
                 "MatMul" | "FusedMatMul" if reader.slot == 0 => products.push(node),
-                "Cast" | "DequantizeLinear" | "Dropout" | "Identity" | "Mul" | "IsNaN" | "QuantizeLinear" | "Reshape"
-                | "Slice" | "Squeeze" | "Unsqueeze" | "Where" => open.extend(node.output(0)),
+                "Cast" | "DequantizeLinear" | "Dropout" | "Identity" | "Mul" | "IsNaN" | "QuantizeLinear"
+                | "Reshape" | "Slice" | "Squeeze" | "Unsqueeze" | "Where" => open.extend(node.output(0)),
                 "Shape" => {}
                 other => {
                     let reason = format!("`{}` ({other}) stands between the softmax and the values", node.name());

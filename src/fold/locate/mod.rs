@@ -20,6 +20,7 @@ pub(in crate::fold) mod scope;
 mod shape;
 mod unrotated;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Error, Result};
@@ -29,7 +30,7 @@ pub use explain::{Block, explain};
 pub use positions::{Exactness, Positions, exactness};
 
 /// An attention site: the query that meets the keys, and the attention output it belongs to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Site {
     /// The decoder layer, by the order of data flow. A model whose graph is in branches has each layer once in each.
     pub layer: usize,
@@ -97,7 +98,7 @@ impl Site {
 }
 
 /// How heads lie in a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Layout {
     /// `[batch, heads, seq, head_dim]`.

@@ -195,7 +195,7 @@ impl<'g> Finder<'_, 'g> {
     }
 
     fn node(&self, leaf: &Leaf) -> Found<LinearNode> {
-        let unreadable = || self.walk.unreadable.get(&leaf.linear).cloned();
+        let unreadable = || self.walk.unreadable.get(&leaf.linear).map(|found| found.reason.clone());
         let found = self.walk.linears.get(&leaf.linear).cloned();
         found.ok_or_else(|| unreadable().unwrap_or_else(|| "it is no linear map".into()))
     }
@@ -229,7 +229,8 @@ impl<'g> Finder<'_, 'g> {
 
     /// What a linear map multiplies.
     fn input(&self, id: NodeId) -> Option<&'g str> {
-        self.walk.own(&self.walk.linears.get(&id)?.input)
+        let unreadable = || self.walk.unreadable.get(&id).map(|found| &found.input);
+        self.walk.own(self.walk.linears.get(&id).map(|linear| &linear.input).or_else(unreadable)?)
     }
 
     fn feed_forward(&mut self, layers: usize) {
@@ -271,10 +272,7 @@ impl<'g> Finder<'_, 'g> {
             let mut behind = behind.into_iter();
             match (behind.next(), behind.next()) {
                 (Some(id), None) if had_output => return Ok(Leaf { linear: id, path: Vec::new(), activated: false }),
-                (Some(id), None) if layer + 1 == layers => match self.walk.unreadable.get(&id) {
-                    Some(reason) => return Err(reason.clone()),
-                    None => from = self.input(id),
-                },
+                (Some(id), None) if layer + 1 == layers => from = self.input(id),
                 (Some(_), None) => return Err("the next layer does not read its o_proj".into()),
                 (None, _) => return Err("no map of an MLP was found behind the layer's output".into()),
                 _ => return Err("several maps stand between this layer and the next".into()),

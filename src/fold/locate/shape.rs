@@ -193,8 +193,10 @@ impl<'g> Reader<'_, 'g> {
         match node.op_type() {
             "Constant" => node.attribute("value_float").or(node.attribute("value_int")).is_some(),
             "Shape" => inside,
-            "Cast" | "DequantizeLinear" | "Gather" | "Identity" | "Neg" | "QuantizeLinear" | "Reciprocal" | "Reshape"
-            | "Slice" | "Sqrt" | "Squeeze" | "Unsqueeze" => node.input(0).is_some_and(|input| self.number(input, true)),
+            "Cast" | "DequantizeLinear" | "Gather" | "Identity" | "Neg" | "QuantizeLinear" | "Reciprocal"
+            | "Reshape" | "Slice" | "Sqrt" | "Squeeze" | "Unsqueeze" => {
+                node.input(0).is_some_and(|input| self.number(input, true))
+            }
             "Add" | "Sub" | "Mul" | "Div" | "Pow" => node.inputs().iter().all(|input| self.number(input, true)),
             _ => false,
         }

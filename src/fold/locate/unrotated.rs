@@ -121,8 +121,8 @@ pub(super) fn angles<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g Node> {
         let behind = match node.op_type() {
             "Cos" | "Sin" => return Some(node),
             "Gather" if node.input(0).is_some_and(|table| shape::is_weight(index, table)) => return Some(node),
-            "Cast" | "Concat" | "DequantizeLinear" | "Expand" | "Gather" | "Identity" | "QuantizeLinear" | "Reshape"
-            | "Slice" | "Split" | "Squeeze" | "Transpose" | "Unsqueeze" => node.input(0),
+            "Cast" | "Concat" | "DequantizeLinear" | "Expand" | "Gather" | "Identity" | "QuantizeLinear"
+            | "Reshape" | "Slice" | "Split" | "Squeeze" | "Transpose" | "Unsqueeze" => node.input(0),
             "Mul" | "Neg" => node.inputs().iter().map(String::as_str).find(|input| !is_constant(index, input)),
             _ => None,
         };

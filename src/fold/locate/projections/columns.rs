@@ -260,3 +260,41 @@ fn tail(index: &Index, shape: &str) -> Option<Vec<Option<i64>>> {
     known.reverse();
     Some(known)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{DataType, Dim, ModelBuilder, NodeDef, TensorDef, ValueDef};
+
+    /// A third of the last dimension, of the tensor or, as ONNX Runtime's optimizer leaves it, of the one before its Transpose.
+    #[test]
+    fn bounds_are_computed_from_shapes() {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).input(ValueDef::new("x", DataType::Float, (0..4).map(|_| Dim::Unknown)));
+        builder.output(ValueDef::new("part", DataType::Float, []));
+        for (name, values) in
+            [("zero", &[0][..]), ("last", &[-1]), ("order", &[0, 2, 1, 3]), ("two", &[2]), ("three", &[3])]
+        {
+            builder.initializer(TensorDef::from_i64s(name, &[values.len() as i64], values));
+        }
+        let node = |op: &str, inputs: &[&str], output: &str| {
+            NodeDef::new(op, output).inputs(inputs.iter().copied()).outputs([output])
+        };
+        builder.node(node("Transpose", &["x"], "turned").attr_ints("perm", &[0, 2, 1, 3]));
+        builder.node(node("Shape", &["x"], "before").attr_int("start", 0));
+        builder.node(node("Gather", &["before", "order"], "after"));
+        builder.node(node("Gather", &["after", "last"], "size"));
+        builder.node(node("Add", &["size", "two"], "rounded"));
+        builder.node(node("Div", &["rounded", "three"], "third"));
+        builder.node(node("Gather", &["after", "zero"], "rows"));
+        builder.node(node("Slice", &["turned", "zero", "third", "last"], "part"));
+        let model = builder.build().unwrap();
+        let index = Index::new(model.graph());
+        let axes = [0, 4, 0, 96];
+        let number = |tensor: &str, axes: &[usize], name: &str| Sliced { index: &index, tensor, axes }.number(name, 0);
+        assert_eq!(number("turned", &axes, "third"), Some(32));
+        // batch is not known, and a shape of another tensor says nothing
+        assert_eq!(number("turned", &axes, "rows"), None);
+        assert_eq!(number("part", &axes, "third"), None);
+    }
+}

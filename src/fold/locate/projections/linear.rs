@@ -16,7 +16,7 @@ use crate::onnx::{Index, Node, NodeId, TensorInfo, Use};
 
 const MICROSOFT: &str = "com.microsoft";
 /// Nodes between a weight and the product that reads it.
-const MAX_WRAPS: usize = 4;
+const MAX_WRAPS: usize = 8;
 
 /// How a weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -98,8 +98,17 @@ pub(super) fn linear<'g>(index: &Index<'g>, node: &'g Node) -> Option<LinearNode
     })
 }
 
-/// Why a product with constant weights is none of these; `None` where a node is no such product.
-pub(super) fn unreadable(index: &Index, node: &Node) -> Option<String> {
+/// A product with constant weights that is none of these maps.
+#[derive(Clone, Debug)]
+pub(super) struct Unreadable {
+    /// Why.
+    pub(super) reason: String,
+    /// What it multiplies.
+    pub(super) input: String,
+}
+
+/// What hinders a product with constant weights from being a linear map; `None` where a node is no such product.
+pub(super) fn unreadable(index: &Index, node: &Node) -> Option<Unreadable> {
     let is_weight = |slot: usize| node.input(slot).is_some_and(|input| shape::is_weight(index, input));
     let slot = if node.op_type() == "QLinearMatMul" { 3 } else { 1 };
     if !shape::is_product(node) || !(is_weight(0) || is_weight(slot)) {
@@ -119,7 +128,9 @@ pub(super) fn unreadable(index: &Index, node: &Node) -> Option<String> {
         _ => "its weights are not one matrix".to_owned(),
     };
     let name = if node.name().is_empty() { node.output(0).unwrap_or_default() } else { node.name() };
-    Some(format!("`{name}` ({}) stands in its place: {why}", node.op_type()))
+    let reason = format!("`{name}` ({}) stands in its place: {why}", node.op_type());
+    let input = node.input(usize::from(is_weight(0)))?;
+    Some(Unreadable { reason, input: input.to_owned() })
 }
 
 fn parts<'g>(index: &Index, node: &'g Node) -> Option<Parts<'g>> {
@@ -167,7 +178,7 @@ fn constant<'g>(index: &Index<'g>, node: &'g Node, slot: usize) -> Option<(&'g T
                 order.is_none_or(|order| order == [1, 0]).then_some(())?;
                 flips = !flips;
             }
-            "DequantizeLinear" => wrapped = true,
+            "DequantizeLinear" | "QuantizeLinear" => wrapped = true,
             "Cast" | "Identity" => {}
             _ => return None,
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use super::linear::{LinearNode, linear, unreadable};
+use super::linear::{LinearNode, Unreadable, linear, unreadable};
 use crate::onnx::{Index, Node, NodeId, ValueInfo};
 
 const MICROSOFT: &str = "com.microsoft";
@@ -33,7 +33,7 @@ pub(super) struct Walk<'g> {
     pub(super) index: &'g Index<'g>,
     pub(super) linears: BTreeMap<NodeId, LinearNode>,
     /// Products with weights that are no such map, and why. Walks end at them too.
-    pub(super) unreadable: BTreeMap<NodeId, String>,
+    pub(super) unreadable: BTreeMap<NodeId, Unreadable>,
 }
 
 impl<'g> Walk<'g> {
