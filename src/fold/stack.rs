@@ -4,7 +4,7 @@
 //! order. What is asked for is found in the base graph, and followed to where its readers read now: what another fold adds there
 //! is added to the sum of those before.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::locate::projections::{Projection, Projections};
 use super::locate::scope;
@@ -82,7 +82,7 @@ impl Base {
         readers.iter().map(|reader| Some(Use { node: *self.places.get(&reader.node)?, slot: reader.slot })).collect()
     }
 
-    fn site(&self, folded: &Nodes, mut site: Site) -> Result<Site> {
+    fn site(&self, folded: &[Nodes], mut site: Site) -> Result<Site> {
         let readers_of_query = scope::of_site(&self.model, &site, |index| Ok(index.consumers(&site.query).to_vec()))?;
         if let Some(query) = self.readers(&readers_of_query).and_then(|readers| now(folded, &readers)) {
             site.query = query;
@@ -93,12 +93,16 @@ impl Base {
         Ok(site)
     }
 
-    fn linear_map(&self, index: &Index, folded: &Nodes, map: &mut Projection) {
+    fn linear_map(&self, index: &Index, folded: &[Nodes], map: &mut Projection) {
         let node = &mut map.node;
         let input = self.readers(index.consumers(&node.input)).and_then(|readers| now(folded, &readers));
         node.input = input.unwrap_or_else(|| node.input.clone());
-        node.readers = self.readers(&node.readers).unwrap_or_default();
-        node.product = now(folded, &node.readers).unwrap_or_else(|| node.product.clone());
+        let readers = self.readers(&node.readers).unwrap_or_default();
+        if let Some(product) = now(folded, &readers) {
+            // those that earlier folds put in read it too: a term may make its query from the product
+            node.readers = consumers(folded, &readers, &product);
+            node.product = product;
+        }
         let place = |id: NodeId| self.places.get(&id).copied().unwrap_or(id);
         (node.id, node.weight_use.node) = (place(node.id), place(node.weight_use.node));
     }
@@ -118,18 +122,33 @@ fn place(base: &Graph, folded: &Graph, places: &mut HashMap<NodeId, NodeId>) -> 
     Some(())
 }
 
-type Nodes<'m> = HashMap<NodeId, &'m Node>;
+type Nodes<'m> = BTreeMap<NodeId, &'m Node>;
 
-/// The nodes of a graph and of those nested in it.
-fn nodes(graph: &Graph) -> Nodes<'_> {
-    let mut found = HashMap::new();
-    graph.visit(&mut |graph| found.extend(graph.nodes().iter().map(|node| (node.id(), node))));
+/// The nodes of a graph and of those nested in it, each graph's one after the other.
+fn nodes(graph: &Graph) -> Vec<Nodes<'_>> {
+    let mut found = Vec::new();
+    graph.visit(&mut |graph| found.push(graph.nodes().iter().map(|node| (node.id(), node)).collect()));
     found
 }
 
+/// The nodes of the graph that readers are in.
+fn around<'n, 'm>(folded: &'n [Nodes<'m>], readers: &[Use]) -> Option<&'n Nodes<'m>> {
+    let first = readers.first()?;
+    folded.iter().find(|nodes| nodes.contains_key(&first.node))
+}
+
+/// All that read a tensor in the graph that these are in.
+fn consumers(folded: &[Nodes], readers: &[Use], tensor: &str) -> Vec<Use> {
+    let nodes = around(folded, readers).into_iter().flatten();
+    let slots =
+        nodes.flat_map(|(id, node)| node.inputs().iter().enumerate().map(move |(slot, input)| (*id, slot, input)));
+    slots.filter(|(_, _, input)| *input == tensor).map(|(node, slot, _)| Use { node, slot }).collect()
+}
+
 /// The tensor that all of these read.
-fn now(folded: &Nodes, readers: &[Use]) -> Option<String> {
-    let mut tensors = readers.iter().map(|reader| folded.get(&reader.node)?.input(reader.slot));
+fn now(folded: &[Nodes], readers: &[Use]) -> Option<String> {
+    let nodes = around(folded, readers)?;
+    let mut tensors = readers.iter().map(|reader| nodes.get(&reader.node)?.input(reader.slot));
     let first = tensors.next()??;
     tensors.all(|tensor| tensor == Some(first)).then(|| first.to_owned())
 }

@@ -23,6 +23,7 @@ mod real_models;
 mod run_control;
 mod schemas;
 mod site_proof;
+mod stacked;
 mod support;
 mod training;
 mod verify;

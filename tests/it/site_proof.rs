@@ -85,6 +85,31 @@ fn sites_are_proved_and_the_manifest_says_by_what() {
     assert_eq!(facts(&folder.path().join("over_bank"))["site_proof"]["zero_adapter"], "no bit changed");
 }
 
+#[test]
+fn inspect_shows_what_is_folded() {
+    let folder = tempfile::tempdir().unwrap();
+    exported(folder.path(), &ExportOptions::default());
+    folded(folder.path(), "base", &["--out", "one"]);
+    folded(folder.path(), "one", &["--out", "two", "--stack", "--emission", "slot"]);
+    let inspect = |graph: &str| -> Value {
+        serde_json::from_str(&prefold_ok(folder.path(), &["inspect", graph, "--json", "--explain"])).unwrap()
+    };
+    let (base, two) = (inspect("base"), inspect("two"));
+    assert_eq!(base["folds"], Value::Null);
+    let fold = |number: usize, emission: &str| json!({"fold": number, "emission": emission, "method": "prefix_plus", "adapters": ["adapter"], "layers": [0, 1]});
+    assert_eq!(two["folds"], json!([fold(1, "baked"), fold(2, "slot")]));
+    let slots: Vec<&str> = two["slots"].as_array().unwrap().iter().map(|slot| slot["name"].as_str().unwrap()).collect();
+    assert_eq!(slots, ["prefold.2.layers.0.M", "prefold.2.layers.1.M"]);
+    for (layer, site) in two["sites"].as_array().unwrap().iter().enumerate() {
+        let before = &base["sites"][layer];
+        assert_eq!((&site["query"], &site["anchor"]), (&before["query"], &before["anchor"]));
+        assert_eq!(site["output"], format!("/prefold.2/layers.{layer}/Add/output_0"));
+    }
+    // blocks are those of the base graph; the way back is not printed
+    assert_eq!(two["attention"], base["attention"]);
+    assert!(!two["metadata"].to_string().contains("prefold.fold"), "{}", two["metadata"]);
+}
+
 /// Queries twice as large and keys half as large leave the base model as it is, up to rounding: its logits say nothing of it.
 fn doubled(folder: &Path) {
     let path = exported(folder, &ExportOptions::default());
@@ -130,6 +155,7 @@ fn with_output(folder: &Path, node: NodeDef) {
     let path = exported(folder, &ExportOptions::default());
     let model = Model::open(&path).unwrap();
     let mut patch = Patch::new("one more output");
+    patch.require_opset("example", 1);
     patch.append_node(node.inputs(["logits"]).outputs(["more"]));
     patch.add_output(ValueDef::new("more", DataType::Float, [Dim::Unknown, Dim::Unknown, Dim::Unknown]));
     patch.apply(&model).unwrap().save(&path).unwrap();
@@ -143,7 +169,7 @@ fn an_output_that_zeros_change_is_caught() {
     let folder = tempfile::tempdir().unwrap();
     with_output(folder.path(), NodeDef::new("RandomNormalLike", "noise"));
     let error = refused(folder.path(), "base", &["--out", "out"]);
-    assert!(error.contains("with an adapter of zeros `more` is not the base graph's"), "{error}");
+    assert!(error.contains("with an adapter of zeros `more` is not the base"), "{error}");
     assert!(!folder.path().join("out").exists());
 }
 

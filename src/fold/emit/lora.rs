@@ -119,8 +119,10 @@ fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
         }
     }
     let a = Tensor::cat(&rows, 0)?.t()?.contiguous()?;
+    // what the node multiplies its own product by
+    let scale = parts.first().map_or(1.0, |part| f64::from(part.place.node.scale));
     if let [Part { map, place: Projection { columns: None, .. }, .. }] = parts {
-        return Ok((a, (map.b.t()? * map.scale)?.contiguous()?));
+        return Ok((a, (map.b.t()? * (map.scale * scale))?.contiguous()?));
     }
     let width = parts.iter().find_map(|part| part.place.node.width).unwrap_or(0);
     let mut b = vec![0.0; rank * width];
@@ -132,7 +134,7 @@ fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
                 let Some(entry) = entry else {
                     candle_core::bail!("the columns of a packed product do not fit its maps")
                 };
-                *entry = value * part.map.scale;
+                *entry = value * part.map.scale * scale;
             }
         }
     }

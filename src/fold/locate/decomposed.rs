@@ -154,29 +154,50 @@ fn query(index: &Index, softmax: &Node, scores: &Node, axes: &Axes) -> Result<(S
     let Some(left) = scores.input(0) else {
         return Err(stopped(softmax, format!("`{}` has no left operand", scores.name()), HELP));
     };
-    let (mut tensor, mut axes) = (left, axes.clone());
-    // what lies between the last scale that was seen and here
-    let mut found = vec![(tensor, axes.clone())];
-    for _ in 0..MAX_STEPS {
-        let Some(node) = index.producer(tensor) else { break };
-        if let Some(unscaled) = unscaled(index, node) {
-            tensor = unscaled;
-            found.clear();
-        } else {
-            let Some((behind, before)) = laid_out(index, node, &axes) else { break };
-            (tensor, axes) = (behind, before);
-            // what it made are integers, and what was made of them is rounded
-            if node.is("", "QuantizeLinear") {
-                found.clear();
-            }
-        }
-        found.push((tensor, axes.clone()));
-    }
+    let Back { found, .. } = back(index, left, axes.clone());
     let known = found.iter().find_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
     known.ok_or_else(|| {
         let lies = found.first().map(|(tensor, axes)| format!("its query `{tensor}` lies as {axes}"));
         stopped(softmax, lies.unwrap_or_else(|| "its query was not found".into()), HELP)
     })
+}
+
+/// The query of an operator before a scale that the graph applies to it first, as OPT's does; none where there is no scale. In
+/// the layout that the operator reads where there is one.
+pub(super) fn before_scale(index: &Index, query: &str, layout: Layout) -> Option<(String, Layout)> {
+    let Back { found, scaled } = back(index, query, Axes::of_layout(layout));
+    let known = || found.iter().filter_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
+    known().find(|(_, found)| *found == layout).or_else(|| known().next()).filter(|_| scaled)
+}
+
+/// The way from what a product or an operator reads back through scales, quantisers and layouts.
+struct Back<'g> {
+    /// What lies between the last of the scales and quantisers, and the end of the way.
+    found: Vec<(&'g str, Axes)>,
+    /// Whether there was a scale.
+    scaled: bool,
+}
+
+fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
+    let (mut tensor, mut axes) = (query, axes);
+    let mut back = Back { found: vec![(tensor, axes.clone())], scaled: false };
+    for _ in 0..MAX_STEPS {
+        let Some(node) = index.producer(tensor) else { break };
+        if let Some(unscaled) = unscaled(index, node) {
+            tensor = unscaled;
+            back.found.clear();
+            back.scaled = true;
+        } else {
+            let Some((behind, before)) = laid_out(index, node, &axes) else { break };
+            (tensor, axes) = (behind, before);
+            // what it made are integers, and what was made of them is rounded
+            if node.is("", "QuantizeLinear") {
+                back.found.clear();
+            }
+        }
+        back.found.push((tensor, axes.clone()));
+    }
+    back
 }
 
 /// What a scale is applied to.

@@ -70,13 +70,15 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
     }
     let groups = if is_packed(node) { heads.saturating_add(kv_heads.saturating_mul(2)) } else { heads };
     let head_dim = last_dim(index, query).filter(|width| width % groups == 0).map(|width| width / groups);
-    Ok(Site {
+    let site = Site {
         readers: index.consumers(output).to_vec(),
         num_heads: Some(heads),
         head_dim,
         num_kv_heads: Some(kv_heads),
         ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
-    })
+    };
+    // what is packed, or biased inside, is not scaled apart
+    Ok(if is_packed(node) { site } else { site.unscaled(index) })
 }
 
 /// The query that meets the keys inside the operator, or the one before its rotation.

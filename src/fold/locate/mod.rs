@@ -35,7 +35,7 @@ pub struct Site {
     /// The decoder layer, by the order of data flow. A model whose graph is in branches has each layer once in each.
     pub layer: usize,
     /// The branch that the site is in, as `node.attribute`; empty in the main graph.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub scope: String,
     /// Which attention shape was matched.
     pub shape: &'static str,
@@ -46,6 +46,9 @@ pub struct Site {
     pub node: NodeId,
     /// The rotated, unscaled query.
     pub query: String,
+    /// The query as an operator reads it, where the graph scales it before.
+    #[serde(skip)]
+    pub scaled_query: Option<String>,
     /// Its layout.
     pub query_layout: Layout,
     /// The attention output before the output projection.
@@ -75,6 +78,7 @@ impl Site {
             anchor: anchor.name().to_owned(),
             node: anchor.id(),
             query: query.0.to_owned(),
+            scaled_query: None,
             query_layout: query.1,
             output: output.0.to_owned(),
             output_layout: output.1,
@@ -84,6 +88,18 @@ impl Site {
             num_kv_heads: None,
             width: None,
         }
+    }
+
+    /// The site with its query before a scale that stands between it and its operator.
+    fn unscaled(mut self, index: &Index) -> Self {
+        let merged = self.shape != attention::SHAPE;
+        let before = decomposed::before_scale(index, &self.query, self.query_layout);
+        // operators of com.microsoft take merged heads, and so do the nodes that are written beside them
+        if let Some((query, layout)) = before.filter(|(_, layout)| !merged || *layout == Layout::Merged) {
+            self.scaled_query = Some(std::mem::replace(&mut self.query, query));
+            self.query_layout = layout;
+        }
+        self
     }
 
     /// What the names of the site's new nodes begin with: no other site of the model has the same.

@@ -56,12 +56,14 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
     if let Some(found) = rank(index, query).filter(|rank| *rank != wanted) {
         return Err(stopped(node, format!("its query has {found} dimensions, where {wanted} are expected"), HELP));
     }
-    Ok(Site {
+    let site = Site {
         readers: index.consumers(output).to_vec(),
         num_heads: Some(heads),
         width: last_dim(index, query).filter(|_| !is_packed(node)),
         ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
-    })
+    };
+    // what is packed, or biased inside, is not scaled apart
+    Ok(if is_packed(node) || bias(node).is_some() { site } else { site.unscaled(index) })
 }
 
 /// The query with its bias. A graph that rotates does so before the operator, with the bias added there.

@@ -49,6 +49,8 @@ pub struct LinearNode {
     pub weight_use: Use,
     /// A bias inside the node, so that the product holds it.
     pub bias: Option<String>,
+    /// What the node multiplies its product by: that of a branch beside it must be multiplied by too.
+    pub scale: f32,
     /// The float tensor that is multiplied.
     pub input: String,
     /// The float product.
@@ -65,6 +67,7 @@ struct Parts<'g> {
     weight_slot: usize,
     transposed: bool,
     bias: Option<&'g str>,
+    scale: f32,
     width: Option<usize>,
     quantized: bool,
 }
@@ -91,6 +94,7 @@ pub(super) fn linear<'g>(index: &Index<'g>, node: &'g Node) -> Option<LinearNode
         storage,
         weight_use,
         bias: parts.bias.filter(|bias| !bias.is_empty()).map(str::to_owned),
+        scale: parts.scale,
         input: input.to_owned(),
         readers: index.consumers(product).to_vec(),
         product: product.to_owned(),
@@ -122,7 +126,6 @@ pub(super) fn unreadable(index: &Index, node: &Node) -> Option<Unreadable> {
             "what it reads or makes is not turned from or into floats beside it".to_owned()
         }
         _ if is_weight(0) => "its weights stand on the left".to_owned(),
-        _ if number("alpha") != 1.0 => format!("it scales its product (alpha = {})", number("alpha")),
         _ if number("beta") != 1.0 => format!("it scales its bias (beta = {})", number("beta")),
         _ if flag("transA") => "it transposes its input (transA = 1)".to_owned(),
         _ => "its weights are not one matrix".to_owned(),
@@ -135,15 +138,15 @@ pub(super) fn unreadable(index: &Index, node: &Node) -> Option<Unreadable> {
 
 fn parts<'g>(index: &Index, node: &'g Node) -> Option<Parts<'g>> {
     let integer = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0);
-    let is_one = |name: &str| node.attribute(name).and_then(|a| a.as_float()).unwrap_or(1.0) == 1.0;
-    let plain = Parts { weight_slot: 1, transposed: false, bias: None, width: None, quantized: false };
+    let number = |name: &str| node.attribute(name).and_then(|a| a.as_float()).unwrap_or(1.0);
+    let plain = Parts { weight_slot: 1, transposed: false, bias: None, scale: 1.0, width: None, quantized: false };
     match (node.domain(), node.op_type()) {
         ("", "MatMul") => Some(plain),
-        ("", "Gemm") if integer("transA") == 0 && is_one("alpha") && is_one("beta") => {
-            Some(Parts { transposed: integer("transB") != 0, bias: node.input(2), ..plain })
+        ("", "Gemm") if integer("transA") == 0 && number("beta") == 1.0 => {
+            Some(Parts { transposed: integer("transB") != 0, bias: node.input(2), scale: number("alpha"), ..plain })
         }
-        (MICROSOFT, "FusedMatMul") if integer("transA") == 0 && is_one("alpha") => {
-            Some(Parts { transposed: integer("transB") != 0, ..plain })
+        (MICROSOFT, "FusedMatMul") if integer("transA") == 0 => {
+            Some(Parts { transposed: integer("transB") != 0, scale: number("alpha"), ..plain })
         }
         (MICROSOFT, "MatMulNBits") => {
             let width = usize::try_from(integer("N")).ok()?;
