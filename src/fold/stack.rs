@@ -82,13 +82,25 @@ impl Base {
         readers.iter().map(|reader| Some(Use { node: *self.places.get(&reader.node)?, slot: reader.slot })).collect()
     }
 
+    /// What the readers of a tensor of the base graph read now, and all that read it: nodes of earlier folds too, a term that makes
+    /// its query from a product, or a branch beside the map that reads an attention output.
+    fn tensor(&self, folded: &[Nodes], tensor: &str, readers: &[Use]) -> (String, Vec<Use>) {
+        let readers = self.readers(readers).unwrap_or_default();
+        match now(folded, &readers) {
+            Some(now) => {
+                let all = consumers(folded, &readers, &now);
+                (now, all)
+            }
+            None => (tensor.to_owned(), readers),
+        }
+    }
+
     fn site(&self, folded: &[Nodes], mut site: Site) -> Result<Site> {
         let readers_of_query = scope::of_site(&self.model, &site, |index| Ok(index.consumers(&site.query).to_vec()))?;
         if let Some(query) = self.readers(&readers_of_query).and_then(|readers| now(folded, &readers)) {
             site.query = query;
         }
-        site.readers = self.readers(&site.readers).unwrap_or_default();
-        site.output = now(folded, &site.readers).unwrap_or(site.output);
+        (site.output, site.readers) = self.tensor(folded, &site.output, &site.readers);
         site.node = self.places.get(&site.node).copied().unwrap_or(site.node);
         Ok(site)
     }
@@ -97,12 +109,7 @@ impl Base {
         let node = &mut map.node;
         let input = self.readers(index.consumers(&node.input)).and_then(|readers| now(folded, &readers));
         node.input = input.unwrap_or_else(|| node.input.clone());
-        let readers = self.readers(&node.readers).unwrap_or_default();
-        if let Some(product) = now(folded, &readers) {
-            // those that earlier folds put in read it too: a term may make its query from the product
-            node.readers = consumers(folded, &readers, &product);
-            node.product = product;
-        }
+        (node.product, node.readers) = self.tensor(folded, &node.product, &node.readers);
         let place = |id: NodeId| self.places.get(&id).copied().unwrap_or(id);
         (node.id, node.weight_use.node) = (place(node.id), place(node.weight_use.node));
     }
