@@ -6,11 +6,11 @@ use candle_core::{Device, Tensor};
 use ndarray::{ArrayD, Axis, IxDyn, Slice};
 use prefold::adapter::{Adapter, Query};
 use prefold::fold::{Exactness, Layout, Site, fold_folder, locate};
-use prefold::onnx::{DataType, Dim, Model, NodeDef, Patch, TensorInfo, ValueDef};
+use prefold::onnx::{DataType, Dim, Model, NodeDef, Patch, TensorDef, TensorInfo, ValueDef};
 use prefold::runtime::{self, DType, NamedValues, OrtOptions, OrtSession, Session, Value, library};
 
 use crate::oracles::Case;
-use crate::support::shared;
+use crate::support::{fixture, shared};
 
 /// The largest distance in float32.
 const CLOSE: f32 = 1e-4;
@@ -34,14 +34,14 @@ pub fn graphs() -> Vec<(String, PathBuf, PathBuf)> {
     found
 }
 
-fn session(library: &Path, graph: &Path) -> OrtSession {
+pub fn session(library: &Path, graph: &Path) -> OrtSession {
     let options = OrtOptions { threads: Some(1), ..OrtOptions::default() };
     OrtSession::open(library, graph, options).unwrap()
 }
 
 /// What a graph is fed for a case: `position_ids` counted from the mask, and an empty cache. `branch`: what a merged decoder is
 /// told of its cache.
-fn feeds(session: &dyn Session, case: &Case, head_dim: usize, branch: bool) -> NamedValues {
+pub fn feeds(session: &dyn Session, case: &Case, head_dim: usize, branch: bool) -> NamedValues {
     let seq = case.ids.len() / case.batch;
     let tokens = |values: &[i64]| ArrayD::from_shape_vec(IxDyn(&[case.batch, seq]), values.to_vec()).unwrap();
     let rows = case.mask.chunks(seq).flat_map(|row| {
@@ -73,14 +73,14 @@ fn feeds(session: &dyn Session, case: &Case, head_dim: usize, branch: bool) -> N
     feeds
 }
 
-fn logits(mut outputs: NamedValues) -> Tensor {
+pub fn logits(mut outputs: NamedValues) -> Tensor {
     let logits = outputs.take("logits").unwrap().into_f32().unwrap();
     let shape = logits.shape().to_vec();
     Tensor::from_vec(logits.into_iter().collect(), shape, &Device::Cpu).unwrap()
 }
 
 /// The first tokens in one run, the others one by one from the cache, for graphs that have one.
-fn in_steps(session: &mut OrtSession, case: &Case, head_dim: usize) -> Option<Tensor> {
+pub fn in_steps(session: &mut OrtSession, case: &Case, head_dim: usize) -> Option<Tensor> {
     session.inputs().iter().find(|port| port.name.starts_with("past_key_values."))?;
     let (all, seq) = (feeds(session, case, head_dim, false), case.ids.len() / case.batch);
     let first = 5;
@@ -121,11 +121,21 @@ fn opened(model: &Model, sites: &[Site], data_type: DataType) -> (Model, Vec<Str
         let first = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index()).unwrap();
         source.nodes.into_iter().for_each(|node| _ = patch.insert_before(first, node));
         source.initializers.into_iter().for_each(|tensor| _ = patch.add_initializer(tensor));
-        assert_eq!((source.layout, site.output_layout), (Layout::HeadsFirst, Layout::HeadsFirst));
+        assert_eq!(source.layout, Layout::HeadsFirst);
         let (term, sum) = (format!("term.{number}"), format!("sum.{number}"));
+        let mut laid_out = term.clone();
+        if site.output_layout == Layout::Merged {
+            let (turned, shape) = (format!("turned.{number}"), format!("merged_shape.{number}"));
+            laid_out = format!("merged.{number}");
+            let transpose = NodeDef::new("Transpose", format!("/test/{turned}")).attr_ints("perm", &[0, 2, 1, 3]);
+            patch.insert_before(first, transpose.inputs([&term]).outputs([&turned]));
+            let reshape = NodeDef::new("Reshape", format!("/test/{laid_out}")).inputs([&turned, &shape]);
+            patch.insert_before(first, reshape.outputs([&laid_out]));
+            patch.add_initializer(TensorDef::from_i64s(shape, &[3], &[0, 0, -1]));
+        }
         patch.insert_before(
             first,
-            NodeDef::new("Sum", format!("/test/{sum}")).inputs([&site.output, &term]).outputs([&sum]),
+            NodeDef::new("Sum", format!("/test/{sum}")).inputs([&site.output, &laid_out]).outputs([&sum]),
         );
         site.readers.iter().for_each(|reader| _ = patch.replace_input(reader.node, reader.slot, sum.as_str()));
         patch.add_input(ValueDef::new(term, data_type, any()));
@@ -232,6 +242,35 @@ fn check(library: &Path, name: &str, file: &Path, oracle: &Path) {
             }
         }
     }
+}
+
+/// Graphs as tools leave them that came after an exporter (`fixtures/graphs/tools.py`): a query that is scaled before its operator,
+/// an output that is laid out twice, products that are scaled, quantisers on every edge.
+#[test]
+fn graphs_of_other_tools_compute_the_adapter_s_logits() {
+    let Ok(library) = library::find(None, &prefold::files::cache_folder().unwrap()) else {
+        eprintln!("skipped: no ONNX Runtime here (prefold runtime install)");
+        return;
+    };
+    for (name, graph, oracle) in of_tools() {
+        check(&library, &name, &graph.join("model.onnx"), &oracle);
+    }
+}
+
+/// Their names, folders, and oracles.
+pub fn of_tools() -> Vec<(String, PathBuf, PathBuf)> {
+    let found = [
+        ("dynamo23", "opt"),
+        ("onnxsim", "gpt_neox_serial"),
+        ("ort_extended", "granite"),
+        ("ort_extended", "opt"),
+        ("qdq", "llama_tied"),
+    ];
+    let of = |(tool, family): (&str, &str)| {
+        let name = format!("{tool}/{family}");
+        (name.clone(), fixture(&format!("graphs/{name}")), fixture(&format!("oracles/{family}")))
+    };
+    found.map(of).to_vec()
 }
 
 #[test]

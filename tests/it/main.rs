@@ -24,6 +24,8 @@ mod peft;
 mod real_models;
 mod run_control;
 mod schemas;
+mod site_proof;
+mod stacked;
 mod support;
 mod training;
 mod verify;

@@ -16,8 +16,8 @@ use candle_core::{DType, Device, Tensor};
 use super::Job;
 use crate::adapter::{Lora, LoraMap};
 use crate::base::Linear;
-use crate::fold::locate::projections::{LinearNode, Projection, Projections, WeightStorage};
-use crate::fold::{Error, Result, locate};
+use crate::fold::locate::projections::{LinearNode, Projection, WeightStorage};
+use crate::fold::{Error, Result, stack};
 use crate::onnx::{Index, NodeDef, NodeId};
 
 const HELP: &str = "fold into the graph with float weights, as it was before it was quantised or optimised";
@@ -31,15 +31,17 @@ struct Part<'p> {
 
 pub(super) fn write(job: &mut Job, lora: &Lora) -> Result<()> {
     let index = Index::new(job.model.graph());
-    let projections = Projections::find(&index, &locate::sites(job.model)?, job.adapter.config());
-    let mut products: BTreeMap<NodeId, (usize, Vec<Part>)> = BTreeMap::new();
-    for (layer, linear) in lora.sites(job.adapter.config()) {
-        let map = lora.map(job.adapter.tensors(), layer, linear)?.to_dtype(DType::F64).map_err(Error::Convert)?;
-        let place = projections.get(layer, linear)?;
-        products.entry(place.node.id).or_insert((layer, Vec::new())).1.push(Part { linear, map, place });
-    }
-    for (layer, parts) in products.values() {
-        add(job, &index, *layer, parts)?;
+    // each branch of a merged decoder has the maps of every layer
+    for (root, projections) in stack::linear_maps(job.model, job.adapter.config())? {
+        let mut products: BTreeMap<NodeId, (usize, Vec<Part>)> = BTreeMap::new();
+        for (layer, linear) in lora.sites(job.adapter.config()) {
+            let map = lora.map(job.adapter.tensors(), layer, linear)?.to_dtype(DType::F64).map_err(Error::Convert)?;
+            let place = projections.get(layer, linear)?;
+            products.entry(place.node.id).or_insert((layer, Vec::new())).1.push(Part { linear, map, place });
+        }
+        for (layer, parts) in products.values() {
+            add(job, &index, &format!("{root}layers.{layer}"), *layer, parts)?;
+        }
     }
     Ok(())
 }
@@ -48,7 +50,7 @@ fn stopped(node: &LinearNode, reason: &str) -> Error {
     Error::Site { anchor: node.name.clone(), reason: reason.into(), help: HELP }
 }
 
-fn add(job: &mut Job, index: &Index, layer: usize, parts: &[Part]) -> Result<()> {
+fn add(job: &mut Job, index: &Index, prefix: &str, layer: usize, parts: &[Part]) -> Result<()> {
     let Some(first) = parts.first() else { return Ok(()) };
     let node = &first.place.node;
     let readers = &node.readers;
@@ -57,7 +59,7 @@ fn add(job: &mut Job, index: &Index, layer: usize, parts: &[Part]) -> Result<()>
         return Err(stopped(node, "its product is not read in the graph that makes it"));
     };
     let module = module(parts);
-    let at = |op: &str| format!("/prefold/layers.{layer}/{}/{op}", module.replace('.', "/"));
+    let at = |op: &str| format!("{prefix}/{}/{op}", module.replace('.', "/"));
     let name = |part: &str| format!("prefold.layers.{layer}.{module}.{part}");
     let (a, b) = factors(parts).map_err(Error::Convert)?;
     let a = job.constants.add(&mut job.patch, &name("lora_A"), &a)?;
@@ -117,8 +119,10 @@ fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
         }
     }
     let a = Tensor::cat(&rows, 0)?.t()?.contiguous()?;
+    // what the node multiplies its own product by
+    let scale = parts.first().map_or(1.0, |part| f64::from(part.place.node.scale));
     if let [Part { map, place: Projection { columns: None, .. }, .. }] = parts {
-        return Ok((a, (map.b.t()? * map.scale)?.contiguous()?));
+        return Ok((a, (map.b.t()? * (map.scale * scale))?.contiguous()?));
     }
     let width = parts.iter().find_map(|part| part.place.node.width).unwrap_or(0);
     let mut b = vec![0.0; rank * width];
@@ -130,7 +134,7 @@ fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
                 let Some(entry) = entry else {
                     candle_core::bail!("the columns of a packed product do not fit its maps")
                 };
-                *entry = value * part.map.scale;
+                *entry = value * part.map.scale * scale;
             }
         }
     }

@@ -6,7 +6,7 @@ use crate::onnx::{Graph, Index, Model};
 
 /// Calls `see` with the index and the name of every graph, outer ones first. The main graph's name is empty; a branch is named
 /// after its node and attribute.
-pub(super) fn visit(model: &Model, see: &mut impl FnMut(&Index, &str) -> Result<()>) -> Result<()> {
+pub(in crate::fold) fn visit(model: &Model, see: &mut impl FnMut(&Index, &str) -> Result<()>) -> Result<()> {
     visit_graph(&Index::new(model.graph()), "", see)
 }
 
@@ -34,12 +34,9 @@ fn nested<'g>(graph: &'g Graph, scope: &str) -> Vec<(&'g Graph, String)> {
 }
 
 /// Calls `see` with the index of the graph that a site is in.
-pub(super) fn of_site<T>(model: &Model, site: &Site, see: impl FnOnce(&Index) -> Result<T>) -> Result<T> {
+pub(in crate::fold) fn of_site<T>(model: &Model, site: &Site, see: impl FnOnce(&Index) -> Result<T>) -> Result<T> {
     // node numbers tell graphs apart that have one name
-    let holds = |graph: &Graph| match site.readers.first() {
-        Some(reader) => graph.node(reader.node).is_some(),
-        None => site.scope.is_empty(),
-    };
+    let holds = |graph: &Graph| graph.node(site.node).is_some();
     find(&Index::new(model.graph()), &holds, see)
 }
 
