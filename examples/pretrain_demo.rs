@@ -423,7 +423,16 @@ fn check_task(folder: &Path) -> Result<()> {
         let run = RunFolder::create(scratch.path(), false)?;
         let base = Fingerprint::of(&checkpoint)?;
         let held_out = Some(&test);
-        let inputs = Inputs { decoder: &decoder, base, adapter: &start, config, train: &train, held_out, folder: &run };
+        let inputs = Inputs {
+            decoder: &decoder,
+            base,
+            adapter: &start,
+            config,
+            train: &train,
+            held_out,
+            folder: &run,
+            group: None,
+        };
         let outcome = Trainer::new(inputs)?.run(&mut Silent)?;
         let (Some(before), Some(after)) = (outcome.before, outcome.after) else {
             return Err("nothing measured".into());

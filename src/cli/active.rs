@@ -34,15 +34,21 @@ impl Active {
             ));
         }
         if let Some(path) = &self.onnx_adapter {
-            let file = AdapterFile::open(path)?;
-            check_adapter_file(&file, &model)?;
-            for value in file.parameters {
-                let tensor = Given::from_le_bytes(value.data_type.code(), &value.dims, &value.bytes)?;
-                given.push((value.name, tensor));
-            }
+            given.extend(slots_of(&model, path)?);
         }
         Ok(given)
     }
+}
+
+/// What an `.onnx_adapter` file gives the slots of a graph, which it must fit.
+pub(super) fn slots_of(model: &Model, path: &Path) -> Result<Vec<(String, Given)>> {
+    let file = AdapterFile::open(path)?;
+    check_adapter_file(&file, model)?;
+    let given = file.parameters.into_iter().map(|value| {
+        let tensor = Given::from_le_bytes(value.data_type.code(), &value.dims, &value.bytes)?;
+        Ok((value.name, tensor))
+    });
+    given.collect()
 }
 
 /// The number of an adapter in a bank.

@@ -12,6 +12,9 @@ use crate::files::StagedFolder;
 use crate::fold::{ADAPTER_EXTENSION, Carry, Emission, FoldOptions, LoraForm, Over, fold_adapters};
 use crate::onnx::MODEL_NAME;
 
+/// The exit code of a fold whose sites no runtime could prove.
+const NOT_PROVED: u8 = 2;
+
 /// Put an adapter into an ONNX graph
 ///
 /// baked: the adapter's tensors are constants of the graph. slot: they are inputs that default to the base model, and each
@@ -21,6 +24,9 @@ use crate::onnx::MODEL_NAME;
 ///
 /// A graph that carries an adapter already is refused, unless --stack or --replace says what is meant. `prefold unfold` gives
 /// the graph before a fold back, byte for byte.
+///
+/// The graph is run to prove the sites (--proof). Exit code 0: folded; 2: folded, but no runtime at hand could run the graph, so
+/// that its sites are not proved; 1: not folded.
 #[derive(Args, Debug)]
 pub(super) struct Fold {
     /// The graph: its folder or its .onnx file
@@ -85,9 +91,8 @@ impl Fold {
         };
         let options = FoldOptions { emission: self.emission, over, carry, lora };
         let folded = fold_adapters(&existing_graph(&self.graph)?, &adapters, options, staged.path())?;
-        if let Some((_, adapter)) = adapters.first() {
-            self.proof.run(context, &self.graph, adapter, staged.path())?;
-        }
+        let first = adapters.first().map(|(_, adapter)| adapter);
+        let proof = first.map(|adapter| self.proof.run(context, &self.graph, adapter, staged.path())).transpose()?;
         let out = staged.commit()?;
         let what = match self.emission {
             Emission::Baked => String::new(),
@@ -98,7 +103,10 @@ impl Fold {
         for name in folded.adapters.iter().take(folded.slot_values.len()) {
             println!("{}", out.join(format!("{name}.{ADAPTER_EXTENSION}")).display());
         }
-        Ok(ExitCode::SUCCESS)
+        if let Some(why) = proof.as_ref().and_then(|proof| proof.missing()) {
+            println!("sites not proved: {why}");
+        }
+        Ok(if proof.is_some_and(|proof| proof.failed()) { ExitCode::from(NOT_PROVED) } else { ExitCode::SUCCESS })
     }
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Context, existing_graph, style};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME, peft};
 use crate::base::Checkpoint;
-use crate::fold::locate;
+use crate::fold::{self, Record, locate};
 use crate::onnx::{MODEL_NAME, Model, ValueInfo};
 
 /// Say what a checkpoint, an adapter or a graph is
@@ -126,10 +126,12 @@ fn graph(path: &Path, explain: bool) -> Result<Value> {
         *operators.entry(format!("{domain}{}", node.op_type())).or_default() += 1;
     }
     let values = |values: &[ValueInfo]| values.iter().map(value).collect::<Vec<_>>();
-    let sites = match locate::sites(&model) {
+    let sites = match fold::sites(&model) {
         Ok(sites) => json!(sites),
         Err(error) => json!(format!("none: {error}")),
     };
+    // the way back is for programs
+    let metadata = model.metadata_props().iter().filter(|(key, _)| !key.starts_with(fold::RECORDS));
     let opsets: Vec<String> = model
         .opsets()
         .iter()
@@ -141,7 +143,7 @@ fn graph(path: &Path, explain: bool) -> Result<Value> {
         "producer": model.producer().0,
         "ir_version": model.ir_version(),
         "opsets": opsets,
-        "metadata": model.metadata_props().iter().map(|(k, v)| format!("{k} = {v}")).collect::<Vec<_>>(),
+        "metadata": metadata.map(|(k, v)| format!("{k} = {v}")).collect::<Vec<_>>(),
         "nodes": graph.nodes().len(),
         "initializers": graph.initializers().len(),
         "weights": style::bytes(bytes),
@@ -151,12 +153,28 @@ fn graph(path: &Path, explain: bool) -> Result<Value> {
         "sites": sites,
         "exactness": locate::exactness(&model),
     });
-    if let Value::Object(facts) = &mut facts
-        && explain
-    {
-        facts.insert("attention".into(), json!(locate::explain(&model)));
+    let Value::Object(entries) = &mut facts else { return Ok(facts) };
+    let folds = Record::all(&model)?;
+    if !folds.is_empty() {
+        entries.insert("folds".into(), folds.iter().map(fold_facts).collect());
+        entries.insert("slots".into(), json!(fold::slots(&model)));
+    }
+    if explain {
+        let base = fold::base(&model)?;
+        entries.insert("attention".into(), json!(locate::explain(base.as_ref().unwrap_or(&model))));
     }
     Ok(facts)
+}
+
+/// One fold of a graph, the first one first.
+fn fold_facts(fold: &Record) -> Value {
+    json!({
+        "fold": fold.number,
+        "emission": fold.emission,
+        "method": fold.config.method.name(),
+        "adapters": fold.adapters,
+        "layers": fold.config.adapted_layers(),
+    })
 }
 
 /// `name: type[dims]`.

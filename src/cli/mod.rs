@@ -1,7 +1,8 @@
 //! The command line: one file per command. The only room that prints or ends the process.
 //!
 //! Results go to standard output, progress and errors to standard error. Exit codes: 0 done (for `verify`: parity),
-//! 1 failed (for `verify`: no parity), 2 wrong usage of the command line, 130 or 143 stopped by SIGINT or SIGTERM with a
+//! 1 failed (for `verify`: no parity), 2 wrong usage of the command line (for `verify`: it could not be told; for `fold`:
+//! folded, but not proved), 130 or 143 stopped by SIGINT or SIGTERM with a
 //! checkpoint (`train`).
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 

@@ -26,6 +26,8 @@ pub(super) struct Plan {
     /// Optimizer steps, and those of the warm-up.
     steps: usize,
     warmup_steps: usize,
+    /// Processes that share the run.
+    processes: usize,
     /// The largest micro-batch, and the largest batch of an evaluation.
     workload: Workload,
     evaluation: Workload,
@@ -33,13 +35,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn of(config: &RunConfig, prepared: &Prepared) -> Self {
+    pub(super) fn of(config: &RunConfig, prepared: &Prepared, processes: usize) -> Self {
         let Prepared { checkpoint, adapter, training, held_out, .. } = prepared;
         let (options, spec) = (&config.train, checkpoint.spec());
         let group = training.group_size();
         let examples = training.examples();
         let report = training.report();
-        let steps = options.total_steps(training.len());
+        let steps = options.total_steps(training.len(), processes);
         let workload = workload(training, options.batch_size, report.packing.is_some());
         let evaluation = held_out.as_ref().map(|held_out| workload_of_examples(held_out, evaluated_groups(options)));
         let evaluation = evaluation.unwrap_or_default();
@@ -55,6 +57,7 @@ impl Plan {
             held_out: held_out.as_ref().map(|dataset| dataset.examples().len() / group),
             steps,
             warmup_steps: options.schedule(steps).warmup_steps,
+            processes,
             workload,
             evaluation,
             memory: MemoryEstimate::of(spec, adapter, options, [&workload, &evaluation], process),

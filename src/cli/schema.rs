@@ -20,12 +20,13 @@ pub(super) struct Schema {
 }
 
 /// File name and schema of every file format.
-pub fn schemas() -> [(&'static str, JsonSchema); 4] {
+pub fn schemas() -> [(&'static str, JsonSchema); 5] {
     [
         ("train.schema.json", schema_for!(super::train::RunConfig)),
         ("adapter_config.schema.json", schema_for!(AdapterConfig)),
         ("parity.schema.json", schema_for!(Report)),
         ("prefold.schema.json", schema_for!(Manifest)),
+        ("fold_facts.schema.json", schema_for!(super::site_proof::FoldFacts)),
     ]
 }
 

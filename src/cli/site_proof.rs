@@ -5,23 +5,25 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use miette::{IntoDiagnostic, Result, miette};
+use schemars::JsonSchema;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Context;
-use super::verify::{Engine, open_session};
-use crate::adapter::{Adapter, Query};
+use super::verify::{Engine, open_given};
+use crate::adapter::{Adapter, AdapterConfig, Query};
 use crate::base::{Checkpoint, Decoder};
 use crate::files::{MANIFEST_NAME, Manifest, read_json};
-use crate::fold::{self, Layout, Site, graph_file, locate};
+use crate::fold::{self, ADAPTER_IDS, Emission, Layout, Over, Record, Site, graph_file, locate};
 use crate::onnx::{DataType, Dim, MODEL_NAME, Model, Patch, ValueDef, external_files};
 use crate::parity::{CapturedQuery, Probe, QueryDistance};
-use crate::runtime::Session;
+use crate::runtime::{Given, RuntimeInfo, Session};
 
 /// How the sites are proved.
 #[derive(Args, Clone, Debug)]
 pub(super) struct ProofArgs {
     /// Run the graph to prove its sites: a zero adapter changes no bit, and the queries are the checkpoint's. `auto` does so
-    /// for graphs of up to 1 GiB
+    /// for graphs of up to 1 GiB, and of any size with --checkpoint
     #[arg(long, value_enum, default_value_t = Proof::Auto)]
     proof: Proof,
     /// The checkpoint that the graph was made of, whose queries the graph's should be
@@ -42,8 +44,17 @@ const LARGE: u64 = 1 << 30;
 
 /// The largest distance of a query, in its largest elements.
 fn tolerance(model: &Model) -> Option<f64> {
-    let quantized =
-        |op: &str| matches!(op, "DequantizeLinear" | "MatMulInteger" | "MatMulNBits" | "DynamicQuantizeMatMul");
+    let quantized = |op: &str| {
+        matches!(
+            op,
+            "DequantizeLinear"
+                | "MatMulInteger"
+                | "MatMulIntegerToFloat"
+                | "MatMulNBits"
+                | "DynamicQuantizeMatMul"
+                | "QLinearMatMul"
+        )
+    };
     let mut tolerance = Some(1e-4);
     for tensor in model.graph().initializers() {
         if matches!(tensor.data_type(), DataType::Float16 | DataType::Bfloat16) {
@@ -53,81 +64,148 @@ fn tolerance(model: &Model) -> Option<f64> {
     tolerance.filter(|_| !model.graph().nodes().iter().any(|node| quantized(node.op_type())))
 }
 
+/// What is known of the sites of a fold.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct SiteProof {
+    /// Whether the graph was run, and the sites are where they should be.
+    verdict: ProofVerdict,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+    /// The runtime that ran it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runtime: Option<RuntimeInfo>,
+    /// What an adapter of zeros changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zero_adapter: Option<String>,
+    /// How far the sites' queries are from the checkpoint's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queries: Option<Vec<QueryDistance>>,
+    /// The largest distance of one, by its largest element; none in a quantised graph, where they are not judged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    query_tolerance: Option<f64>,
+}
+
+/// Whether the sites of a fold are proved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProofVerdict {
+    /// They are.
+    Proved,
+    /// The graph was not run: too large, or not wanted.
+    NotRun,
+    /// No runtime at hand ran the graph.
+    NotProved,
+}
+
+/// The facts in the manifest of `prefold fold`.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct FoldFacts {
+    #[serde(flatten)]
+    found: fold::Facts,
+    site_proof: SiteProof,
+}
+
+impl SiteProof {
+    fn without(verdict: ProofVerdict, why: impl Into<String>) -> Self {
+        let why = Some(why.into());
+        Self { verdict, why, runtime: None, zero_adapter: None, queries: None, query_tolerance: None }
+    }
+
+    /// Why the sites are not proved, where they are not.
+    pub(super) fn missing(&self) -> Option<&str> {
+        self.why.as_deref().filter(|_| self.verdict != ProofVerdict::Proved)
+    }
+
+    /// Whether the proof was tried in vain.
+    pub(super) fn failed(&self) -> bool {
+        self.verdict == ProofVerdict::NotProved
+    }
+}
+
 impl ProofArgs {
     /// Proves the sites of the graph that was folded into `folder`, and adds what was found to the manifest there.
-    pub(super) fn run(&self, context: &Context, graph: &Path, adapter: &Path, folder: &Path) -> Result<()> {
+    pub(super) fn run(&self, context: &Context, graph: &Path, adapter: &Path, folder: &Path) -> Result<SiteProof> {
         let graph = graph_file(graph);
-        let found = self.prove(context, &graph, adapter)?;
-        if let (Some(why), true) = (found.get("why"), self.proof != Proof::Never) {
-            tracing::warn!("the sites were not proved: {why}");
-        }
+        let proof = self.prove(context, &graph, adapter)?;
         let path = folder.join(MANIFEST_NAME);
         let mut manifest: Manifest = read_json(&path, "a prefold manifest")?;
         if let Value::Object(facts) = &mut manifest.facts {
-            facts.insert("site_proof".into(), found);
+            facts.insert("site_proof".into(), json!(proof));
         }
-        Ok(manifest.write(folder)?)
+        manifest.write(folder)?;
+        Ok(proof)
     }
 
-    fn prove(&self, context: &Context, graph: &Path, adapter: &Path) -> Result<Value> {
-        let not_run = |why: String| Ok(json!({ "run": false, "why": why }));
+    fn prove(&self, context: &Context, graph: &Path, adapter: &Path) -> Result<SiteProof> {
+        let not_run = |why: &str| Ok(SiteProof::without(ProofVerdict::NotRun, why));
         let model = Model::open(graph)?;
         let parent = graph.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let sizes = external_files(&model)?.into_iter().filter_map(|name| std::fs::metadata(parent.join(name)).ok());
         let bytes = model.encoded_len() + sizes.map(|data| data.len()).sum::<u64>();
         match self.proof {
-            Proof::Never => return not_run("--proof never".into()),
+            Proof::Never => return not_run("--proof never"),
             Proof::Auto if bytes > LARGE && self.checkpoint.is_none() => {
-                return not_run("the graph is large: --proof always".into());
+                return not_run("the graph is larger than 1 GiB; --proof always runs it nevertheless");
             }
             _ => {}
-        }
-        if model.metadata(fold::MARK).is_some() {
-            return not_run("the graph carries an adapter already".into());
         }
         let checkpoint = self.checkpoint.as_ref().map(|name| context.checkpoint(name)).transpose()?;
         let adapter = match &checkpoint {
             Some(checkpoint) => Adapter::open_for(adapter, checkpoint.spec())?,
-            None => match Adapter::open(adapter) {
-                Ok(adapter) => adapter,
-                // PEFT's names are those of a model
-                Err(error) => return not_run(format!("{error}; give --checkpoint")),
-            },
+            None => fold::open_adapter(graph, adapter)?,
         };
         let mut failures = Vec::new();
         for engine in [Engine::Ort, Engine::Tract] {
-            let mut base = match open_session(context, engine, graph) {
-                Ok(base) => base,
+            let subject = Subject { context, engine, graph, parent, model: &model, adapter: &adapter };
+            let (zero, runtime) = match subject.zero_adapter() {
+                Ok(found) => found,
                 Err(error) => {
                     failures.push(error.to_string());
                     continue;
                 }
             };
-            let subject = Subject { context, engine, graph, model: &model, adapter: &adapter };
-            let zero = match subject.zero_adapter(base.as_mut()) {
-                Ok(zero) => zero,
-                Err(error) => {
-                    failures.push(error.to_string());
-                    continue;
-                }
-            };
-            if let Some(Some(output)) = &zero {
+            if let Zero::Changes(output) = &zero {
                 return Err(miette!(
                     code = "prefold::fold::proof",
-                    help = "this is a fault of prefold: report it with the graph",
+                    help = "where the graph gives the same for the same inputs, this is a fault of prefold: report it with \
+                            the graph; --proof never folds nevertheless",
                     "the sites are not where they should be: with an adapter of zeros `{output}` is not the base graph's"
                 ));
             }
-            let queries = checkpoint.as_ref().map(|checkpoint| subject.queries(checkpoint)).transpose()?;
-            return Ok(json!({
-                "run": true,
-                "runtime": base.info(),
-                "zero_adapter": zero.map_or("not judged: zeros of this method are not the base model", |_| "no bit changed"),
-                "queries": queries,
-                "query_tolerance": tolerance(&model),
-            }));
+            // queries behind an adapter are not the checkpoint's
+            let bare = checkpoint.as_ref().filter(|_| model.metadata(fold::MARK).is_none());
+            let queries = bare.map(|checkpoint| subject.queries(checkpoint)).transpose()?;
+            return Ok(SiteProof {
+                verdict: ProofVerdict::Proved,
+                why: None,
+                runtime: Some(runtime),
+                zero_adapter: Some(zero.in_words().into()),
+                query_tolerance: queries.as_ref().and_then(|_| tolerance(&model)),
+                queries,
+            });
         }
-        not_run(failures.join("; "))
+        Ok(SiteProof::without(ProofVerdict::NotProved, failures.join("; ")))
+    }
+}
+
+/// What an adapter of zeros does.
+enum Zero {
+    /// No bit of any output is another.
+    Nothing,
+    /// This output is another.
+    Changes(String),
+    /// Zeros of this method are not the base model.
+    NotJudged,
+}
+
+impl Zero {
+    fn in_words(&self) -> &'static str {
+        match self {
+            Self::Nothing => "no bit changed",
+            Self::Changes(_) => "an output changed",
+            Self::NotJudged => "not judged: zeros of this method are not the base model",
+        }
     }
 }
 
@@ -135,29 +213,47 @@ struct Subject<'a> {
     context: &'a Context,
     engine: Engine,
     graph: &'a Path,
+    /// The folder of the graph.
+    parent: &'a Path,
     model: &'a Model,
     adapter: &'a Adapter,
 }
 
 impl Subject<'_> {
-    /// The first output that an adapter of zeros changes; nothing where zeros say nothing.
-    fn zero_adapter(&self, base: &mut dyn Session) -> Result<Option<Option<String>>> {
+    /// Compares the graph with itself and an adapter of zeros.
+    fn zero_adapter(&self) -> Result<(Zero, RuntimeInfo)> {
+        let mut base = self.open(self.graph)?;
+        let config = self.adapter.config();
         if !self.adapter.zeros_are_the_base() {
-            return Ok(None);
+            return Ok((Zero::NotJudged, base.info()));
         }
-        let zeros = Adapter::zeros(self.adapter.config().clone())?;
         let folder = tempfile::tempdir().into_diagnostic()?;
-        let source = self.graph.parent().unwrap_or(Path::new("."));
-        let zeros = [fold::NamedAdapter { name: "zeros".into(), adapter: zeros }];
-        let (edited, _) = fold::fold(self.model, source, &zeros, fold::FoldOptions::default(), folder.path())?;
-        let mut zero = self.session(&edited, folder.path())?;
+        let mut zero = self.with_zeros(config, folder.path())?;
         let probe = Probe::new(base.outputs());
-        Ok(Some(probe.first_difference(base, zero.as_mut(), self.adapter.config().head_dim)?))
+        let found = probe.first_difference(base.as_mut(), zero.as_mut(), config.head_dim)?;
+        Ok((found.map_or(Zero::Nothing, Zero::Changes), base.info()))
+    }
+
+    /// The graph with an adapter of zeros, over those that it carries.
+    fn with_zeros(&self, config: &AdapterConfig, folder: &Path) -> Result<Box<dyn Session>> {
+        let zeros = Adapter::zeros(config.clone())?;
+        let zeros = [fold::NamedAdapter { name: "zeros".into(), adapter: zeros }];
+        let over = if self.model.metadata(fold::MARK).is_some() { Over::Stack } else { Over::Refuse };
+        let options = fold::FoldOptions { over, ..fold::FoldOptions::default() };
+        let (edited, _) = fold::fold(self.model, self.parent, &zeros, options, folder)?;
+        self.session(&edited, folder)
+    }
+
+    /// Opens a graph; the banks that it has are switched off.
+    fn open(&self, graph: &Path) -> Result<Box<dyn Session>> {
+        let banks = Record::all(self.model)?.into_iter().filter(|fold| fold.emission == Emission::Bank);
+        let given = banks.map(|fold| (fold.input_name(ADAPTER_IDS), Given::EveryRow(0))).collect();
+        Ok(open_given(self.context, self.engine, graph, given)?)
     }
 
     /// How far the sites' queries are from the checkpoint's.
     fn queries(&self, checkpoint: &Checkpoint) -> Result<Vec<QueryDistance>> {
-        let sites = locate::sites(self.model)?;
+        let sites = fold::sites(self.model)?;
         let mut patch = Patch::new("give the queries out");
         // a nested graph cannot give anything out
         let queries = sites.iter().filter(|site| site.scope.is_empty());
@@ -213,9 +309,8 @@ impl Subject<'_> {
 
     /// Opens an edited graph in `folder`, where the data of the one that it was made of is linked to.
     fn session(&self, model: &Model, folder: &Path) -> Result<Box<dyn Session>> {
-        let source = self.graph.parent().unwrap_or(Path::new("."));
         for name in external_files(self.model)? {
-            let (from, to) = (source.join(&name), folder.join(&name));
+            let (from, to) = (self.parent.join(&name), folder.join(&name));
             if let Some(parent) = to.parent() {
                 std::fs::create_dir_all(parent).into_diagnostic()?;
             }
@@ -225,6 +320,6 @@ impl Subject<'_> {
         }
         let path = folder.join(MODEL_NAME);
         model.save(&path)?;
-        Ok(open_session(self.context, self.engine, &path)?)
+        self.open(&path)
     }
 }

@@ -22,8 +22,8 @@ use crate::base::{Checkpoint, Decoder, Tokenizer};
 use crate::data::{DataConfig, Dataset, Format, Paths};
 use crate::files::Manifest;
 use crate::train::{
-    BestBy, ComputeType, Ended, EvalBy, Fingerprint, Inputs, LrScheduler, ObjectiveKind, Outcome, REPORT_NAME,
-    RunFolder, TrainConfig, Trainer, check_data, check_method,
+    BestBy, ComputeType, Ended, EvalBy, Fingerprint, Group, Inputs, Launch, LrScheduler, ObjectiveKind, Outcome,
+    REPORT_NAME, RunFolder, TrainConfig, Trainer, check_data, check_method,
 };
 
 /// Train an adapter: Prefix-Tuning+, prefix tuning, LoRA, or the whole model
@@ -32,6 +32,9 @@ use crate::train::{
 ///
 /// Ctrl-C ends the run after the step at hand with a checkpoint and the command to go on (exit code 130); a second one ends
 /// it at once.
+///
+/// Started several times by torchrun --no-python, mpirun or srun, the processes share one run: each takes its part of every
+/// step, and gradients are added over TCP; the first of them evaluates and writes.
 #[derive(Args, Debug)]
 pub(super) struct Train {
     /// A TOML or YAML file of options: see schemas/train.schema.json
@@ -82,7 +85,7 @@ struct TrainingArgs {
     /// Sequences in a forward pass
     #[arg(long)]
     batch_size: Option<usize>,
-    /// Forward passes in an optimizer step
+    /// Forward passes in an optimizer step, in each process where there are several
     #[arg(long)]
     gradient_accumulation: Option<usize>,
     /// L2 norm above which gradients are scaled down; 0 for never
@@ -166,6 +169,8 @@ impl Train {
         let done = train(context, &config, self.resume, self.overwrite, Some(&Interrupt::listen()?))?;
         let (out, outcome) = (done.out.display(), &done.outcome);
         match outcome.ended {
+            Ended::Stopped if !done.leads => return Ok(ExitCode::from(done.exit_code)),
+            _ if !done.leads => return Ok(ExitCode::SUCCESS),
             Ended::Stopped => {
                 eprintln!("stopped after step {}; go on with\n  {}", outcome.steps, resume_command());
                 return Ok(ExitCode::from(done.exit_code));
@@ -182,7 +187,8 @@ impl Train {
 
     fn print_plan(&self, context: &Context, config: &RunConfig) -> Result<ExitCode> {
         let prepared = prepare(context, config)?;
-        let plan = Plan::of(config, &prepared);
+        let processes = Launch::from_env()?.map_or(1, |launch| launch.world_size);
+        let plan = Plan::of(config, &prepared, processes);
         if self.json {
             println!("{:#}", json!({ "plan": plan, "options": config }));
         } else {
@@ -281,6 +287,8 @@ pub(super) struct Trained {
     exit_code: u8,
     /// Estimated and measured.
     memory: (u64, Option<u64>),
+    /// Whether this process is the one that evaluates, writes and speaks.
+    leads: bool,
 }
 
 impl Trained {
@@ -353,20 +361,27 @@ pub(super) fn train(
     overwrite: bool,
     interrupt: Option<&Interrupt>,
 ) -> Result<Trained> {
+    // first, so that all hear of it at once when one of them fails
+    let group = Launch::from_env()?.map(|launch| Group::join(&launch)).transpose()?;
     let prepared = prepare(context, config)?;
     let Some(out) = &config.out else { return Err(usage("--out is needed", "the folder of the run")) };
-    let plan = Plan::of(config, &prepared);
-    if !resume {
+    let plan = Plan::of(config, &prepared, group.as_ref().map_or(1, Group::world_size));
+    let leads = group.as_ref().is_none_or(|group| group.rank() == 0);
+    if !resume && leads {
         RunFolder::check(out, overwrite)?;
     }
-    if !context.global.quiet {
+    if !context.global.quiet && leads {
         eprintln!("{}", plan.headline());
     }
     // before an earlier run is removed: weights may be damaged
     let model = load(&prepared.checkpoint, config)?;
-    let folder = if resume { RunFolder::resume(out)? } else { RunFolder::create(out, overwrite)? };
-    let outcome = run(context, config, &prepared, &model, &folder, interrupt).and_then(|outcome| {
-        if outcome.ended == Ended::Stopped {
+    let folder = match (leads, resume) {
+        (false, _) => RunFolder::follow(out),
+        (true, false) => RunFolder::create(out, overwrite)?,
+        (true, true) => RunFolder::resume(out)?,
+    };
+    let outcome = run(context, config, &prepared, &model, &folder, group.as_ref(), interrupt).and_then(|outcome| {
+        if outcome.ended == Ended::Stopped || !leads {
             return Ok(outcome);
         }
         folder.finish(&outcome.adapter)?;
@@ -381,6 +396,7 @@ pub(super) fn train(
         outcome: outcome?,
         exit_code: interrupt.map_or(0, Interrupt::exit_code),
         memory: (plan.memory().peak, peak_resident()),
+        leads,
     })
 }
 
@@ -390,6 +406,7 @@ fn run(
     prepared: &Prepared,
     (decoder, adapter): &(Decoder, Adapter),
     folder: &RunFolder,
+    group: Option<&Group>,
     interrupt: Option<&Interrupt>,
 ) -> Result<Outcome> {
     let trainer = Trainer::new(Inputs {
@@ -400,9 +417,11 @@ fn run(
         train: &prepared.training,
         held_out: prepared.held_out.as_ref(),
         folder,
+        group,
     })?;
+    let leads = group.is_none_or(|group| group.rank() == 0);
     let (total, start) = (trainer.total_steps(), trainer.start_step());
-    let mut bar = TrainingBar::new(total, start, context.global.quiet, interrupt.cloned());
+    let mut bar = TrainingBar::new(total, start, context.global.quiet || !leads, interrupt.cloned());
     let outcome = trainer.run(&mut bar);
     bar.finish();
     Ok(outcome?)

@@ -1,8 +1,13 @@
 //! `prefold verify`
 
+mod cases;
+mod lineup;
 mod manifest;
+mod no_op;
 mod output;
+mod reference;
 mod runtimes;
+mod subject;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,20 +18,28 @@ use clap::{Args, ValueEnum};
 use miette::Result;
 use ndarray::Array2;
 
+use self::cases::cases;
+use self::lineup::Lineup;
+use self::no_op::no_op;
 use self::output::OutputArgs;
 pub(super) use self::output::{summary, table, write_report};
+use self::reference::{explain, judged, precision_of, prepare};
 use self::runtimes::{Chosen, LevelArg, ProviderArg, chosen};
+use self::subject::{Adapted, Subject, facts};
 use super::export::ExportArgs;
-use super::{Context, command_line, existing_graph, usage};
+use super::{Context, command_line, existing_graph, named_adapter, usage};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
-use crate::base::{Checkpoint, Decoder, NoHook, SiteHook};
+use crate::base::{Checkpoint, Decoder};
 use crate::export::{Dialect, ExportOptions, Precision, export};
 use crate::files::{FileFact, Manifest};
-use crate::fold::{ADAPTER_IDS, Carry, Emission, FoldOptions, Record, fold_adapters, name_of, slot_values};
+use crate::fold::{
+    ADAPTER_IDS, Carry, Emission, FoldOptions, Record, fold_adapters, name_of, slot_values, unfold_folder,
+};
 use crate::onnx::{DataType, Graph as OnnxGraph, MODEL_NAME, Model as Graph, external_files};
 use crate::parity::{
-    self, Budget, Candidate, Case, CaseOptions, Check, Facts, Model, NoOpPair, Open, Other, Reference, ReferenceStore,
-    Report, Thresholds, Verdict, generated_prompts, length_cases, named_cases, select_cases, standard_cases,
+    self, Budget, Candidate, Case, CaseOptions, Check, Facts, Model, NoOpPair, Open, Other, Padding, Reference,
+    ReferenceStore, Report, Thresholds, Verdict, adapter_cases, generated_prompts, length_cases, named_cases,
+    select_cases, standard_cases,
 };
 use crate::runtime::{self, Given, OrtOptions, OrtSession, Session, TractOptions, TractSession, WithGiven, library};
 use crate::train::ComputeType;
@@ -48,9 +61,10 @@ pub(super) struct Verify {
     /// The checkpoint: Hugging Face folder, .gguf file, or the name of a fetched model
     #[arg(long, required_unless_present = "manifest")]
     model: Option<String>,
-    /// The adapter that was folded in; none for a base graph
-    #[arg(long)]
-    adapter: Option<PathBuf>,
+    /// The adapter that was folded in: its folder, or NAME=FOLDER; none for a base graph. Repeated for a bank, for adapters that
+    /// are swapped in slots, and for a stack: each is checked alone, and in a bank all in one batch
+    #[arg(long, value_name = "FOLDER")]
+    adapter: Vec<String>,
     /// The graph before the fold: it is judged against the checkpoint first, and the zero-adapter check starts from it
     /// [default: exported again where prefold wrote the graph, for the zero-adapter check alone]
     #[arg(long)]
@@ -110,6 +124,9 @@ pub(super) struct VerifyArgs {
     /// Also random rows of these lengths; `max` is the model's context limit [default: max, for a small model]
     #[arg(long, value_delimiter = ',')]
     lengths: Vec<String>,
+    /// Only cases with padding on this side, beside those without: for graphs whose attention takes rows that end in padding
+    #[arg(long, value_delimiter = ',', value_enum, value_name = "SIDE")]
+    padding: Vec<Side>,
     /// Chooses the random prompts
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -134,6 +151,24 @@ pub(super) struct VerifyArgs {
     /// How much the kept references may take together
     #[arg(long, default_value = "4GB", value_name = "BYTES")]
     cache_size: String,
+}
+
+/// A side of padding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Side {
+    /// Before the prompt.
+    Left,
+    /// After it.
+    Right,
+}
+
+impl Side {
+    fn padding(self) -> Padding {
+        match self {
+            Self::Left => Padding::Left,
+            Self::Right => Padding::Right,
+        }
+    }
 }
 
 /// A runtime.
@@ -179,32 +214,6 @@ pub(super) fn open_given(
     if given.is_empty() { Ok(session) } else { Ok(Box::new(WithGiven::new(session, given)?)) }
 }
 
-/// What the inputs that folds added are given so that an adapter is active, or none: values of the slots of the last fold that has
-/// some, and the adapter's row of every bank that knows its name.
-fn given_for(graph: &Graph, folder: &Path, adapter: Option<(&Adapter, &Path)>) -> Result<Vec<(String, Given)>> {
-    let folds = Record::all(graph)?;
-    let mut given = Vec::new();
-    for fold in folds.iter().filter(|fold| fold.emission == Emission::Bank) {
-        let row = adapter.and_then(|(_, path)| fold.adapters.iter().position(|name| *name == name_of(path)));
-        let only = (adapter.is_some() && folds.len() == 1 && fold.adapters.len() == 1).then_some(0);
-        let row = row.or(only).map_or(0, |row| row as i64 + 1);
-        if row == 0 && adapter.is_some() && folds.len() == 1 {
-            let help = format!("its adapters are {}; name the folder so", fold.adapters.join(", "));
-            return Err(usage("the graph's bank does not know the adapter by the name of its folder", help));
-        }
-        given.push((fold.input_name(ADAPTER_IDS), Given::EveryRow(row)));
-    }
-    if let Some((adapter, _)) = adapter
-        && folds.iter().any(|fold| fold.emission == Emission::Slot)
-    {
-        for value in slot_values(graph, folder, adapter)?.parameters {
-            let tensor = Given::from_le_bytes(value.data_type.code(), &value.dims, &value.bytes)?;
-            given.push((value.name, tensor));
-        }
-    }
-    Ok(given)
-}
-
 impl Verify {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         let told = match &self.manifest {
@@ -228,11 +237,17 @@ impl Verify {
             return Err(usage("--graph and --model are needed", "or give --manifest"));
         };
         let baseline = self.output.baseline()?;
-        let (checkpoint, adapter) = context.checkpoint_with(model, self.adapter.as_deref())?;
+        let mut checkpoint = context.checkpoint(model)?;
+        let mut adapters = Vec::new();
+        for (name, path) in self.adapter.iter().map(|text| named_adapter(text)) {
+            let adapter = Adapter::open_for(&path, checkpoint.spec())?;
+            checkpoint = adapter.overlay(checkpoint)?;
+            adapters.push(Adapted { name, path, adapter });
+        }
         let subject = Subject {
             checkpoint: &checkpoint,
             graph: existing_graph(graph)?,
-            adapter: adapter.as_ref().zip(self.adapter.as_deref()),
+            adapters,
             base_graph: self.base_graph.as_deref().map(existing_graph).transpose()?,
             judge_base: true,
             against: self.against.as_deref().map(existing_graph).transpose()?,
@@ -248,27 +263,13 @@ impl Verify {
     }
 }
 
-/// What is compared.
-pub(super) struct Subject<'a> {
-    pub(super) checkpoint: &'a Checkpoint,
-    pub(super) graph: PathBuf,
-    /// The adapter and where it is from.
-    pub(super) adapter: Option<(&'a Adapter, &'a Path)>,
-    pub(super) base_graph: Option<PathBuf>,
-    /// Whether the base graph is judged too, against the checkpoint without the adapter.
-    pub(super) judge_base: bool,
-    /// Another graph to compare with.
-    pub(super) against: Option<PathBuf>,
-}
-
-impl Subject<'_> {
-    fn kind(&self) -> parity::Subject {
-        if self.adapter.is_some() { parity::Subject::Folded } else { parity::Subject::Base }
-    }
+/// The folder that a graph's external data is in.
+fn folder_of(graph: &Path) -> &Path {
+    graph.parent().unwrap_or(Path::new("."))
 }
 
 /// Compares a graph with its model in every runtime.
-pub(super) fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<Report> {
+fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<Report> {
     if matches!(options.reference, ComputeType::Bf16 | ComputeType::F16) {
         return Err(usage(
             "--reference is less precise than the graph",
@@ -278,243 +279,44 @@ pub(super) fn verify(context: &Context, subject: &Subject, options: &VerifyArgs)
     let graph = Graph::open(&subject.graph)?;
     let facts = facts(subject)?;
     let chosen = chosen(context, &graph, options)?;
-    let adapter = subject.adapter.map(|(adapter, _)| adapter);
-    let given = given_for(&graph, subject.graph.parent().unwrap_or(Path::new(".")), subject.adapter)?;
-    let mut check = judged(prepare(context, subject.checkpoint, adapter, &graph, options, &facts)?, &graph, options)?;
-    if let (Some(base), true, Some(_)) = (&subject.base_graph, subject.judge_base, adapter) {
+    let lineup = Lineup::of(&graph, folder_of(&subject.graph), &subject.adapters)?;
+    let (checkpoint, models) = (subject.checkpoint, (&lineup, &subject.adapters[..]));
+    let mut check = judged(prepare(context, checkpoint, models, &graph, options, &facts)?, &graph, options)?;
+    if let (Some(base), true, false) = (&subject.base_graph, subject.judge_base, subject.adapters.is_empty()) {
         let file = Graph::open(base)?;
-        let mut of_base = judged(prepare(context, subject.checkpoint, None, &file, options, &facts)?, &file, options)?;
+        let models = (&Lineup::base(), &[][..]);
+        let mut of_base = judged(prepare(context, checkpoint, models, &file, options, &facts)?, &file, options)?;
         for chosen in &chosen {
             of_base.run(Candidate { name: chosen.name.clone(), open: chosen.open(base) });
         }
+        explain(&mut of_base, checkpoint, models, options)?;
         check = check.with_base(of_base);
     }
     for chosen in &chosen {
-        check.run(Candidate { name: chosen.name.clone(), open: chosen.open_given(&subject.graph, given.clone()) });
+        check.run(Candidate { name: chosen.name.clone(), open: chosen.open_given(&subject.graph, &lineup.given) });
     }
-    for (chosen, other) in chosen.iter().flat_map(|chosen| subject.against.iter().map(move |other| (chosen, other))) {
-        check.against(Other {
-            name: chosen.name.clone(),
-            graph: chosen.open_given(&subject.graph, given.clone()),
-            other: chosen.open(other),
-        });
-    }
-    if adapter.is_some_and(Adapter::zeros_are_the_base) {
-        no_op(subject, &graph, &chosen, &mut check)?;
-    }
-    Ok(check.report(Facts { inputs: facts, command: command_line(), subject: subject.kind() })?)
-}
-
-/// The check by thresholds where they are stated, without judgement where they should be.
-fn judged(check: Check, graph: &Graph, options: &VerifyArgs) -> Result<Check> {
-    let thresholds =
-        Thresholds { max_kl: options.max_kl, min_top1: options.min_top1, max_ppl_diff: options.max_ppl_diff };
-    Ok(match (thresholds.is_empty(), is_quantised(graph.graph())) {
-        (false, _) => check.by_thresholds(thresholds)?,
-        (true, true) => check.without_judgement(),
-        (true, false) => check,
-    })
-}
-
-/// Whether weights or activations are integers. Their rounding is no error of the graph, and the budget says nothing about it.
-fn is_quantised(graph: &OnnxGraph) -> bool {
-    const NAMES: [&str; 4] = ["DequantizeLinear", "MatMulInteger", "DynamicQuantizeLinear", "MatMulNBits"];
-    let is_one = |op: &str| {
-        NAMES.contains(&op)
-            || op.starts_with("QLinear")
-            || op.starts_with("QAttention")
-            || op == "DynamicQuantizeMatMul"
-    };
-    graph.nodes().iter().any(|node| is_one(node.op_type()) || node.subgraphs().any(is_quantised))
-}
-
-/// The reference's logits and candle's own distance, computed or kept from before; no model stays in memory.
-fn prepare(
-    context: &Context,
-    checkpoint: &Checkpoint,
-    adapter: Option<&Adapter>,
-    graph: &Graph,
-    options: &VerifyArgs,
-    facts: &[FileFact],
-) -> Result<Check> {
-    let spec = checkpoint.spec();
-    let precision = precision_of(graph);
-    let cases = cases(checkpoint, options)?;
-    let mut budget = Budget::of(precision, spec)?;
-    if let Some(factor) = options.factor {
-        budget.factor = factor;
-    }
-    let store = ReferenceStore::new(context.cache.join("references"), output::bytes(&options.cache_size)?);
-    let is_input = |fact: &&FileFact| fact.role == "weights" || adapter.is_some() && fact.role.starts_with("adapter");
-    let hashes = facts.iter().filter(is_input).map(|fact| fact.sha256.clone());
-    let numbers = format!("{} {} {spec:?}", options.reference.dtype().as_str(), precision.as_str());
-    let key = ReferenceStore::key(&hashes.chain([numbers]).collect::<Vec<_>>(), &cases);
-    let kept =
-        if options.no_cache { None } else { store.load(&key, cases.clone(), options.reference.dtype().as_str(), spec) };
-    let (reference, own) = match kept {
-        Some(kept) => kept,
-        None => {
-            let (reference, own) = compute(checkpoint, adapter, precision, options, cases)?;
-            if !options.no_cache
-                && let Err(error) = store.save(&key, &reference, &own)
-            {
-                tracing::warn!("the reference is not kept for the next time: {error}");
-            }
-            (reference, own)
+    explain(&mut check, checkpoint, models, options)?;
+    if let Some(other) = &subject.against {
+        let of_other = Lineup::of(&Graph::open(other)?, folder_of(other), &subject.adapters)?;
+        if of_other.names != lineup.names {
+            let names = [&lineup, &of_other].map(|lineup| lineup.names.join(", "));
+            let help = "give the --adapter that both have active";
+            let what = format!("the graph switches between {}, the other graph between {}", names[0], names[1]);
+            return Err(usage(what, help));
         }
-    };
-    Ok(Check::with_logits(reference, &own, precision.as_str(), budget)?)
-}
-
-fn compute(
-    checkpoint: &Checkpoint,
-    adapter: Option<&Adapter>,
-    precision: DType,
-    options: &VerifyArgs,
-    cases: Vec<Case>,
-) -> Result<(Reference, Vec<Array2<f64>>)> {
-    let hook = adapter.map(|a| a.hook(checkpoint.spec(), &Device::Cpu)).transpose()?;
-    let hook: &dyn SiteHook = hook.as_deref().unwrap_or(&NoHook);
-    let reference = {
-        let decoder = Decoder::load(checkpoint, options.reference.dtype(), &Device::Cpu)?;
-        Reference::compute(Model { decoder: &decoder, hook }, cases)?
-    };
-    let decoder = Decoder::load(checkpoint, precision, &Device::Cpu)?;
-    let own = reference.replay(Model { decoder: &decoder, hook })?;
-    Ok((reference, own))
-}
-
-/// The cases that the options ask for.
-fn cases(checkpoint: &Checkpoint, options: &VerifyArgs) -> Result<Vec<Case>> {
-    let spec = checkpoint.spec();
-    let random = CaseOptions { seed: options.seed, steps: options.steps, ..CaseOptions::default() };
-    let mut prompts = generated_prompts(spec, &random);
-    let mut texts = options.prompts.clone();
-    if let Some(path) = &options.prompts_file {
-        texts.extend(read_prompts(path)?);
-    }
-    if !texts.is_empty() {
-        let tokenizer = checkpoint.tokenizer()?;
-        for prompt in &texts {
-            let ids = tokenizer.encode(prompt, true)?;
-            tokenizer.check_vocabulary(prompt, &ids, spec.vocab_size)?;
-            prompts.push(ids);
+        for chosen in &chosen {
+            check.against(Other {
+                name: chosen.name.clone(),
+                graph: chosen.open_given(&subject.graph, &lineup.given),
+                other: chosen.open_given(other, &of_other.given),
+            });
         }
     }
-    let mut lengths = Vec::new();
-    for length in &options.lengths {
-        lengths.push(match (length.as_str(), length.parse()) {
-            ("max", _) => spec.max_positions,
-            (_, Ok(length)) => length,
-            _ => return Err(usage(format!("--lengths: `{length}` is no length"), "give numbers of tokens, or max")),
-        });
+    if subject.adapters.first().is_some_and(|first| first.adapter.zeros_are_the_base()) {
+        no_op(subject, &graph, &lineup, &chosen, &mut check)?;
     }
-    if lengths.is_empty() && spec.max_positions.saturating_mul(spec.vocab_size) <= LOGITS_UNASKED {
-        lengths.push(spec.max_positions);
-    }
-    let mut all = standard_cases(&prompts, options.steps)?;
-    all.extend(length_cases(spec, &lengths, options.seed)?);
-    let named = named_cases(&prompts, options.steps)?;
-    all.extend(named.into_iter().filter(|case| options.cases.iter().any(|name| name == case.name())));
-    Ok(select_cases(all, &options.cases)?)
-}
-
-fn read_prompts(path: &Path) -> Result<Vec<String>> {
-    let text = String::from_utf8(crate::files::read(path)?)
-        .map_err(|e| usage(format!("{} is not UTF-8: {e}", path.display()), "save it as UTF-8"))?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    if path.extension().is_none_or(|extension| extension != "jsonl") {
-        return Ok(lines.map(|(_, line)| line.to_owned()).collect());
-    }
-    let prompt = |(number, line): (usize, &str)| {
-        let value: Option<serde_json::Value> = serde_json::from_str(line).ok();
-        let value = value.as_ref().map(|value| value.get("prompt").or(value.get("text")).unwrap_or(value));
-        value.and_then(|value| value.as_str()).map(ToOwned::to_owned).ok_or_else(|| {
-            let place = format!("{}:{}", path.display(), number.saturating_add(1));
-            usage(format!("{place} holds no prompt"), "write a JSON string, or an object with `prompt` or `text`")
-        })
-    };
-    lines.map(prompt).collect()
-}
-
-/// The type that a graph computes in.
-fn precision_of(graph: &Graph) -> DType {
-    match graph.graph().outputs().first().and_then(|o| o.elem_type()) {
-        Some(DataType::Float16) => DType::F16,
-        Some(DataType::Bfloat16) => DType::BF16,
-        Some(DataType::Double) => DType::F64,
-        _ => DType::F32,
-    }
-}
-
-/// Compares the base graph bit for bit with the graph whose adapter is off, where it can be, and else with the base graph that an
-/// adapter of zeros is folded into.
-fn no_op(subject: &Subject, graph: &Graph, chosen: &[Chosen], check: &mut Check) -> Result<()> {
-    let Some((adapter, _)) = subject.adapter else { return Ok(()) };
-    let scratch =
-        tempfile::tempdir().map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
-    let base = match (&subject.base_graph, graph.metadata("prefold.dialect")) {
-        (Some(base), _) => base.clone(),
-        (None, Some(dialect)) => {
-            let dialect: Dialect =
-                dialect.parse().map_err(|e| usage(format!("the graph's metadata is damaged: {e}"), "fold it again"))?;
-            let precision = if precision_of(graph) == DType::F16 { Precision::F16 } else { Precision::F32 };
-            let folder = scratch.path().join("base");
-            std::fs::create_dir(&folder).map_err(crate::files::Error::io("create folder", &folder))?;
-            let options = ExportOptions { dialect, precision, ..ExportOptions::default() };
-            export(subject.checkpoint, &options, &folder)?
-        }
-        (None, None) => {
-            tracing::warn!("the zero-adapter check is left out: give --base-graph, the graph before the fold");
-            return Ok(());
-        }
-    };
-    let folds = Record::all(graph)?;
-    let (folded, given) = if let [fold] = &folds[..]
-        && fold.emission != Emission::Baked
-    {
-        (subject.graph.clone(), given_for(graph, Path::new("."), None)?)
-    } else {
-        let zeros = scratch.path().join("zeros");
-        let folded = scratch.path().join("folded");
-        for folder in [&zeros, &folded] {
-            std::fs::create_dir(folder).map_err(crate::files::Error::io("create folder", folder))?;
-        }
-        Adapter::zeros(adapter.config().clone())?.save(&zeros)?;
-        let options = FoldOptions { carry: Carry::Link, ..FoldOptions::default() };
-        fold_adapters(&base, &[(name_of(&zeros), zeros)], options, &folded)?;
-        (folded.join(MODEL_NAME), Vec::new())
-    };
-    for chosen in chosen {
-        let name = chosen.name.clone();
-        check.no_op(NoOpPair { name, base: chosen.open(&base), folded: chosen.open_given(&folded, given.clone()) });
-    }
-    Ok(())
-}
-
-fn facts(subject: &Subject) -> Result<Vec<FileFact>> {
-    let mut facts = vec![FileFact::of("graph", &subject.graph)?];
-    let folder = subject.graph.parent().unwrap_or(Path::new("."));
-    for name in external_files(&Graph::open(&subject.graph)?)? {
-        facts.push(FileFact::of("external_data", &folder.join(name))?);
-    }
-    for (role, graph) in [("base_graph", &subject.base_graph), ("other_graph", &subject.against)] {
-        if let Some(graph) = graph {
-            facts.push(FileFact::of(role, graph)?);
-        }
-    }
-    for file in subject.checkpoint.weight_files() {
-        facts.push(FileFact::of("weights", &file)?);
-    }
-    match subject.adapter {
-        Some((_, folder)) if folder.is_dir() => {
-            facts.push(FileFact::of("adapter_config", &folder.join(CONFIG_NAME))?);
-            facts.push(FileFact::of("adapter", &folder.join(WEIGHTS_NAME))?);
-        }
-        Some((_, file)) => facts.push(FileFact::of("adapter", file)?),
-        None => {}
-    }
-    Ok(facts)
+    let (command, models) = (command_line(), lineup.names);
+    Ok(check.report(Facts { inputs: facts, command, models, subject: subject.kind() })?)
 }
 
 /// How `compile` and `demo` verify what they exported.
@@ -532,6 +334,7 @@ impl Default for VerifyArgs {
             prompts_file: None,
             cases: Vec::new(),
             lengths: Vec::new(),
+            padding: Vec::new(),
             seed: 0,
             steps: 8,
             factor: None,
@@ -565,7 +368,7 @@ pub(super) fn compile(
     let subject = Subject {
         checkpoint,
         graph: folder.join(MODEL_NAME),
-        adapter: Some((adapter, path)),
+        adapters: vec![Adapted { name: name_of(path), path: path.into(), adapter: adapter.clone() }],
         base_graph: folded.is_some().then(|| base.path().join(MODEL_NAME)),
         judge_base: false,
         against: None,

@@ -25,6 +25,7 @@ mod unfold;
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 pub use bank::{BankEdit, bank_of, edit_bank};
@@ -33,9 +34,9 @@ pub use emit::{ADAPTER_IDS, Emission};
 pub use error::{Error, Result};
 pub use locate::{Exactness, Layout, Site};
 pub use onnx_adapter::{ADAPTER_EXTENSION, AdapterFile};
-pub use record::{MARK, Record};
+pub use record::{MARK, RECORDS, Record};
 pub use slots::{Slot, check_adapter_file, slot_values, slots};
-pub use stack::sites;
+pub use stack::{base, sites};
 pub use unfold::{Unfolded, unfold_folder};
 
 use crate::adapter::{Adapter, AdapterConfig, CONFIG_NAME, Method, WEIGHTS_NAME, peft};
@@ -309,16 +310,34 @@ pub fn fold_adapters(
             manifest = manifest.input("adapter", adapter)?;
         }
     }
-    manifest.facts = serde_json::json!({
-        "sites": folded.sites,
-        "exactness": folded.exactness,
-        "external_data": data,
-        "adapter": opened.first().map(|adapter| adapter.adapter.config()),
-        "adapters": folded.adapters,
-        "slots": folded.slots,
-    });
+    let facts = Facts {
+        sites: folded.sites.clone(),
+        exactness: folded.exactness.clone(),
+        external_data: data,
+        adapter: opened.first().map(|adapter| adapter.adapter.config().clone()),
+        adapters: folded.adapters.clone(),
+        slots: folded.slots.clone(),
+    };
+    manifest.facts = serde_json::json!(facts);
     manifest.write(folder)?;
     Ok(folded)
+}
+
+/// What the manifest of a fold says that it found.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct Facts {
+    /// The sites that carry an adapter, by layer.
+    pub sites: Vec<Site>,
+    /// For which inputs the adapter computes what it was trained to.
+    pub exactness: Exactness,
+    /// The data files of the graph, and how they came to the folder.
+    pub external_data: Vec<CarriedFile>,
+    /// The configuration of the adapter; of several, the first's.
+    pub adapter: Option<AdapterConfig>,
+    /// The names of the adapters; in a bank those of its rows from 1.
+    pub adapters: Vec<String>,
+    /// The slots that the graph has now.
+    pub slots: Vec<Slot>,
 }
 
 /// The folder that a file is in.

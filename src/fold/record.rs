@@ -13,7 +13,8 @@ use crate::onnx::{Bytes, Model, Patch};
 
 /// The metadata entry that names the adapters of a graph, for people.
 pub const MARK: &str = "prefold.adapter";
-const PREFIX: &str = "prefold.fold.";
+/// What the metadata entries that remember folds begin with.
+pub const RECORDS: &str = "prefold.fold.";
 
 /// One fold, as its graph remembers it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,7 +46,7 @@ impl Record {
     }
 
     fn key(&self) -> String {
-        format!("{PREFIX}{}", self.number)
+        format!("{RECORDS}{}", self.number)
     }
 
     /// The name that a tensor or node of this fold has: those of the first are as their method gives them.
@@ -65,7 +66,7 @@ impl Record {
     pub fn all(model: &Model) -> Result<Vec<Self>> {
         let mut records = BTreeMap::new();
         for (key, value) in model.metadata_props() {
-            let Some(number) = key.strip_prefix(PREFIX) else { continue };
+            let Some(number) = key.strip_prefix(RECORDS) else { continue };
             let damaged = |why: String| Error::Unfold { why: format!("its metadata entry `{key}` is damaged: {why}") };
             let number: usize = number.parse().map_err(|_| damaged("it has no number".into()))?;
             let record: Self = serde_json::from_str(value).map_err(|error| damaged(error.to_string()))?;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::emit::{self, Parameter, Place, enlarged};
@@ -11,7 +12,7 @@ use crate::adapter::Adapter;
 use crate::onnx::{DataType, Dim, Index, Model};
 
 /// A slot of a graph.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Slot {
     /// The input's name.
     pub name: String,

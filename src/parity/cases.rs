@@ -29,6 +29,8 @@ pub struct Case {
     steps: usize,
     /// Columns of each call of the prefill but the last; none for all at once.
     chunk: Option<usize>,
+    /// By row, the number of the model that it is for.
+    models: Vec<usize>,
 }
 
 /// How [`generated_prompts`] makes prompts.
@@ -92,7 +94,14 @@ impl Case {
             Array2::from_shape_vec(shape, values)
                 .map_err(|error| Error::Case { case: name.into(), why: error.to_string() })
         };
-        Ok(Self { name: name.into(), ids: array(ids)?, mask: array(mask)?, steps, chunk: None })
+        Ok(Self {
+            name: name.into(),
+            ids: array(ids)?,
+            mask: array(mask)?,
+            steps,
+            chunk: None,
+            models: vec![0; prompts.len()],
+        })
     }
 
     /// The same with the prompts fed in pieces of `columns`, each after the cache of those before it.
@@ -101,14 +110,30 @@ impl Case {
         self
     }
 
+    /// The same for other models than the first: row by row these, again from the beginning when there are more rows.
+    pub fn for_models(mut self, models: &[usize]) -> Self {
+        self.models = models.iter().copied().cycle().take(self.ids.nrows()).collect();
+        self
+    }
+
+    /// By row, the number of the model that it is for.
+    pub fn models(&self) -> &[usize] {
+        &self.models
+    }
+
     /// Columns that each call of the prefill feeds, but for the last, which may feed fewer.
     pub fn chunk(&self) -> usize {
         self.chunk.unwrap_or(self.ids.ncols())
     }
 
-    /// Whether a row has padding before or after it.
-    pub fn is_padded(&self) -> bool {
-        self.mask.iter().any(|real| *real == 0)
+    /// On which side rows have padding.
+    pub fn padding(&self) -> Option<Padding> {
+        let ends = |end: Option<usize>| end.is_some_and(|end| self.mask.column(end).iter().any(|real| *real == 0));
+        match (ends((self.mask.ncols() > 0).then_some(0)), ends(self.mask.ncols().checked_sub(1))) {
+            (true, _) => Some(Padding::Left),
+            (_, true) => Some(Padding::Right),
+            _ => None,
+        }
     }
 
     /// The case's name.
@@ -202,6 +227,49 @@ pub fn length_cases(spec: &DecoderSpec, lengths: &[usize], seed: u64) -> Result<
         Case::row(&format!("length_{length}"), &generated_prompts(spec, &options).concat(), 0)
     };
     lengths.iter().map(case).collect()
+}
+
+/// Cases for a graph that switches between models, `names`: every other one after the standard cases, which the first one runs,
+/// and then the first one again, so that all are swapped in one session. With `by_row` also all of them in one batch, padded on
+/// each of these sides.
+///
+/// # Errors
+/// When there is no prompt or one of them is empty.
+pub fn adapter_cases(
+    names: &[String],
+    prompts: &[Vec<u32>],
+    steps: usize,
+    padding: &[Padding],
+    by_row: bool,
+) -> Result<Vec<Case>> {
+    let numbers: Vec<usize> = (0..names.len()).collect();
+    let left = padding.contains(&Padding::Left);
+    let longest = prompts.iter().max_by_key(|prompt| prompt.len()).cloned().unwrap_or_default();
+    let alone = |number: usize, name: &str| {
+        let name = format!("adapter_{name}");
+        let case =
+            if left { Case::batch(&name, prompts, Padding::Left, steps) } else { Case::row(&name, &longest, steps) };
+        Ok(case?.for_models(&[number]))
+    };
+    let [first, others @ ..] = names else { return Ok(Vec::new()) };
+    let others = others.iter().zip(1..).map(|(name, number)| alone(number, name));
+    let mut cases = others.collect::<Result<Vec<_>>>()?;
+    if cases.is_empty() {
+        return Ok(cases);
+    }
+    cases.push(alone(0, &format!("{first}_again"))?);
+    if by_row {
+        let rows: Vec<Vec<u32>> = prompts.iter().cloned().cycle().take(prompts.len().max(names.len())).collect();
+        let backwards: Vec<usize> = numbers.iter().rev().copied().collect();
+        let mixed = |side, name, steps| Case::batch(name, &rows, side, steps);
+        if left {
+            cases.push(mixed(Padding::Left, "mixed_adapters", steps)?.for_models(&numbers));
+        }
+        if padding.contains(&Padding::Right) {
+            cases.push(mixed(Padding::Right, "mixed_adapters_right_padding", 0)?.for_models(&backwards));
+        }
+    }
+    Ok(cases)
 }
 
 /// The cases of these names, in the order of `cases`; all where no name is given.

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Report, RunReport, Subject, Verdict};
+use super::{Padding, Report, RunReport, Subject, Verdict};
 
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -12,6 +12,9 @@ pub struct Finding {
     pub kind: FindingKind,
     /// The sentence.
     pub text: String,
+    /// What the graph does otherwise, where its logits are recognised as those of a model that does so.
+    #[serde(default)]
+    pub cause: Option<String>,
 }
 
 /// The kind of a finding.
@@ -28,6 +31,8 @@ pub enum FindingKind {
     CacheOnly,
     /// The runtimes disagree: the graph passes in some of them.
     RuntimeDependent,
+    /// An execution provider was asked for, and all nodes ran on the CPU.
+    CpuFallback,
     /// No runtime gave logits to judge.
     RuntimeFailure,
     /// The graph is another function than the checkpoint with its adapter.
@@ -42,7 +47,21 @@ impl Finding {
     /// What a report comes to.
     pub(super) fn of(report: &Report, subject: Subject) -> Self {
         let kind = Self::kind(report, subject);
-        Self { kind, text: text(kind, report) }
+        Self { kind, text: text(kind, report, subject), cause: None }
+    }
+
+    /// The finding with the causes that the base graph's and the graph's own logits tell.
+    pub(super) fn because(mut self, base: Option<String>, own: Option<String>) -> Self {
+        let graph = if base.is_some() { "the base graph" } else { "the graph" };
+        let same = base.is_some() && base == own;
+        if let Some(cause) = base.or(own) {
+            self.text = format!("{}; {graph} {cause}", self.text);
+            if same {
+                self.text += "; the fold is right: it adds the adapter to that";
+            }
+            self.cause = Some(cause);
+        }
+        self
     }
 
     fn kind(report: &Report, subject: Subject) -> FindingKind {
@@ -59,6 +78,10 @@ impl Finding {
         let failed = |runs: &[RunReport]| runs.iter().any(|run| run.verdict == Verdict::Fail);
         let judged = if failed(&report.base) { &report.base } else { &report.runs };
         let base = failed(&report.base) || subject == Subject::Base;
+        let wrong = |run: &RunReport| run.cases.iter().any(|case| case.verdict == Verdict::Fail);
+        if judged.iter().any(|run| run.failure.is_some() && !run.cases.is_empty()) && !judged.iter().any(wrong) {
+            return Kind::CpuFallback;
+        }
         if judged.iter().any(|run| run.verdict == Verdict::Pass) && failed(judged) {
             return Kind::RuntimeDependent;
         }
@@ -88,8 +111,23 @@ impl Finding {
     }
 }
 
-fn text(kind: FindingKind, report: &Report) -> String {
-    let base = if report.runs.iter().all(|run| run.verdict == Verdict::Pass) || !report.base.is_empty() {
+/// On which side the padding is, where rows that are padded on the other one pass.
+fn side(report: &Report) -> &'static str {
+    let runs = || report.base.iter().chain(&report.runs).flat_map(|run| &run.cases);
+    let is = |name: &str, padding| report.cases.iter().any(|case| case.name == name && case.padding == Some(padding));
+    let passes = |padding| {
+        runs().any(|case| is(&case.case, padding))
+            && runs().filter(|case| is(&case.case, padding)).all(|case| case.verdict != Verdict::Fail)
+    };
+    match (passes(Padding::Left), passes(Padding::Right)) {
+        (false, true) => " on the left",
+        (true, false) => " on the right",
+        _ => "",
+    }
+}
+
+fn text(kind: FindingKind, report: &Report, subject: Subject) -> String {
+    let base = if subject == Subject::Folded && report.base.iter().any(|run| run.verdict == Verdict::Fail) {
         "the base graph"
     } else {
         "the graph"
@@ -105,9 +143,12 @@ fn text(kind: FindingKind, report: &Report) -> String {
         FindingKind::UnfaithfulBase => {
             format!("{base} is unfaithful: without any adapter it is another function than the checkpoint{worst}")
         }
-        FindingKind::PaddingOnly => format!("{base} computes the model but for rows with padding{worst}"),
+        FindingKind::PaddingOnly => {
+            format!("{base} computes the model but for rows with padding{}{worst}", side(report))
+        }
         FindingKind::CacheOnly => format!("{base} computes the model but not with its cache{worst}"),
         FindingKind::RuntimeDependent => format!("{base} computes the model in some runtimes only{worst}"),
+        FindingKind::CpuFallback => format!("the graph computes the model, but not where it was asked to{worst}"),
         FindingKind::RuntimeFailure => format!("no runtime that was asked ran the graph{worst}"),
         FindingKind::NoParity => format!("the graph is another function than the model{worst}"),
         FindingKind::Regression => match report.regressions.first() {

@@ -12,37 +12,48 @@
 mod baseline;
 mod budget;
 mod cases;
+mod cause;
 mod check;
+mod compare;
 mod figures;
 mod finding;
 mod greedy;
 mod no_op;
+mod reference;
 mod render;
 mod report;
+mod rows;
 mod run;
 mod sites;
 mod store;
 #[cfg(test)]
 mod testing;
 mod thresholds;
+mod together;
 
 pub use baseline::Regression;
 pub use budget::{Allowance, Budget};
 pub use cases::{
-    Case, CaseOptions, Padding, generated_prompts, length_cases, named_cases, select_cases, standard_cases,
+    Case, CaseOptions, Padding, adapter_cases, generated_prompts, length_cases, named_cases, select_cases,
+    standard_cases,
 };
-pub use check::{Candidate, Check, Model, Open, Other, Reference};
+pub use cause::Suspect;
+pub use check::{Candidate, Check, Open};
+pub use compare::Other;
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};
 pub use greedy::{Greedy, GreedyDifference};
 pub use no_op::{FirstDifference, NoOpPair};
+pub use reference::{Model, Reference};
 pub use report::{
-    AgainstCase, AgainstReport, CaseReport, Departure, Environment, Facts, LayerErrors, NoOpReport, Report, Row,
-    RunCase, RunReport, SCHEMA_VERSION, Subject, Verdict,
+    AgainstCase, AgainstReport, CaseReport, Departure, Environment, Facts, LayerErrors, NoOpReport, Report, RunCase,
+    RunReport, SCHEMA_VERSION, Subject, Verdict,
 };
+pub use rows::Row;
 pub use sites::{CapturedQuery, Probe, QueryDistance};
 pub use store::ReferenceStore;
 pub use thresholds::Thresholds;
+pub use together::Together;
 
 /// What keeps parity from being judged. A graph that fails is no error but a [`Report`] that says so.
 #[derive(Debug, thiserror::Error, miette::Diagnostic)]

@@ -65,6 +65,10 @@ impl<S: Session> Session for Recorder<S> {
         self.inner.info()
     }
 
+    fn activate(&mut self, models: &[usize]) -> runtime::Result<()> {
+        self.inner.activate(models)
+    }
+
     fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> runtime::Result<Vec<(String, Tensor)>> {
         let outputs = self.inner.run_tensors(feeds)?;
         let outputs = outputs.into_iter().map(|(name, tensor)| Ok((name, tensor.into_value()?)));

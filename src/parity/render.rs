@@ -80,6 +80,7 @@ impl Report {
                 facts("Tolerance that would just pass", tolerance),
             ],
         );
+        self.runs_of(&mut page);
         self.rows_of(&mut page);
         self.budget_of(&mut page);
         for run in &self.runs {
@@ -92,6 +93,28 @@ impl Report {
         page.table(&["role", "file", "bytes", "sha256"], &self.inputs.iter().map(input).collect::<Vec<_>>());
         page.heading("What is asked").paragraph(&self.rule);
         page.html()
+    }
+
+    /// Runs beside each other: what part of the budget each takes in each case.
+    fn runs_of(&self, page: &mut Page) {
+        if self.runs.len() < 2 {
+            return;
+        }
+        let part = |case: &RunCase| match case.figures {
+            Some(figures) if case.allowed > 0.0 => format!("{:.0} %", 100.0 * figures.max_abs / case.allowed),
+            _ => case.verdict.name().to_owned(),
+        };
+        let cell = |run: &RunReport, case: &str| {
+            run.cases.iter().find(|found| found.case == case).map_or_else(|| run.verdict.name().to_owned(), &part)
+        };
+        let row = |case: &CaseReport| {
+            let cells = self.runs.iter().map(|run| cell(run, &case.name));
+            std::iter::once(case.name.clone()).chain(cells).collect::<Vec<_>>()
+        };
+        let header: Vec<&str> = std::iter::once("case").chain(self.runs.iter().map(|run| run.name.as_str())).collect();
+        page.heading("Runs side by side");
+        page.paragraph("How much of what is allowed each run takes; more than 100 % is no parity.");
+        page.table(&header, &self.cases.iter().map(row).collect::<Vec<_>>());
     }
 
     fn rows_of(&self, page: &mut Page) {

@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Allowance, Budget, Figures, Finding, FirstDifference, Greedy, Regression, Result, TensorFigures, Thresholds,
+    Allowance, Budget, Figures, Finding, FirstDifference, Greedy, Padding, Regression, Result, TensorFigures,
+    Thresholds,
 };
 use crate::files::FileFact;
 use crate::runtime::RuntimeInfo;
@@ -71,6 +72,8 @@ pub struct Facts {
     pub inputs: Vec<FileFact>,
     /// The command that repeats the check.
     pub command: String,
+    /// The adapters of each model that the cases name.
+    pub models: Vec<String>,
     /// What the graph is to the checkpoint.
     pub subject: Subject,
 }
@@ -108,6 +111,9 @@ pub struct Report {
     pub thresholds: Option<Thresholds>,
     /// The error budget in words.
     pub rule: String,
+    /// The models that the rows of the cases are for, by the adapters that act: one, unless the graph switches.
+    #[serde(default)]
+    pub models: Vec<String>,
     /// The cases, with candle's own distance.
     pub cases: Vec<CaseReport>,
     /// One entry for each runtime.
@@ -149,6 +155,12 @@ pub struct CaseReport {
     pub attention_mask: Vec<Vec<i64>>,
     /// Cached steps after the prompts.
     pub steps: usize,
+    /// On which side rows have padding.
+    #[serde(default)]
+    pub padding: Option<Padding>,
+    /// By row, the model that it is for: a place in [`Report::models`].
+    #[serde(default)]
+    pub models: Vec<usize>,
     /// Columns that each call of the prefill fed, but for the last.
     pub chunk: usize,
     /// Number of compared positions, those of the steps included.
@@ -288,29 +300,6 @@ pub struct AgainstCase {
     pub tensors: Vec<TensorFigures>,
 }
 
-/// A line of the table that sums a report up.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Row<'a> {
-    /// What is judged where it is not the graph against the reference.
-    pub of: Option<&'static str>,
-    /// The run's name.
-    pub run: &'a str,
-    /// The case; `load` for a run that has none, `zero adapter` for a no-op.
-    pub case: &'a str,
-    /// The outcome.
-    pub verdict: Verdict,
-    /// The distance from the reference.
-    pub distance: Option<f64>,
-    /// How far it may be; zero for a no-op.
-    pub allowed: Option<f64>,
-    /// The other figures.
-    pub figures: Option<&'a Figures>,
-    /// The greedy continuation.
-    pub greedy: Option<&'a Greedy>,
-    /// Why it failed.
-    pub failure: Option<&'a str>,
-}
-
 impl Report {
     /// The report as JSON text.
     ///
@@ -318,16 +307,6 @@ impl Report {
     /// When it does not serialise.
     pub fn to_json(&self) -> Result<String> {
         Ok(serde_json::to_string_pretty(self)?)
-    }
-
-    /// The report as a table: one row for each run in each case, then one for each no-op; before them, one for each case
-    /// that candle itself failed.
-    pub fn rows(&self) -> Vec<Row<'_>> {
-        let candle = self.cases.iter().filter(|case| case.failure.is_some()).map(CaseReport::row);
-        let runs = self.runs.iter().flat_map(RunReport::rows);
-        let base = self.base.iter().flat_map(RunReport::rows).map(|row| Row { of: Some("base graph"), ..row });
-        let against = self.against.iter().flat_map(AgainstReport::rows);
-        base.chain(candle).chain(runs).chain(self.no_op.iter().map(NoOpReport::row)).chain(against).collect()
     }
 
     /// All figures of the graph against the reference.
@@ -338,102 +317,5 @@ impl Report {
     /// The tolerance, `atol = rtol`, that every run would just pass.
     pub fn tolerance(&self) -> Option<f64> {
         self.figures().map(|figures| figures.tolerance).reduce(f64::max)
-    }
-}
-
-impl CaseReport {
-    fn row(&self) -> Row<'_> {
-        Row {
-            of: None,
-            run: "candle",
-            case: &self.name,
-            verdict: Verdict::of(self.failure.is_none()),
-            distance: self.candle.as_ref().map(|figures| figures.max_abs),
-            allowed: None,
-            figures: self.candle.as_ref(),
-            greedy: None,
-            failure: self.failure.as_deref(),
-        }
-    }
-}
-
-impl RunReport {
-    fn rows(&self) -> Vec<Row<'_>> {
-        if self.cases.is_empty() {
-            return vec![Row {
-                of: None,
-                run: &self.name,
-                case: "load",
-                verdict: self.verdict,
-                distance: None,
-                allowed: None,
-                figures: None,
-                greedy: None,
-                failure: self.failure.as_deref(),
-            }];
-        }
-        self.cases.iter().map(|case| case.row(&self.name)).collect()
-    }
-}
-
-impl RunCase {
-    fn row<'a>(&'a self, run: &'a str) -> Row<'a> {
-        Row {
-            of: None,
-            run,
-            case: &self.case,
-            verdict: self.verdict,
-            distance: self.figures.as_ref().map(|figures| figures.max_abs),
-            allowed: Some(self.allowed),
-            figures: self.figures.as_ref(),
-            greedy: self.greedy.as_ref(),
-            failure: self.failure.as_deref(),
-        }
-    }
-}
-
-impl NoOpReport {
-    fn row(&self) -> Row<'_> {
-        Row {
-            of: Some("zero adapter"),
-            run: &self.name,
-            case: "all",
-            verdict: self.verdict,
-            distance: None,
-            allowed: Some(0.0),
-            figures: None,
-            greedy: None,
-            failure: self.failure.as_deref(),
-        }
-    }
-}
-
-impl<'a> AgainstReport {
-    fn rows(&'a self) -> Vec<Row<'a>> {
-        let none = Row {
-            of: Some("other graph"),
-            run: &self.name,
-            case: "load",
-            verdict: self.verdict,
-            distance: None,
-            allowed: None,
-            figures: None,
-            greedy: None,
-            failure: self.failure.as_deref(),
-        };
-        if self.cases.is_empty() {
-            return vec![none];
-        }
-        let row = |case: &'a AgainstCase| Row {
-            case: &case.case,
-            verdict: case.verdict,
-            distance: case.figures.as_ref().map(|figures| figures.max_abs),
-            allowed: Some(case.allowed),
-            figures: case.figures.as_ref(),
-            greedy: case.greedy.as_ref(),
-            failure: case.failure.as_deref(),
-            ..none
-        };
-        self.cases.iter().map(row).collect()
     }
 }

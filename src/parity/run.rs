@@ -1,11 +1,12 @@
 //! Running a case: what is fed, call by call, and the logits that come out.
 
-use ndarray::{Array2, Array3, Axis, concatenate};
+use ndarray::{Array2, Array3, Axis, concatenate, s};
 
+use super::cause::Reading;
 use super::figures::{Spot, top1};
 use super::{Case, Error, Model, Result};
 use crate::base::{Input, KvCache};
-use crate::runtime::{GraphDecoder, Session};
+use crate::runtime::{GraphDecoder, Session, positions};
 
 /// Tokens that are fed at once, after those of earlier calls.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,8 +19,11 @@ pub(super) struct Call {
 
 /// Something that runs a decoder with its cache.
 pub(super) trait Runner {
-    /// Forgets what was decoded before.
-    fn start(&mut self);
+    /// Forgets what was decoded before, and takes for each row of the next batch the model of this number.
+    ///
+    /// # Errors
+    /// When there is no such model, or the runtime cannot run these models in one batch.
+    fn start(&mut self, models: &[usize]) -> Result<()>;
 
     /// Feeds the next tokens and gives their logits, `[batch, seq, vocab]`. Positions are counted from the mask so far.
     ///
@@ -34,6 +38,8 @@ pub(super) struct Script {
     calls: Vec<Call>,
     /// Calls that feed the prompts.
     prefill: usize,
+    /// The model of each row.
+    models: Vec<usize>,
     /// The compared positions, in the order of the recorded logits.
     pub(super) spots: Vec<Spot>,
     /// The token that follows each spot in its row, where one does.
@@ -43,10 +49,11 @@ pub(super) struct Script {
 }
 
 impl Script {
-    /// A script of calls of which the first `prefill` feed the prompts.
-    pub(super) fn new(calls: Vec<Call>, prefill: usize) -> Self {
+    /// A script of calls of which the first `prefill` feed the prompts, for the models of these numbers by row.
+    pub(super) fn new(calls: Vec<Call>, prefill: usize, models: &[usize]) -> Self {
         let batch = calls.first().map_or(0, |call| call.ids.nrows());
-        let mut script = Self { calls: Vec::new(), prefill, spots: vec![], next: vec![], picks: vec![] };
+        let mut script =
+            Self { calls: vec![], prefill, models: models.into(), spots: vec![], next: vec![], picks: vec![] };
         let mut last: Vec<Option<usize>> = vec![None; batch];
         let mut columns = 0usize;
         for (index, call) in calls.iter().enumerate() {
@@ -93,7 +100,7 @@ fn prompts(case: &Case) -> Vec<Call> {
 /// Runs a case greedily. Gives the script that others replay, and the logits of its spots, `[spots, vocab]`.
 pub(super) fn record(runner: &mut dyn Runner, case: &Case, vocab: usize) -> Result<(Script, Array2<f64>)> {
     let mut record = Recording::new(vocab, case.ids().nrows());
-    runner.start();
+    runner.start(case.models())?;
     let mut calls = prompts(case);
     let prefill = calls.len();
     for call in &calls {
@@ -104,14 +111,14 @@ pub(super) fn record(runner: &mut dyn Runner, case: &Case, vocab: usize) -> Resu
         record.add(&call, &runner.extend(&call)?)?;
         calls.push(call);
     }
-    Ok((Script::new(calls, prefill), record.into_logits()?))
+    Ok((Script::new(calls, prefill, case.models()), record.into_logits()?))
 }
 
 /// Runs a script. Gives the logits of its spots, `[spots, vocab]`.
 pub(super) fn replay(runner: &mut dyn Runner, script: &Script, vocab: usize) -> Result<Array2<f64>> {
     let batch = script.calls.first().map_or(0, |call| call.ids.nrows());
     let mut record = Recording::new(vocab, batch);
-    runner.start();
+    runner.start(&script.models)?;
     for call in &script.calls {
         record.add(call, &runner.extend(call)?)?;
     }
@@ -160,31 +167,80 @@ impl Recording {
     }
 }
 
-/// The candle decoder with its hook.
+/// candle models, of which each row of a batch runs one.
 pub(super) struct CandleRunner<'a> {
+    models: &'a [Model<'a>],
+    reading: Reading,
+    parts: Vec<Part<'a>>,
+}
+
+/// The rows of a batch that one model runs.
+struct Part<'a> {
     model: Model<'a>,
+    rows: Vec<usize>,
     cache: KvCache,
     mask: Option<Array2<i64>>,
 }
 
 impl<'a> CandleRunner<'a> {
-    pub(super) fn new(model: Model<'a>) -> Self {
-        Self { model, cache: KvCache::new(model.decoder.spec().num_layers), mask: None }
+    pub(super) fn new(models: &'a [Model<'a>]) -> Self {
+        Self { models, reading: Reading::Faithful, parts: Vec::new() }
+    }
+
+    /// The same with another way to read the mask.
+    pub(super) fn reading(models: &'a [Model<'a>], reading: Reading) -> Self {
+        Self { reading, ..Self::new(models) }
     }
 }
 
 impl Runner for CandleRunner<'_> {
-    fn start(&mut self) {
-        *self = Self::new(self.model);
+    fn start(&mut self, models: &[usize]) -> Result<()> {
+        self.parts.clear();
+        if let Some(number) = models.iter().find(|number| **number >= self.models.len()) {
+            return Err(Error::Option { option: "model", why: format!("{number} is not given") });
+        }
+        for (number, model) in self.models.iter().enumerate() {
+            let rows = models.iter().enumerate().filter(|(_, of_row)| **of_row == number);
+            let rows: Vec<usize> = rows.map(|(row, _)| row).collect();
+            if !rows.is_empty() {
+                let cache = KvCache::new(model.decoder.spec().num_layers);
+                self.parts.push(Part { model: *model, rows, cache, mask: None });
+            }
+        }
+        Ok(())
     }
 
     fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {
+        if let [part] = &mut self.parts[..] {
+            return part.extend(call, self.reading);
+        }
+        let vocab = self.models.first().map_or(0, |model| model.decoder.spec().vocab_size);
+        let mut all = Array3::zeros((call.ids.nrows(), call.ids.ncols(), vocab));
+        for part in &mut self.parts {
+            let rows = |array: &Array2<i64>| array.select(Axis(0), &part.rows);
+            let logits = part.extend(&Call::new(rows(&call.ids), rows(&call.mask)), self.reading)?;
+            for (row, logits) in part.rows.iter().zip(logits.outer_iter()) {
+                all.index_axis_mut(Axis(0), *row).assign(&logits);
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Part<'_> {
+    fn extend(&mut self, call: &Call, reading: Reading) -> Result<Array3<f64>> {
         let mask = match self.mask.take() {
             None => call.mask.clone(),
             Some(seen) => concatenate![Axis(1), seen, call.mask],
         };
         let flat = |array: &Array2<i64>| array.iter().copied().collect::<Vec<_>>();
-        let input = Input::new(call.ids.nrows(), &flat(&call.ids), &flat(&mask), None)?;
+        let (rows, seq) = call.ids.dim();
+        let by_column = Array2::ones(mask.raw_dim());
+        let counted = positions(if reading.is_by_column() { &by_column } else { &mask });
+        let counted = counted.slice_move(s![.., mask.ncols().saturating_sub(seq)..]);
+        let shown = if reading.hides_padding() { &mask } else { &by_column };
+        let given = (reading != Reading::Faithful).then(|| flat(&counted));
+        let input = Input::new(rows, &flat(&call.ids), &flat(shown), given.as_deref())?;
         self.mask = Some(mask);
         let logits = self.model.decoder.forward(&input, Some(&mut self.cache), self.model.hook)?;
         let expected = [call.ids.nrows(), call.ids.ncols(), self.model.decoder.spec().vocab_size];
@@ -215,8 +271,9 @@ impl<S: Session> GraphRunner<S> {
 }
 
 impl<S: Session> Runner for GraphRunner<S> {
-    fn start(&mut self) {
+    fn start(&mut self, models: &[usize]) -> Result<()> {
         self.decoder.reset();
+        Ok(self.decoder.session_mut().activate(models)?)
     }
 
     fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {
@@ -237,8 +294,9 @@ mod tests {
     }
 
     impl Runner for Counting {
-        fn start(&mut self) {
+        fn start(&mut self, _: &[usize]) -> Result<()> {
             self.fed.clear();
+            Ok(())
         }
 
         fn extend(&mut self, call: &Call) -> Result<Array3<f64>> {

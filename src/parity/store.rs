@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use ndarray::Array2;
 
-use super::check::ReferenceCase;
+use super::reference::ReferenceCase;
 use super::run::{Call, Script};
 use super::{Case, Reference, Result};
 use crate::base::DecoderSpec;
@@ -13,7 +13,7 @@ use crate::files;
 use crate::runtime::NamedValues;
 
 /// Changes with the layout of the files, and where the same inputs would give other numbers.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A folder of references, bounded in size: the longest unused go first.
 #[derive(Clone, Debug)]
@@ -34,7 +34,7 @@ impl ReferenceStore {
             .iter()
             .map(|case| {
                 let rows = |array: &Array2<i64>| array.outer_iter().map(|row| row.to_vec()).collect::<Vec<_>>();
-                (case.name(), rows(case.ids()), rows(case.mask()), case.steps(), case.chunk())
+                (case.name(), rows(case.ids()), rows(case.mask()), case.steps(), case.chunk(), case.models().to_vec())
             })
             .collect();
         let tool = env!("CARGO_PKG_VERSION");
@@ -140,7 +140,7 @@ fn read(values: &mut NamedValues, index: usize, case: Case) -> Option<(Reference
         let indices = |value: crate::runtime::Value| value.into_i64().ok()?.into_dimensionality().ok();
         calls.push(Call::new(indices(ids)?, indices(mask)?));
     }
-    let script = Script::new(calls, prefill);
+    let script = Script::new(calls, prefill, case.models());
     let whole = script.spots.len() == logits.nrows() && logits.dim() == own.dim();
     let case = ReferenceCase::new(case, script, logits).ok()?;
     whole.then_some((case, own))

@@ -113,6 +113,8 @@ pub(super) type Distort = fn(&mut Array2<i64>, &mut Array2<i64>);
 pub(super) const FAITHFUL: Distort = |_, _| {};
 pub(super) const SHIFTED: Distort = |_, positions| *positions += 1;
 pub(super) const UNMASKED: Distort = |mask, _| mask.fill(1);
+pub(super) const BY_COLUMN: Distort =
+    |_, positions| positions.indexed_iter_mut().for_each(|((_, column), position)| *position = column as i64);
 
 /// A decoder without a cache, run by candle.
 pub(super) struct CandleSession {
@@ -180,6 +182,10 @@ pub(super) struct Tampered<S, F> {
 }
 
 impl<S: Session, F: FnMut(&str, &mut ArrayD<f32>) + Send> Session for Tampered<S, F> {
+    fn activate(&mut self, models: &[usize]) -> runtime::Result<()> {
+        self.inner.activate(models)
+    }
+
     fn inputs(&self) -> &[Port] {
         self.inner.inputs()
     }

@@ -1,6 +1,8 @@
-//! A session that is given some of its inputs with every run: an adapter's values for slots, the row of a bank.
+//! A session that is given some of its inputs with every run: an adapter's values for slots, the rows of a bank.
 
 use std::collections::BTreeMap;
+
+use ndarray::Array1;
 
 use super::{DType, Error, Port, Result, RuntimeInfo, Session, Tensor, Value};
 
@@ -13,11 +15,17 @@ pub enum Given {
     EveryRow(i64),
 }
 
+/// Inputs with what they are given.
+pub type NamedGiven = Vec<(String, Given)>;
+
 /// A session with some inputs given beforehand. They are no inputs of it any more.
 pub struct WithGiven<S> {
     inner: S,
     inputs: Vec<Port>,
-    given: Vec<(String, Given)>,
+    /// By model.
+    models: Vec<NamedGiven>,
+    /// The model of each row; none where the first one has all of them.
+    active: Vec<usize>,
 }
 
 impl<S: Session> WithGiven<S> {
@@ -25,21 +33,55 @@ impl<S: Session> WithGiven<S> {
     ///
     /// # Errors
     /// When the graph has no input of a name.
-    pub fn new(inner: S, given: Vec<(String, Given)>) -> Result<Self> {
+    pub fn new(inner: S, given: NamedGiven) -> Result<Self> {
+        Self::switching(inner, vec![given])
+    }
+
+    /// The same with several models, of which [`Session::activate`] chooses; the first one until then. An input with a default
+    /// that a model does not name keeps it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn switching(inner: S, models: Vec<NamedGiven>) -> Result<Self> {
         let has = |name: &str| inner.inputs().iter().chain(inner.optional_inputs()).any(|port| port.name == name);
-        if let Some((name, _)) = given.iter().find(|(name, _)| !has(name)) {
+        if let Some((name, _)) = models.iter().flatten().find(|(name, _)| !has(name)) {
             return Err(Error::Feed {
                 reason: format!("it has no input `{name}`, which was to be given with every run"),
             });
         }
-        let is_given = |port: &&Port| given.iter().any(|(name, _)| *name == port.name);
+        let is_given = |port: &&Port| models.iter().flatten().any(|(name, _)| *name == port.name);
         let inputs = inner.inputs().iter().filter(|port| !is_given(port)).cloned().collect();
-        Ok(Self { inner, inputs, given })
+        Ok(Self { inner, inputs, models, active: Vec::new() })
     }
 
     /// Gives the session back.
     pub fn into_session(self) -> S {
         self.inner
+    }
+
+    fn given(&self, model: usize) -> &[(String, Given)] {
+        self.models.get(model).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// What is given to a batch of so many rows.
+    fn feeds(&self, batch: usize) -> Result<Vec<(String, Tensor)>> {
+        let row = |row: usize| self.given(self.active.get(row).copied().unwrap_or(0));
+        let number = |given: &Given| if let Given::EveryRow(number) = given { Some(*number) } else { None };
+        let feed = |(name, given): &(String, Given)| {
+            let of_row = |at| row(at).iter().find(|(other, _)| other == name).and_then(|(_, given)| number(given));
+            let value: Value = match given {
+                Given::Value(value) => value.clone(),
+                Given::EveryRow(first) => {
+                    (0..batch).map(|at| of_row(at).unwrap_or(*first)).collect::<Array1<i64>>().into_dyn().into()
+                }
+            };
+            (name.clone(), Tensor::from(value))
+        };
+        if !self.active.is_empty() && self.active.len() != batch {
+            let reason = format!("{batch} rows were given to a session that was told of {}", self.active.len());
+            return Err(Error::Feed { reason });
+        }
+        Ok(row(0).iter().map(feed).collect())
     }
 }
 
@@ -60,15 +102,26 @@ impl<S: Session> Session for WithGiven<S> {
         self.inner.nodes()
     }
 
+    fn activate(&mut self, models: &[usize]) -> Result<()> {
+        let refused = |reason: &str| Err(Error::Feed { reason: reason.into() });
+        if models.iter().any(|model| *model != 0 && *model >= self.models.len()) {
+            return refused("it was not told what one of the batch's models is given");
+        }
+        let values = |model: usize| {
+            self.given(model).iter().filter(|(_, given)| matches!(given, Given::Value(_))).collect::<Vec<_>>()
+        };
+        if let Some(first) = models.first()
+            && models.iter().any(|model| values(*model) != values(*first))
+        {
+            return refused("a slot holds one adapter for the whole batch");
+        }
+        self.active = models.into();
+        Ok(())
+    }
+
     fn run_tensors(&mut self, mut feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
         let batch = feeds.iter().find_map(|(_, tensor)| tensor.shape().first().copied()).unwrap_or(1);
-        for (name, given) in &self.given {
-            let value = match given {
-                Given::Value(value) => value.clone(),
-                Given::EveryRow(row) => ndarray::Array1::from_elem(batch, *row).into_dyn().into(),
-            };
-            feeds.push((name.clone(), value.into()));
-        }
+        feeds.extend(self.feeds(batch)?);
         self.inner.run_tensors(feeds)
     }
 }
@@ -85,5 +138,72 @@ impl Given {
         let shape: Option<Vec<usize>> = dims.iter().map(|dim| usize::try_from(*dim).ok()).collect();
         let shape = shape.ok_or_else(|| Error::Shape { reason: format!("{dims:?} is negative") })?;
         Value::from_le_bytes(dtype, &shape, bytes).map(Self::Value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keeps what it is fed.
+    struct Fed(Vec<Port>, Vec<Port>, Vec<(String, Vec<i64>)>);
+
+    impl Session for Fed {
+        fn inputs(&self) -> &[Port] {
+            &self.0
+        }
+
+        fn optional_inputs(&self) -> &[Port] {
+            &self.1
+        }
+
+        fn outputs(&self) -> &[Port] {
+            &[]
+        }
+
+        fn info(&self) -> RuntimeInfo {
+            let text = String::new;
+            RuntimeInfo { runtime: text(), version: text(), device: text(), optimization: text(), library: None }
+        }
+
+        fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+            let values = |tensor: Tensor| tensor.into_value().unwrap().into_i64().unwrap().iter().copied().collect();
+            self.2 = feeds.into_iter().map(|(name, tensor)| (name, values(tensor))).collect();
+            Ok(Vec::new())
+        }
+    }
+
+    fn port(name: &str) -> Port {
+        Port { name: name.into(), dtype: DType::I64, dims: Vec::new() }
+    }
+
+    fn value(number: i64) -> Given {
+        Given::Value(Array1::from_elem(1, number).into_dyn().into())
+    }
+
+    #[test]
+    fn every_row_is_given_what_its_model_is_and_slots_are_for_all() {
+        let inner = Fed(vec![port("ids"), port("bank")], vec![port("slot")], Vec::new());
+        let row = |row| ("bank".to_owned(), Given::EveryRow(row));
+        let slot = |number| ("slot".to_owned(), value(number));
+        let models = vec![vec![row(1), slot(7)], vec![row(2), slot(7)], vec![row(0)]];
+        let mut session = WithGiven::switching(inner, models).unwrap();
+        assert_eq!(session.inputs().iter().map(|port| port.name.as_str()).collect::<Vec<_>>(), ["ids"]);
+        let mut fed = |models: &[usize]| {
+            session.activate(models)?;
+            let ids: Value = Array1::<i64>::zeros(3).into_dyn().into();
+            session.run_tensors(vec![("ids".into(), ids.into())])?;
+            Ok::<_, Error>(
+                session.inner.2.iter().skip(1).map(|(name, v)| (name.clone(), v.clone())).collect::<Vec<_>>(),
+            )
+        };
+        let named = |name: &str, values: &[i64]| (name.to_owned(), values.to_vec());
+        assert_eq!(fed(&[]).unwrap(), [named("bank", &[1, 1, 1]), named("slot", &[7])]);
+        assert_eq!(fed(&[0, 1, 0]).unwrap(), [named("bank", &[1, 2, 1]), named("slot", &[7])]);
+        assert_eq!(fed(&[2, 2, 2]).unwrap(), [named("bank", &[0, 0, 0])], "the slot keeps its default");
+        let refused = |result: Result<Vec<_>>| result.unwrap_err().to_string();
+        assert!(refused(fed(&[0, 2, 0])).contains("one adapter for the whole batch"));
+        assert!(refused(fed(&[3, 3, 3])).contains("was not told"));
+        assert!(refused(fed(&[0, 1])).contains("3 rows were given"));
     }
 }

@@ -24,7 +24,7 @@ mod value;
 use std::path::PathBuf;
 
 pub use decode::{CachePort, DecoderPorts, GraphDecoder, last_logits, left_pad, positions};
-pub use given::{Given, WithGiven};
+pub use given::{Given, NamedGiven, WithGiven};
 pub use ort_session::{Optimization, OrtOptions, OrtSession, Provider};
 pub use process::{Launch, ProcessSession};
 pub use serve::serve_parent;

@@ -84,6 +84,15 @@ pub trait Session: Send {
     /// When the feeds are not the graph's inputs (checked before the runtime sees them), or the runtime fails.
     fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>>;
 
+    /// Chooses what the rows of the next runs are for, by numbers that whoever opened the session gave meaning to, as
+    /// [`WithGiven::switching`](super::WithGiven::switching) does. A session that has no choice ignores it.
+    ///
+    /// # Errors
+    /// When the graph cannot run these in one batch.
+    fn activate(&mut self, _models: &[usize]) -> Result<()> {
+        Ok(())
+    }
+
     /// How many nodes ran on each execution provider, by the runtime's own profile of its first run; none where the runtime
     /// makes no profile or has not run yet.
     fn nodes(&self) -> Option<BTreeMap<String, usize>> {
@@ -118,6 +127,9 @@ macro_rules! forward {
             }
             fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
                 (**self).run_tensors(feeds)
+            }
+            fn activate(&mut self, models: &[usize]) -> Result<()> {
+                (**self).activate(models)
             }
             fn nodes(&self) -> Option<BTreeMap<String, usize>> {
                 (**self).nodes()

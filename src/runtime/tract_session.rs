@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tract_onnx::pb::tensor_shape_proto::dimension::Value as DimValue;
-use tract_onnx::pb::{ModelProto, ValueInfoProto, type_proto};
+use tract_onnx::pb::{ModelProto, TensorProto, ValueInfoProto, type_proto};
 use tract_onnx::prelude::{Framework, InferenceModelExt, IntoRunnable};
 use tract_onnx::tract_hir::internal::*;
 
@@ -44,7 +44,12 @@ pub struct TractSession {
     path: PathBuf,
     /// Inputs with a default that are fed all the same.
     fed: Vec<String>,
+    /// The plan's inputs, in its order.
+    planned: Vec<Port>,
     inputs: Vec<Port>,
+    /// Those of them that are this where they are not fed.
+    optional: Vec<Port>,
+    defaults: Vec<(String, Value)>,
     outputs: Vec<Port>,
     plans: Plans,
     kept_plans: usize,
@@ -66,14 +71,16 @@ impl TractSession {
         Self::open_fed(graph, &[], options)
     }
 
-    /// As [`open`](Self::open), with inputs to feed although they have a default: to tract it is either an input or a constant.
+    /// As [`open`](Self::open), with inputs that may be fed although they have a default: to tract it is either an input or a
+    /// constant.
     ///
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_fed(graph: &Path, fed: &[String], options: TractOptions) -> Result<Self> {
         std::fs::File::open(graph).map_err(crate::files::Error::io("open", graph))?;
-        let (model, inputs, outputs) = guarded(|| parse(graph, fed)).map_err(|reason| load_error(graph, reason))?;
-        let symbolic = options.symbolic.then(|| guarded(|| symbolic_plan(model.clone(), &inputs)));
+        let Parsed { model, inputs: planned, outputs, defaults } =
+            guarded(|| parse(graph, fed)).map_err(|reason| load_error(graph, reason))?;
+        let symbolic = options.symbolic.then(|| guarded(|| symbolic_plan(model.clone(), &planned)));
         let plans = match symbolic {
             Some(Ok(plan)) => Plans::Symbolic(plan),
             None => Plans::per_shape(model),
@@ -82,7 +89,10 @@ impl TractSession {
                 Plans::per_shape(model)
             }
         };
-        Ok(Self { path: graph.into(), fed: fed.into(), inputs, outputs, plans, kept_plans: options.kept_plans.max(1) })
+        let has_default = |port: &Port| defaults.iter().any(|(name, _)| *name == port.name);
+        let (optional, inputs) = planned.iter().cloned().partition(has_default);
+        let (path, fed, kept_plans) = (graph.into(), fed.into(), options.kept_plans.max(1));
+        Ok(Self { path, fed, planned, inputs, optional, defaults, outputs, plans, kept_plans })
     }
 
     fn run_plan(&mut self, feeds: TVec<TValue>) -> Result<TVec<TValue>> {
@@ -94,7 +104,7 @@ impl TractSession {
             };
             // An exporter's dimension names can contradict what the nodes compute, which shows only here.
             tracing::debug!(graph = %self.path.display(), reason, "tract's symbolic plan does not run");
-            let (model, ..) =
+            let Parsed { model, .. } =
                 guarded(|| parse(&self.path, &self.fed)).map_err(|reason| load_error(&self.path, reason))?;
             self.plans = Plans::per_shape(model);
         }
@@ -138,6 +148,10 @@ impl Session for TractSession {
         &self.inputs
     }
 
+    fn optional_inputs(&self) -> &[Port] {
+        &self.optional
+    }
+
     fn outputs(&self) -> &[Port] {
         &self.outputs
     }
@@ -156,8 +170,13 @@ impl Session for TractSession {
         }
     }
 
-    fn run_tensors(&mut self, feeds: Vec<(String, AnyTensor)>) -> Result<Vec<(String, AnyTensor)>> {
-        let feeds = order_feeds(&self.inputs, &[], feeds)?;
+    fn run_tensors(&mut self, mut feeds: Vec<(String, AnyTensor)>) -> Result<Vec<(String, AnyTensor)>> {
+        for (name, value) in &self.defaults {
+            if feeds.iter().all(|(fed, _)| fed != name) {
+                feeds.push((name.clone(), value.clone().into()));
+            }
+        }
+        let feeds = order_feeds(&self.planned, &[], feeds)?;
         let feeds = feeds.into_iter().map(|(_, tensor)| tensor.into_tract()).collect::<Result<TVec<TValue>>>()?;
         let outputs = self.run_plan(feeds)?;
         let names = self.outputs.iter().map(|port| port.name.clone());
@@ -165,13 +184,24 @@ impl Session for TractSession {
     }
 }
 
-fn parse(graph: &Path, fed: &[String]) -> TractResult<(InferenceModel, Vec<Port>, Vec<Port>)> {
+/// A graph as tract reads it.
+struct Parsed {
+    model: InferenceModel,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+    /// Of the inputs that are no constants though they have a default.
+    defaults: Vec<(String, Value)>,
+}
+
+fn parse(graph: &Path, fed: &[String]) -> TractResult<Parsed> {
     // Declared output and inner shapes name dimensions in the exporter's way, which tract cannot unify with what it
     // finds itself.
     let onnx = tract_onnx::onnx().with_ignore_output_shapes(true).with_ignore_value_info(true);
     let mut proto = onnx.proto_model_for_path(graph)?;
+    let mut defaults = Vec::new();
     if let Some(graph) = &mut proto.graph {
-        graph.initializer.retain(|tensor| !fed.contains(&tensor.name));
+        let of_fed = graph.initializer.extract_if(.., |tensor| fed.contains(&tensor.name));
+        defaults.extend(of_fed.filter_map(|tensor| default(&tensor)));
     }
     let (inputs, outputs) = ports(&proto)?;
     let folder = graph.parent().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
@@ -180,7 +210,14 @@ fn parse(graph: &Path, fed: &[String]) -> TractResult<(InferenceModel, Vec<Port>
     if let Some(name) = parsed.unresolved_inputs.first() {
         bail!("a node reads `{name}`, which nothing produces");
     }
-    Ok((parsed.model, inputs, outputs))
+    Ok(Parsed { model: parsed.model, inputs, outputs, defaults })
+}
+
+/// The name and value of an initializer that is written into the file.
+fn default(tensor: &TensorProto) -> Option<(String, Value)> {
+    let shape = tensor.dims.iter().map(|dim| usize::try_from(*dim).ok()).collect::<Option<Vec<_>>>()?;
+    let value = Value::from_le_bytes(DType::from_onnx(tensor.data_type)?, &shape, &tensor.raw_data).ok()?;
+    Some((tensor.name.clone(), value))
 }
 
 fn ports(proto: &ModelProto) -> TractResult<(Vec<Port>, Vec<Port>)> {

@@ -35,6 +35,13 @@ pub(super) struct State {
     pub(super) config: TrainConfig,
     /// The run's figures.
     pub(super) progress: Progress,
+    /// The processes that shared the run.
+    #[serde(default = "one")]
+    pub(super) processes: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// `state.json`.

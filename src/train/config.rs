@@ -24,7 +24,7 @@ pub struct TrainConfig {
     pub max_steps: Option<usize>,
     /// Examples in a forward pass: sequences, or pairs of sequences with `dpo` and `simpo`.
     pub batch_size: usize,
-    /// Forward passes in an optimizer step.
+    /// Forward passes in an optimizer step; in each process where there are several.
     pub gradient_accumulation: usize,
     /// Global L2 norm above which gradients are scaled down; 0 for never.
     pub max_grad_norm: f64,
@@ -249,10 +249,10 @@ impl TrainConfig {
         examples.div_ceil(self.batch_size)
     }
 
-    /// Optimizer steps over `examples` examples, or pairs.
-    pub fn total_steps(&self, examples: usize) -> usize {
+    /// Optimizer steps over `examples` examples, or pairs, in `processes` processes.
+    pub fn total_steps(&self, examples: usize, processes: usize) -> usize {
         let batches = self.batches_per_epoch(examples) * self.epochs;
-        self.max_steps.unwrap_or_else(|| batches.div_ceil(self.gradient_accumulation))
+        self.max_steps.unwrap_or_else(|| batches.div_ceil(self.gradient_accumulation.saturating_mul(processes)))
     }
 
     /// The learning rate over `total_steps` steps.

@@ -137,6 +137,72 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// A variable of the launcher cannot be used.
+    #[error("the environment variable `{name}` {why}")]
+    #[diagnostic(
+        code(prefold::train::launch),
+        help(
+            "start all processes with torchrun --no-python, mpirun or srun; or unset the variable to train in one process"
+        )
+    )]
+    Launch {
+        /// The variable.
+        name: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// The processes of a run did not find each other.
+    #[error("the processes did not meet at {host}:{port}: {why}")]
+    #[diagnostic(
+        code(prefold::train::join),
+        help(
+            "MASTER_ADDR and MASTER_PORT must name an address of process 0 that all machines reach and a free port of it; look              whether another process ended before"
+        )
+    )]
+    Join {
+        /// Host of process 0.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// What happened.
+        why: String,
+    },
+    /// Another process is no longer there.
+    #[error("the connection to rank {rank} broke: {source}")]
+    #[diagnostic(
+        code(prefold::train::peer),
+        help("look at what that process printed; --resume goes on from the last checkpoint")
+    )]
+    Peer {
+        /// Its rank.
+        rank: usize,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// Processes run different things.
+    #[error("rank {rank} is not at the same place of the run")]
+    #[diagnostic(
+        code(prefold::train::out_of_step),
+        help("start all processes with the same prefold and the same options")
+    )]
+    OutOfStep {
+        /// The other's rank.
+        rank: usize,
+    },
+    /// Processes were started with different things.
+    #[error("the {what} of rank {rank} differ from those of rank 0")]
+    #[diagnostic(
+        code(prefold::train::disagree),
+        help(
+            "all processes need the same options, data and model, and with --resume a run folder that all of them see"
+        )
+    )]
+    Disagree {
+        /// What differs.
+        what: &'static str,
+        /// The rank of the other.
+        rank: usize,
+    },
 }
 
 /// The result of an operation of training.

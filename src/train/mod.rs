@@ -5,6 +5,7 @@
 //! ```text
 //! Trainer::run ──► step (step.rs): batches ──► Objective ──► gradients ──► AdamW
 //!      │
+//!      ├── parallel/      several processes, one run
 //!      ├── evaluate/      held-out loss, accuracy, classes
 //!      ├── control.rs     best adapter, patience, a loss that explodes
 //!      ├── checkpoint.rs  state of the run, whole or not at all
@@ -22,6 +23,7 @@ mod fingerprint;
 mod gradients;
 mod objective;
 mod optimizer;
+mod parallel;
 mod run_folder;
 mod schedule;
 mod step;
@@ -40,6 +42,7 @@ pub use objective::{
     BatchLoss, CompletionLoss, DpoConfig, Objective, ObjectiveKind, Sft, SimpoConfig, batch_input, completion_loss,
 };
 pub use optimizer::{AdamW, AdamWConfig, clip_gradients};
+pub use parallel::{Group, Launch};
 pub use run_folder::{EVALUATION_NAME, METRICS_NAME, RunFolder};
 pub use schedule::{LrScheduler, Schedule};
 pub use step::StepReport;

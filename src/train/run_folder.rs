@@ -85,6 +85,11 @@ impl RunFolder {
         Ok(Self { path: path.into(), created: false })
     }
 
+    /// The folder as it is read by processes of a run that do not write: all but the first.
+    pub fn follow(path: &Path) -> Self {
+        Self { path: path.into(), created: false }
+    }
+
     /// Its path.
     pub fn path(&self) -> &Path {
         &self.path

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::parallel::sum_gradients;
 use super::trainer::Trainer;
 use super::{BatchGradients, ComputeType, Error, Result, batch_gradients, clip_gradients};
 use crate::data::Batch;
@@ -35,13 +36,16 @@ impl Trainer<'_> {
     /// Runs the batches of step `step`, counted from 0, and moves the adapter.
     pub(super) fn step(&mut self, step: usize) -> Result<StepReport> {
         let started = Instant::now();
-        let batches: Vec<Batch> = (0..self.config.gradient_accumulation).map(|_| self.next_batch()).collect();
+        // of all processes, which agree in the order of the data without a word
+        let (processes, rank) = self.group.map_or((1, 0), |group| (group.world_size(), group.rank()));
+        let own = self.config.gradient_accumulation;
+        let batches: Vec<Batch> = (0..own * processes).map(|_| self.next_batch()).collect();
         let units: usize = batches.iter().map(|batch| self.objective.units(batch)).sum();
         let mut gradients = BTreeMap::new();
         let mut figures = BTreeMap::<String, f64>::new();
         let mut loss = 0.0;
-        for (at, batch) in batches.iter().enumerate() {
-            self.hook.begin_pass(self.pass_number(step, at));
+        for (at, batch) in batches.iter().enumerate().skip(rank * own).take(own) {
+            self.hook.begin_pass(self.pass_number(step, at, batches.len()));
             let of = BatchGradients {
                 decoder: self.decoder(),
                 hook: self.hook.as_ref(),
@@ -55,6 +59,13 @@ impl Trainer<'_> {
             for (name, sum) in &found.figures {
                 *figures.entry((*name).into()).or_default() += sum / units as f64;
             }
+        }
+        if let Some(group) = self.group {
+            let mut numbers: Vec<f64> = std::iter::once(loss).chain(figures.values().copied()).collect();
+            group.sum_f64(&mut numbers)?;
+            loss = numbers.first().copied().unwrap_or(loss);
+            figures.values_mut().zip(numbers.iter().skip(1)).for_each(|(figure, sum)| *figure = *sum);
+            sum_gradients(group, self.optimizer.vars(), &mut gradients)?;
         }
         self.check_finite(step, "loss", loss)?;
         let max_norm = (self.config.max_grad_norm > 0.0).then_some(self.config.max_grad_norm);
@@ -79,8 +90,8 @@ impl Trainer<'_> {
     }
 
     /// A number for each micro-batch of the run, which a resumed run gives again.
-    fn pass_number(&self, step: usize, batch: usize) -> u64 {
-        let number = step as u64 * self.config.gradient_accumulation as u64 + batch as u64;
+    fn pass_number(&self, step: usize, batch: usize, batches: usize) -> u64 {
+        let number = step as u64 * batches as u64 + batch as u64;
         self.config.seed.rotate_left(32) ^ number
     }
 

@@ -9,8 +9,8 @@ use super::checkpoint::{Saved, State};
 use super::control::Progress;
 use super::curves;
 use super::{
-    AdamW, Best, ComputeType, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Objective, ObjectiveKind, Result,
-    RunFolder, Schedule, StepReport, TrainConfig,
+    AdamW, Best, ComputeType, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Group, Objective, ObjectiveKind,
+    Result, RunFolder, Schedule, StepReport, TrainConfig,
 };
 use crate::adapter::{Adapter, AdapterConfig, Method};
 use crate::base::{Decoder, DecoderSpec, SiteHook};
@@ -87,6 +87,8 @@ pub struct Inputs<'a> {
     pub held_out: Option<&'a Dataset>,
     /// Where the run is written.
     pub folder: &'a RunFolder,
+    /// The processes that share the run; the first of them evaluates and writes.
+    pub group: Option<&'a Group>,
 }
 
 /// A training run: what is trained, on what, how, and where it is written.
@@ -109,6 +111,7 @@ pub struct Trainer<'a> {
     pub(super) sampler: Sampler,
     pub(super) cursor: Cursor,
     pub(super) progress: Progress,
+    pub(super) group: Option<&'a Group>,
     held_out: Option<&'a Dataset>,
     base: Fingerprint,
     adapter: Adapter,
@@ -130,16 +133,29 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// When the options make no sense, nothing is left to train on, the data do not fit the objective, the adapter does
-    /// not fit the model, or a checkpoint belongs to another run.
+    /// not fit the model, a checkpoint belongs to another run, or the processes of the run were started differently.
     pub fn new(inputs: Inputs<'a>) -> Result<Self> {
-        let Inputs { decoder, base, adapter, config, train, held_out, folder } = inputs;
+        let Inputs { decoder, base, adapter, config, train, held_out, folder, group } = inputs;
         config.check()?;
         check_data(&config, train, held_out)?;
         check_method(&config, adapter.config(), decoder.spec(), train, held_out)?;
         let data_hash = train.digest();
         let saved = folder.load()?;
+        let processes = group.map_or(1, Group::world_size);
         if let Some(saved) = &saved {
             check_resumable(saved, &config, &data_hash, &base, adapter)?;
+            check_processes(saved, processes)?;
+        }
+        if let Some(group) = group {
+            let start = saved.as_ref().map_or(0, |saved| saved.state.step);
+            let options = serde_json::json!([config, adapter.config()]).to_string();
+            let base = serde_json::json!(base).to_string();
+            group.agree(&[
+                ("options", options),
+                ("training data", data_hash.clone()),
+                ("base weights", base),
+                ("checkpoints", start.to_string()),
+            ])?;
         }
         let start_from = saved.as_ref().map_or(adapter, |s| &s.adapter);
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
@@ -155,8 +171,11 @@ impl<'a> Trainer<'a> {
                 return Err(Error::Checkpoint { path, why });
             }
         }
-        folder.rewind_metrics(resumed.then_some(start))?;
-        let events = match config.tensorboard {
+        let leads = group.is_none_or(|group| group.rank() == 0);
+        if leads {
+            folder.rewind_metrics(resumed.then_some(start))?;
+        }
+        let events = match config.tensorboard && leads {
             true => Some(EventWriter::create(&folder.path().join("tensorboard"), resumed.then_some(start))?),
             false => None,
         };
@@ -164,7 +183,7 @@ impl<'a> Trainer<'a> {
         Ok(Self {
             base_decoder: decoder,
             own,
-            schedule: config.schedule(config.total_steps(train.len())),
+            schedule: config.schedule(config.total_steps(train.len(), processes)),
             sampler: train.sampler(config.batch_size, config.seed),
             config,
             objective,
@@ -174,6 +193,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             cursor,
             progress,
+            group,
             held_out,
             base,
             adapter,
@@ -186,6 +206,16 @@ impl<'a> Trainer<'a> {
     /// The model that is trained.
     pub(super) fn decoder(&self) -> &Decoder {
         self.own.as_ref().unwrap_or(self.base_decoder)
+    }
+
+    /// Whether this process evaluates and writes.
+    fn leads(&self) -> bool {
+        self.group.is_none_or(|group| group.rank() == 0)
+    }
+
+    /// Whether any process of the run says yes.
+    fn any(&self, yes: bool) -> Result<bool> {
+        self.group.map_or(Ok(yes), |group| group.any(yes))
     }
 
     /// Optimizer steps of the whole run.
@@ -205,7 +235,7 @@ impl<'a> Trainer<'a> {
     pub fn run(mut self, observer: &mut dyn Observer) -> Result<Outcome> {
         let course = self.steps(observer);
         // the curves of a run that diverged are wanted most
-        let written = curves::write(self.folder);
+        let written = if self.leads() { curves::write(self.folder) } else { Ok(()) };
         let Course { done, loss, after, ended } = course?;
         written?;
         let adapter = self.result(ended)?;
@@ -221,14 +251,16 @@ impl<'a> Trainer<'a> {
         let mut course = Course { done: self.start, loss: f64::NAN, after: None, ended: Ended::Completed };
         let mut saved = self.start;
         for step in self.start..total {
-            if observer.should_stop() {
+            if self.any(observer.should_stop())? {
                 course.ended = Ended::Stopped;
                 break;
             }
             let report = self.step(step)?;
             let done = step + 1;
             (course.loss, course.done) = (report.loss, done);
-            self.folder.log(&report)?;
+            if self.leads() {
+                self.folder.log(&report)?;
+            }
             if let Some(events) = &mut self.events {
                 events.step(&report)?;
             }
@@ -238,7 +270,7 @@ impl<'a> Trainer<'a> {
                 if let Some(evaluation) = &course.after {
                     self.keep_if_best(done, evaluation)?;
                 }
-                if self.progress.is_exhausted(&self.config) {
+                if self.any(self.progress.is_exhausted(&self.config))? {
                     course.ended = Ended::Exhausted;
                     break;
                 }
@@ -256,7 +288,9 @@ impl<'a> Trainer<'a> {
 
     fn result(&self, ended: Ended) -> Result<Adapter> {
         match self.progress.best {
-            Some(best) if self.config.load_best_at_end && ended != Ended::Stopped => self.folder.load_best(best.step),
+            Some(best) if self.config.load_best_at_end && ended != Ended::Stopped && self.leads() => {
+                self.folder.load_best(best.step)
+            }
             _ => Ok(Adapter::new(self.adapter.config().clone(), self.adapter.tensors().clone())?),
         }
     }
@@ -269,10 +303,14 @@ impl<'a> Trainer<'a> {
             base: self.base.clone(),
             config: self.config.clone(),
             progress: self.progress.clone(),
+            processes: self.group.map_or(1, Group::world_size),
         }
     }
 
     fn save(&self, step: usize, observer: &mut dyn Observer) -> Result<()> {
+        if !self.leads() {
+            return Ok(());
+        }
         let limit = self.config.save_limit;
         let path = self.folder.save(&self.adapter, &self.optimizer, &self.state(step), limit)?;
         observer.checkpoint(&path);
@@ -287,7 +325,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn evaluate_held_out(&mut self, step: usize, observer: &mut dyn Observer) -> Result<Option<Evaluation>> {
-        let Some(held_out) = self.held_out else { return Ok(None) };
+        let Some(held_out) = self.held_out.filter(|_| self.leads()) else { return Ok(None) };
         // without gradients: a graph of so many rows would be the largest of the run
         let (still, base) = (self.adapter.detached(), self.base_decoder);
         let hook = still.hook(base.spec(), base.device())?;
@@ -414,6 +452,15 @@ fn check_resumable(
         return refuse(format!("option `{field}` differs from the run's"));
     }
     Ok(())
+}
+
+fn check_processes(saved: &Saved, processes: usize) -> Result<()> {
+    let before = saved.state.processes;
+    if before == processes {
+        return Ok(());
+    }
+    let why = format!("it was written by a run of {before} processes, this one has {processes}");
+    Err(Error::Resume { path: saved.path.clone(), why })
 }
 
 /// Options that change when something is written or measured, not what is computed. Those of the evaluation decide what is

@@ -27,6 +27,22 @@ fn graphs_are_measured_beside_each_other() {
     }
     assert_eq!((&graphs[0]["prefill_ratio"], &graphs[0]["decode_ratio"]), (&1.0.into(), &1.0.into()));
 
+    // slots are filled from a file that is named behind the graph, a bank by numbers
+    let fold = ["fold", "--graph", "base", "--adapter", arg(&adapter)];
+    prefold_ok(folder.path(), &[&fold[..], &["--out", "slots", "--emission", "slot"]].concat());
+    prefold_ok(folder.path(), &[&fold[..], &["--out", "bank", "--emission", "bank"]].concat());
+    let command = ["bench", "graph", "base", "slots=slots/adapter.onnx_adapter", "bank", "--input", "adapter_ids=1,0"];
+    let report =
+        prefold_ok(folder.path(), &[&command[..], &["--runtime", "tract", "--rounds", "1"], &shape[..]].concat());
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let inputs = |graph: usize| report["graphs"][graph]["inputs"].clone();
+    assert_eq!(inputs(0), serde_json::json!([]));
+    assert_eq!(inputs(1), serde_json::json!(["prefold.layers.0.M", "prefold.layers.1.M"]));
+    assert_eq!(inputs(2), serde_json::json!(["adapter_ids"]));
+    let error = failure(folder.path(), &["bench", "graph", "base=slots/adapter.onnx_adapter", "--runtime", "tract"]);
+    assert!(error.contains("it has no input `prefold.layers.0.M`"), "{error}");
+
+    let command = ["bench", "graph", "base", "folded", "--runtime", "tract"];
     let error = failure(folder.path(), &[&command[..], &["--input", "adapter_ids=0"]].concat());
     assert!(error.contains("no graph has an input `adapter_ids`"), "{error}");
     let error = failure(folder.path(), &["bench", "graph", "base", "--batch", "0"]);

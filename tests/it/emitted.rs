@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use ndarray::{Array1, ArrayD, IxDyn};
 use prefold::adapter::{Adapter, Method, Target};
 use prefold::base::{Checkpoint, Decoder, DecoderSpec, Input, NoHook, SiteHook};
-use prefold::fold::{AdapterFile, Emission, FoldOptions, Folded, LoraForm, fold_adapters, unfold_folder};
+use prefold::fold::{AdapterFile, Emission, FoldOptions, Folded, LoraForm, Over, fold_adapters, unfold_folder};
 use prefold::onnx::Model;
 use prefold::runtime::{
     DType as RuntimeType, Given, NamedValues, Optimization, OrtOptions, OrtSession, Session, Value, WithGiven,
@@ -203,18 +203,16 @@ fn compare(
     reached
 }
 
-/// Whether DoRA asks for the norms of weights that are quantised, or the maps are in branches, where they are not looked for.
-fn is_refused(bench: &Bench, kind: Kind, error: &prefold::fold::Error) -> bool {
-    let error = error.to_string();
-    let in_branches = bench.name.starts_with("optimum_merged") && error.contains("nothing makes the attention output");
-    kind == Kind::Dora && error.contains("which is quantised") || kind != Kind::Prefix && in_branches
+/// Whether DoRA asks for the norms of weights that are quantised.
+fn is_refused(kind: Kind, error: &prefold::fold::Error) -> bool {
+    kind == Kind::Dora && error.to_string().contains("which is quantised")
 }
 
 fn baked(kind: Kind, lora: LoraForm) {
     for bench in benches(kind) {
         let (folded, mut graph, folder) =
             match bench.fold_with(&["five"], FoldOptions { lora, ..FoldOptions::default() }) {
-                Err(error) if is_refused(&bench, kind, &error) => continue,
+                Err(error) if is_refused(kind, &error) => continue,
                 Err(error) if lora == LoraForm::Merge && bench.name.contains("int4") => {
                     assert!(error.to_string().contains("its weight is quantised"), "{error}");
                     continue;
@@ -265,10 +263,33 @@ fn lora_merged_into_weights_of_every_exporter_is_candle_s() {
     baked(Kind::Dora, LoraForm::Merge);
 }
 
+/// A second LoRA goes into the weights that the first left, and the sum is that of both beside the products.
+#[test]
+fn lora_merged_over_merged_lora_is_both() {
+    let name = |name: &str| name == "optimum_with_past/llama_gqa" || name.starts_with("optimum_merged");
+    for bench in benches(Kind::Lora).into_iter().filter(|bench| name(&bench.name)) {
+        let stacked = |lora: LoraForm| {
+            let (_, _, one) = bench.fold_with(&["three"], FoldOptions { lora, ..FoldOptions::default() }).unwrap();
+            let two = bench.scratch.path().join(format!("stacked_{lora:?}"));
+            std::fs::create_dir(&two).unwrap();
+            let options = FoldOptions { lora, over: Over::Stack, ..FoldOptions::default() };
+            let five = [("five".to_owned(), bench.scratch.path().join("five"))];
+            fold_adapters(&one, &five, options, &two).unwrap();
+            (session(&bench.library, &one.join("model.onnx")), session(&bench.library, &two.join("model.onnx")))
+        };
+        let (mut first, mut merged) = stacked(LoraForm::Merge);
+        let (_, mut beside) = stacked(LoraForm::Side);
+        let case = &bench.cases[0];
+        let [first, merged, beside] = [&mut first, &mut merged, &mut beside].map(|s| bench.base(s, case).unwrap());
+        let (distance, moved) = (distances(case, &merged, &beside)[0], distances(case, &merged, &first)[0]);
+        assert!(distance < CLOSE && moved > 0.1, "{}: {distance:.1e}, moved {moved:.1e}", bench.name);
+    }
+}
+
 fn slots(kind: Kind) {
     for bench in benches(kind) {
         let (_, mut graph, folder) = match bench.fold(&["three", "five"], Emission::Slot) {
-            Err(error) if is_refused(&bench, kind, &error) => continue,
+            Err(error) if is_refused(kind, &error) => continue,
             folded => folded.unwrap_or_else(|error| panic!("{}: {error}", bench.name)),
         };
         let mut base = session(&bench.library, &bench.file);
@@ -321,7 +342,7 @@ fn banks(kind: Kind) {
     for bench in benches(kind) {
         let (graph, mut base) = match bench.fold(&["three", "five"], Emission::Bank) {
             Ok((_, graph, _)) => (graph, session(&bench.library, &bench.file)),
-            Err(error) if is_refused(&bench, kind, &error) => continue,
+            Err(error) if is_refused(kind, &error) => continue,
             // it has no position_ids
             Err(error) => {
                 let known = bench.name == "optimum_with_past/gemma3" && kind == Kind::Prefix;

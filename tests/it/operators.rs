@@ -525,6 +525,77 @@ fn the_projection_inside_attention_of_onnx_runtime_is_made_once_more() {
     }
 }
 
+/// Only GPU kernels of ONNX Runtime turn inside this operator, so the formula judges: halves, frequencies of base 10,000, a prompt
+/// from zero on, tokens after a past all where it ends.
+#[test]
+fn the_rotation_inside_attention_of_onnx_runtime_is_made_beside_it() {
+    let Some(library) = runtime() else { return };
+    let cases: [(&str, usize, usize, &[usize]); 4] = [
+        ("prompt", DIM, 0, &[0, 1, 2, 3]),
+        ("a part of each head turns", DIM / 2, 0, &[0, 1, 2]),
+        ("decode", DIM, 5, &[5]),
+        ("two after a past", DIM / 2, 5, &[5, 5]),
+    ];
+    for (label, turning, past, positions) in cases {
+        let graph = Graph::default()
+            .feed("x", numbers(1, &[2, positions.len(), 20]))
+            .feed("past", numbers(2, &[2, 2, HEADS, past, DIM]))
+            .constant("weights", &numbers(3, &[20, 3 * WIDTH]))
+            .constant("bias", &numbers(4, &[3 * WIDTH]));
+        let node = NodeDef::new("Attention", "attention").domain(MICROSOFT).attr_int("num_heads", HEADS as i64);
+        let node = node.attr_int("do_rotary", 1).attr_int("rotary_embedding_dim", turning as i64);
+        let graph = graph.node(node.inputs(["x", "weights", "bias", "", "past"]).outputs(["output"]));
+        let plain = graph.query(&library, Query::PreRope);
+        let mut expected = plain.clone();
+        for ((b, h, t, i), x) in expected.indexed_iter_mut().filter(|((_, _, _, i), _)| *i < turning) {
+            let half = turning / 2;
+            let angle = positions[t] as f64 / 10_000_f64.powf(2.0 * (i % half) as f64 / turning as f64);
+            let other = if i < half { -plain[[b, h, t, i + half]] } else { plain[[b, h, t, i - half]] };
+            *x = (f64::from(plain[[b, h, t, i]]) * angle.cos() + f64::from(other) * angle.sin()) as f32;
+        }
+        near(label, &graph.query(&library, Query::PostRope), &expected);
+    }
+}
+
+/// Query, keys and values that were turned apart, side by side for an operator that does not turn; and packed ones that are only
+/// scaled.
+#[test]
+fn the_query_before_a_rotation_is_found_among_packed_parts() {
+    let Some(library) = runtime() else { return };
+    let case = Grouped { packed: true, ..Grouped::new("packed", 4, 0, &[3]) };
+    let packed = |nodes: Vec<NodeDef>| {
+        let mut graph = case.graph(0);
+        let operator = graph.nodes.pop().unwrap();
+        graph.feeds.take("query").unwrap();
+        for (seed, name) in ["q", "k", "v"].into_iter().enumerate() {
+            graph = graph.feed(name, numbers(seed, &[1, 4, WIDTH]));
+        }
+        let positions = ArrayD::from_shape_fn(vec![1, 4], |at| at[1] as i64 + 3);
+        graph = graph.feed("positions", positions).constant("half", &ArrayD::from_elem(vec![], 0.5));
+        nodes.into_iter().chain([operator]).fold(graph, Graph::node)
+    };
+    let rotary = |from: &str, to: &str| {
+        let node = NodeDef::new("RotaryEmbedding", to).domain(MICROSOFT).attr_int("num_heads", HEADS as i64);
+        node.attr_int("rotary_embedding_dim", DIM as i64).inputs([from, "positions", "cos", "sin"]).outputs([to])
+    };
+    let concat =
+        |parts: [&str; 3], to: &str| NodeDef::new("Concat", to).attr_int("axis", -1).inputs(parts).outputs([to]);
+    let turned = packed(vec![rotary("q", "qr"), rotary("k", "kr"), concat(["qr", "kr", "v"], "query")]);
+    near("turned", &turned.query(&library, Query::PreRope), &heads_first(&numbers(0, &[1, 4, WIDTH])));
+    turned.carries(&library, "turned", &turned.query(&library, Query::PostRope));
+    // what comes from a product with weights, and is only scaled, is its own
+    let mut weights = ArrayD::zeros(vec![WIDTH, 3 * WIDTH]);
+    (0..3 * WIDTH).for_each(|column| weights[[column % WIDTH, column]] = 1.0);
+    let product = NodeDef::new("MatMul", "qkv").inputs(["q", "weights"]).outputs(["product"]);
+    let scaled = NodeDef::new("Mul", "scale").inputs(["product", "half"]).outputs(["query"]);
+    let scaled = packed(vec![product, scaled]).constant("weights", &weights);
+    near(
+        "scaled",
+        &scaled.query(&library, Query::PreRope),
+        &heads_first(&numbers(0, &[1, 4, WIDTH]).mapv(|x| x / 2.0)),
+    );
+}
+
 /// Three dimensions with their heads merged, or four; past, present, soft cap and grouped heads.
 #[test]
 fn the_standard_attention_carries_a_term_in_both_layouts() {
@@ -701,8 +772,12 @@ fn what_an_operator_lacks_is_said() {
             "2 wide together in the query, but 4 in the output",
         ),
         (
-            microsoft("Attention").attr_int("num_heads", 2).attr_int("do_rotary", 1).inputs(["x", "weights"]),
-            "the operator rotates by angles of its own",
+            microsoft("Attention")
+                .attr_int("num_heads", 2)
+                .attr_int("do_rotary", 1)
+                .attr_int("rotary_embedding_dim", 32)
+                .inputs(["x", "weights"]),
+            "rotary_embedding_dim is 32, and its heads are",
         ),
         (
             microsoft("SparseAttention").inputs(["x"]),

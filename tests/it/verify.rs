@@ -30,7 +30,7 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
-fn ort_library() -> Option<PathBuf> {
+pub fn ort_library() -> Option<PathBuf> {
     let found = library::find(None, &prefold::files::cache_folder().unwrap());
     found.inspect_err(|error| eprintln!("skipped: {error}")).ok()
 }

@@ -11,22 +11,28 @@ use ndarray::{Array2, ArrayD};
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
-use super::super::verify::{Engine, open_session};
+use super::super::active::slots_of;
+use super::super::verify::{Engine, open_given};
 use super::super::{Context, existing_graph, style, usage};
 use super::median;
+use crate::fold::ADAPTER_EXTENSION;
+use crate::onnx::Model;
 use crate::runtime::{
-    self, DType, Dim, Error, GraphDecoder, OrtOptions, OrtSession, Port, RuntimeInfo, Session, Tensor, Value, library,
+    self, DType, Dim, Error, Given, GraphDecoder, OrtOptions, OrtSession, Port, RuntimeInfo, Session, Value, WithGiven,
+    library,
 };
 
 /// Measure decoder graphs beside each other: prefill and decoding with a cache
 ///
 /// The graphs take turns, and every turn begins with another, so that what else the machine does meets all of them. Ratios
 /// are of times to the first graph, the median over the turns.
+///
+/// Slots are filled by GRAPH=FILE.onnx_adapter, banks by --input adapter_ids=…; without, slots are off.
 #[derive(Args, Debug)]
 pub(super) struct BenchGraph {
     /// The graphs: folders that hold model.onnx, or .onnx files; the first is what the others are compared with
-    #[arg(required = true, value_name = "GRAPH")]
-    graphs: Vec<PathBuf>,
+    #[arg(required = true, value_name = "GRAPH[=FILE.onnx_adapter]")]
+    graphs: Vec<BenchedGraph>,
     /// The runtime
     #[arg(long, value_enum, default_value = "ort")]
     runtime: Engine,
@@ -56,6 +62,28 @@ pub(super) struct BenchGraph {
     #[arg(long)]
     json: bool,
 }
+
+/// A graph, and the values that its slots are given.
+#[derive(Clone, Debug)]
+struct BenchedGraph {
+    /// As it was named.
+    name: PathBuf,
+    graph: PathBuf,
+    slots: Option<PathBuf>,
+}
+
+impl FromStr for BenchedGraph {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        let ends = |file: &str| Path::new(file).extension().is_some_and(|ending| ending == ADAPTER_EXTENSION);
+        let parts = text.rsplit_once('=').filter(|(_, file)| ends(file) && !Path::new(text).exists());
+        let (graph, slots) = parts.map_or((text, None), |(graph, file)| (graph, Some(file.into())));
+        Ok(Self { name: text.into(), graph: graph.into(), slots })
+    }
+}
+
+type Opened = WithGiven<Box<dyn Session>>;
 
 /// An input beside those of every decoder.
 #[derive(Clone, Debug)]
@@ -99,46 +127,6 @@ impl ExtraInput {
             DType::U8 => array.mapv(|v| v as u8).into(),
             DType::Bool => array.mapv(|v| v != 0.0).into(),
         })
-    }
-}
-
-/// A session whose further inputs are fed the same in every run, and not seen from outside.
-struct Fed {
-    inner: Box<dyn Session>,
-    inputs: Vec<Port>,
-    extra: Vec<(String, Value)>,
-}
-
-impl Fed {
-    fn new(inner: Box<dyn Session>, given: &[ExtraInput], batch: usize) -> runtime::Result<Self> {
-        let mut extra = Vec::new();
-        let mut inputs = Vec::new();
-        for port in inner.inputs() {
-            match given.iter().find(|input| input.name == port.name) {
-                Some(input) => extra.push((port.name.clone(), input.tensor(port, batch)?)),
-                None => inputs.push(port.clone()),
-            }
-        }
-        Ok(Self { inner, inputs, extra })
-    }
-}
-
-impl Session for Fed {
-    fn inputs(&self) -> &[Port] {
-        &self.inputs
-    }
-
-    fn outputs(&self) -> &[Port] {
-        self.inner.outputs()
-    }
-
-    fn info(&self) -> RuntimeInfo {
-        self.inner.info()
-    }
-
-    fn run_tensors(&mut self, mut feeds: Vec<(String, Tensor)>) -> runtime::Result<Vec<(String, Tensor)>> {
-        feeds.extend(self.extra.iter().map(|(name, value)| (name.clone(), value.clone().into())));
-        self.inner.run_tensors(feeds)
     }
 }
 
@@ -208,13 +196,9 @@ impl BenchGraph {
         let mut graphs = Vec::new();
         for graph in &self.graphs {
             let started = Instant::now();
-            let session = Fed::new(self.open(context, &existing_graph(graph)?)?, &self.inputs, self.batch)?;
+            let (session, inputs) = self.open(context, graph)?;
             let load_seconds = started.elapsed().as_secs_f64();
-            graphs.push(Measured::new(
-                graph,
-                load_seconds,
-                session.extra.iter().map(|(name, _)| name.clone()).collect(),
-            ));
+            graphs.push(Measured::new(&graph.name, load_seconds, inputs));
             decoders.push(match self.head_dim {
                 Some(head_dim) => GraphDecoder::with_head_dim(session, head_dim)?,
                 None => GraphDecoder::new(session)?,
@@ -254,17 +238,34 @@ impl BenchGraph {
         })
     }
 
-    fn open(&self, context: &Context, graph: &Path) -> Result<Box<dyn Session>> {
-        if self.runtime == Engine::Ort && self.threads.is_some() {
-            let library = library::find(context.ort_lib(), &context.cache)?;
-            let options = OrtOptions { threads: self.threads, ..OrtOptions::default() };
-            return Ok(Box::new(OrtSession::open(&library, graph, options)?));
+    /// A graph that is given what stays the same in every run, and the names of these inputs.
+    fn open(&self, context: &Context, graph: &BenchedGraph) -> Result<(Opened, Vec<String>)> {
+        let file = existing_graph(&graph.graph)?;
+        let slots = match &graph.slots {
+            Some(values) => slots_of(&Model::open(&file)?, values)?,
+            None => Vec::new(),
+        };
+        let mut names: Vec<String> = slots.iter().map(|(name, _)| name.clone()).collect();
+        let session: Box<dyn Session> = match self.threads.filter(|_| self.runtime == Engine::Ort) {
+            Some(threads) => {
+                let library = library::find(context.ort_lib(), &context.cache)?;
+                let options = OrtOptions { threads: Some(threads), ..OrtOptions::default() };
+                Box::new(WithGiven::new(OrtSession::open(&library, &file, options)?, slots)?)
+            }
+            None => open_given(context, self.runtime, &file, slots)?,
+        };
+        let mut given = Vec::new();
+        for input in &self.inputs {
+            if let Some(port) = session.inputs().iter().find(|port| port.name == input.name) {
+                names.push(port.name.clone());
+                given.push((port.name.clone(), Given::Value(input.tensor(port, self.batch)?)));
+            }
         }
-        Ok(open_session(context, self.runtime, graph)?)
+        Ok((WithGiven::new(session, given)?, names))
     }
 
     /// Tokens that every graph has, the same ones every time.
-    fn prompt(&self, decoders: &[GraphDecoder<Fed>]) -> Array2<i64> {
+    fn prompt(&self, decoders: &[GraphDecoder<Opened>]) -> Array2<i64> {
         let vocab = decoders.iter().filter_map(|decoder| decoder.ports().vocab_size).min().unwrap_or(256);
         let mut random = rand_pcg::Pcg64Mcg::seed_from_u64(0);
         let last = i64::try_from(vocab).unwrap_or(i64::MAX).max(2);
@@ -272,7 +273,7 @@ impl BenchGraph {
     }
 
     /// Seconds of a prefill and of the steps after it.
-    fn turn(&self, decoder: &mut GraphDecoder<Fed>, prompt: &Array2<i64>) -> Result<(f64, f64)> {
+    fn turn(&self, decoder: &mut GraphDecoder<Opened>, prompt: &Array2<i64>) -> Result<(f64, f64)> {
         decoder.reset();
         let started = Instant::now();
         decoder.prefill(prompt, &Array2::ones(prompt.raw_dim()))?;
@@ -327,6 +328,15 @@ fn table(report: &Report) -> comfy_table::Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_graph_is_named_with_the_values_of_its_slots() {
+        let named = |text: &str| text.parse::<BenchedGraph>().unwrap();
+        let both = named("runs/a=b/model.onnx=card.onnx_adapter");
+        assert_eq!((both.graph, both.slots), ("runs/a=b/model.onnx".into(), Some("card.onnx_adapter".into())));
+        let alone = named("runs/a=b/model.onnx");
+        assert_eq!((alone.graph, alone.slots), ("runs/a=b/model.onnx".into(), None));
+    }
 
     #[test]
     fn further_inputs_fill_their_port() {

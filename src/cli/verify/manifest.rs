@@ -114,8 +114,15 @@ fn argument(name: &str, value: &toml::Value, beside: &Path) -> Result<Vec<String
         return Err(usage(format!("`{name}` cannot be an option of a check"), "give it on the command line"));
     }
     let is_path = ["adapter", "base-graph", "against", "prompts", "baseline", "junit", "sarif", "html"].contains(&name);
+    let joined = |path: &str| beside.join(path).to_string_lossy().into_owned();
+    let beside_it = |name: &str, text: &str| match text.split_once('=') {
+        Some((called, path)) if name == "adapter" && !beside.join(text).exists() => {
+            format!("{called}={}", joined(path))
+        }
+        _ => joined(text),
+    };
     let one = |value: &toml::Value| match value {
-        toml::Value::String(text) if is_path => Ok(beside.join(text).to_string_lossy().into_owned()),
+        toml::Value::String(text) if is_path => Ok(beside_it(name, text)),
         toml::Value::String(text) => Ok(text.clone()),
         toml::Value::Integer(number) => Ok(number.to_string()),
         toml::Value::Float(number) => Ok(number.to_string()),

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cli::style;
+use crate::parity::Row;
 
 /// Where the report goes.
 #[derive(Args, Clone, Debug)]
@@ -71,11 +72,15 @@ fn write(path: &Path, text: &str) -> Result<()> {
     Ok(std::fs::write(path, text).map_err(crate::files::Error::io("write", path))?)
 }
 
-/// One line for each runtime and case.
+/// Lines of the table up to which every case has its own.
+const LONG: usize = 40;
+
+/// One line for each runtime and case; of a long report one for each run that passed and for each case that did not.
 pub(in crate::cli) fn table(report: &Report) -> comfy_table::Table {
     let mut table = style::table(&["runtime", "case", "distance", "allowed", "KL", "top-1", "greedy", "verdict"]);
     let number = |x: Option<f64>| x.map_or(String::new(), |x| format!("{x:.2e}"));
-    for row in report.rows() {
+    for row in lines(report) {
+        let (row, case) = (row.row, row.case.as_str());
         let greedy = row.greedy.map_or("", |g| if g.agrees { "same" } else { "differs" });
         let run = row.of.map_or_else(|| row.run.to_owned(), |of| format!("{}, {of}", row.run));
         let kl = number(row.figures.map(|figures| figures.kl_mean));
@@ -84,9 +89,37 @@ pub(in crate::cli) fn table(report: &Report) -> comfy_table::Table {
             Some(why) => format!("{}: {}", row.verdict.name(), shortened(why)),
             None => row.verdict.name().to_owned(),
         };
-        table.add_row([&run, row.case, &number(row.distance), &number(row.allowed), &kl, &top1, greedy, &verdict]);
+        table.add_row([&run, case, &number(row.distance), &number(row.allowed), &kl, &top1, greedy, &verdict]);
     }
     table
+}
+
+/// A line of the table, with the case as it is shown.
+struct Line<'a> {
+    row: Row<'a>,
+    case: String,
+}
+
+/// The lines of the table. A run of many lines is the worst of those that passed, and those that did not.
+fn lines(report: &Report) -> Vec<Line<'_>> {
+    let rows = report.rows();
+    if rows.len() <= LONG {
+        return rows.into_iter().map(|row| Line { case: row.case.to_owned(), row }).collect();
+    }
+    let used = |row: &Row| row.distance.zip(row.allowed).map_or(0.0, |(distance, allowed)| distance / allowed);
+    let mut lines: Vec<Line> = Vec::new();
+    for run in rows.chunk_by(|a, b| (a.of, a.run) == (b.of, b.run)) {
+        let passed = || run.iter().filter(|row| row.verdict.passed());
+        let worst = passed().max_by(|a, b| used(a).total_cmp(&used(b)));
+        let case = |row: &Row| match passed().count() {
+            1 => row.case.to_owned(),
+            count => format!("{count} cases, the worst is {}", row.case),
+        };
+        lines.extend(worst.map(|row| Line { case: case(row), row: row.clone() }));
+        let failed = run.iter().filter(|row| !row.verdict.passed());
+        lines.extend(failed.map(|row| Line { case: row.case.to_owned(), row: row.clone() }));
+    }
+    lines
 }
 
 /// A reason's beginning; the whole is in the report.

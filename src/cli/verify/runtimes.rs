@@ -1,6 +1,9 @@
 //! Which runtimes a verification asks, and the processes that they run in.
 
+use std::collections::BTreeSet;
+
 use super::*;
+use crate::runtime::NamedGiven;
 use crate::runtime::{Launch, Optimization, ProcessSession, Provider, Setup};
 
 /// An optimisation level of ONNX Runtime.
@@ -36,16 +39,20 @@ pub(super) struct Chosen {
 impl Chosen {
     /// Opens a graph in a process of its own.
     pub(super) fn open<'a>(&'a self, graph: &'a Path) -> Open<'a> {
-        self.open_given(graph, Vec::new())
+        self.open_given(graph, &[])
     }
 
-    /// Opens a graph in a process of its own, with inputs that are given with every run.
-    pub(super) fn open_given<'a>(&'a self, graph: &'a Path, given: Vec<(String, Given)>) -> Open<'a> {
+    /// Opens a graph in a process of its own, with inputs that are given with every run, by model.
+    pub(super) fn open_given<'a>(&'a self, graph: &'a Path, given: &'a [NamedGiven]) -> Open<'a> {
         Box::new(move || match &self.setup {
             Ok(setup) => {
-                let fed: Vec<String> = given.iter().map(|(name, _)| name.clone()).collect();
+                let fed: BTreeSet<String> = given.iter().flatten().map(|(name, _)| name.clone()).collect();
+                let fed: Vec<String> = fed.into_iter().collect();
                 let session = ProcessSession::open(&self.launch, setup, graph, &fed)?;
-                Ok(if given.is_empty() { Box::new(session) } else { Box::new(WithGiven::new(session, given)?) })
+                if fed.is_empty() {
+                    return Ok(Box::new(session));
+                }
+                Ok(Box::new(WithGiven::switching(session, given.to_vec())?))
             }
             Err((tried, None)) => Err(runtime::Error::NoLibrary { tried: tried.clone() }),
             Err((reason, Some(path))) => Err(runtime::Error::Library { path: path.clone(), reason: reason.concat() }),

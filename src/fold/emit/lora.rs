@@ -21,9 +21,9 @@ use super::emission::{ADAPTER_IDS, Emission};
 use super::{Job, types};
 use crate::adapter::{Lora, LoraMap};
 use crate::base::Linear;
-use crate::fold::locate::projections::{LinearNode, Projection, Projections, WeightStorage};
+use crate::fold::locate::projections::{LinearNode, Projection, WeightStorage};
 use crate::fold::locate::shape;
-use crate::fold::{Error, Result, locate};
+use crate::fold::{Error, Result, stack};
 use crate::onnx::{Index, NodeDef, NodeId};
 
 const HELP: &str = "fold into the graph with float weights, as it was before it was quantised or optimised";
@@ -40,29 +40,33 @@ pub(super) fn write(job: &mut Job, lora: &Lora) -> Result<()> {
         return merge::write(job, lora, folder);
     }
     let index = Index::new(job.model.graph());
-    for (layer, parts) in products(job, &index, lora)?.values() {
-        add(job, &index, *layer, parts)?;
+    for (root, layer, parts) in products(job, lora)? {
+        add(job, &index, &format!("{root}layers.{layer}"), layer, &parts)?;
     }
     Ok(())
 }
 
-/// The products that hold adapted maps, by their nodes.
-fn products(job: &Job, index: &Index, lora: &Lora) -> Result<BTreeMap<NodeId, (usize, Vec<Part>)>> {
-    let projections = Projections::find(index, &locate::sites(job.model)?, job.adapter.config());
-    let mut products: BTreeMap<NodeId, (usize, Vec<Part>)> = BTreeMap::new();
-    for (layer, linear) in lora.sites(job.adapter.config()) {
-        let map = lora.map(job.adapter.tensors(), layer, linear)?.to_dtype(DType::F64).map_err(Error::Convert)?;
-        let place = projections.get(layer, linear)?.clone();
-        products.entry(place.node.id).or_insert((layer, Vec::new())).1.push(Part { linear, map, place });
+/// The products that hold adapted maps, with what the names of their nodes begin with and their layers. Each branch of a merged
+/// decoder has the maps of every layer.
+fn products(job: &Job, lora: &Lora) -> Result<Vec<(String, usize, Vec<Part>)>> {
+    let mut all = Vec::new();
+    for (root, projections) in stack::linear_maps(job.model, job.adapter.config())? {
+        let mut products: BTreeMap<NodeId, (usize, Vec<Part>)> = BTreeMap::new();
+        for (layer, linear) in lora.sites(job.adapter.config()) {
+            let map = lora.map(job.adapter.tensors(), layer, linear)?.to_dtype(DType::F64).map_err(Error::Convert)?;
+            let place = projections.get(layer, linear)?.clone();
+            products.entry(place.node.id).or_insert((layer, Vec::new())).1.push(Part { linear, map, place });
+        }
+        all.extend(products.into_values().map(|(layer, parts)| (root.clone(), layer, parts)));
     }
-    Ok(products)
+    Ok(all)
 }
 
 fn stopped(node: &LinearNode, reason: &str) -> Error {
     Error::Site { anchor: node.name.clone(), reason: reason.into(), help: HELP }
 }
 
-fn add(job: &mut Job, index: &Index, layer: usize, parts: &[Part]) -> Result<()> {
+fn add(job: &mut Job, index: &Index, prefix: &str, layer: usize, parts: &[Part]) -> Result<()> {
     let Some(first) = parts.first() else { return Ok(()) };
     let node = &first.place.node;
     let readers = &node.readers;
@@ -71,7 +75,7 @@ fn add(job: &mut Job, index: &Index, layer: usize, parts: &[Part]) -> Result<()>
         return Err(stopped(node, "its product is not read in the graph that makes it"));
     };
     let module = module(parts);
-    let at = |op: &str| format!("/prefold/layers.{layer}/{}/{op}", module.replace('.', "/"));
+    let at = |op: &str| format!("{prefix}/{}/{op}", module.replace('.', "/"));
     let name = |part: &str| format!("prefold.layers.{layer}.{module}.{part}");
     if let Some(found) = types::float_type(index, &node.product) {
         job.constants.set_type(found);
@@ -170,8 +174,10 @@ fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
         }
     }
     let a = Tensor::cat(&rows, 0)?.t()?.contiguous()?;
+    // what the node multiplies its own product by
+    let scale = parts.first().map_or(1.0, |part| f64::from(part.place.node.scale));
     if let [Part { map, place: Projection { columns: None, .. }, .. }] = parts {
-        return Ok((a, (map.b.t()? * map.scale)?.contiguous()?));
+        return Ok((a, (map.b.t()? * (map.scale * scale))?.contiguous()?));
     }
     let width = parts.iter().find_map(|part| part.place.node.width).unwrap_or(0);
     let mut b = vec![0.0; rank * width];
@@ -183,7 +189,7 @@ fn factors(parts: &[Part]) -> candle_core::Result<(Tensor, Tensor)> {
                 let Some(entry) = entry else {
                     candle_core::bail!("the columns of a packed product do not fit its maps")
                 };
-                *entry = value * part.map.scale;
+                *entry = value * part.map.scale * scale;
             }
         }
     }

@@ -17,7 +17,7 @@ use crate::adapter::Query;
 use crate::fold::Result;
 use crate::onnx::{Dim, Index, Node};
 
-const SHAPE: &str = "attention";
+pub(super) const SHAPE: &str = "attention";
 const HELP: &str = "set q_num_heads and kv_num_heads, or pass [batch, heads, seq, head_dim]";
 
 pub(super) fn is_anchor(node: &Node) -> bool {
@@ -54,7 +54,8 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         head_dim,
         width,
         ..Site::new(SHAPE, node, (query, layout), (output, layout))
-    })
+    }
+    .unscaled(index))
 }
 
 /// The operator shows its query.

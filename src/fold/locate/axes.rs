@@ -40,6 +40,14 @@ impl Axes {
         Some(Self(axes.to_vec()))
     }
 
+    /// Those of a tensor of a site.
+    pub(super) fn of_layout(layout: Layout) -> Self {
+        Self(match layout {
+            Layout::HeadsFirst => vec![Batch, Heads, Seq, Dim],
+            Layout::Merged => vec![Batch, Seq, Width],
+        })
+    }
+
     /// The layout that an adapter is written in, if it is one.
     pub(super) fn layout(&self) -> Option<Layout> {
         match self.0[..] {

@@ -9,6 +9,8 @@ pub(super) const MICROSOFT: &str = "com.microsoft";
 /// Collects the nodes of one query. Names begin with the layer; what every layer shares begins with what it is made of, and
 /// is written once.
 pub(super) struct Beside {
+    /// What the names of the graph begin with: `/prefold/`, and in a branch its name.
+    root: String,
     prefix: String,
     nodes: Vec<NodeDef>,
     initializers: Vec<TensorDef>,
@@ -16,12 +18,13 @@ pub(super) struct Beside {
 
 impl Beside {
     pub(super) fn new(site: &Site) -> Self {
-        let prefix = format!("/prefold/layers.{}/query", site.layer);
-        Self { prefix, nodes: Vec::new(), initializers: Vec::new() }
+        let prefix = format!("{}/query", site.prefix());
+        Self { root: site.root(), prefix, nodes: Vec::new(), initializers: Vec::new() }
     }
 
-    /// Writes under names that begin with `prefix` and comes back to the own ones.
-    pub(super) fn under<T>(&mut self, prefix: String, write: impl FnOnce(&mut Self) -> T) -> T {
+    /// Writes what layers share under names that begin with `name`, and comes back to the own ones.
+    pub(super) fn under<T>(&mut self, name: &str, write: impl FnOnce(&mut Self) -> T) -> T {
+        let prefix = format!("{}{name}", self.root);
         let own = std::mem::replace(&mut self.prefix, prefix);
         let written = write(self);
         self.prefix = own;

@@ -21,6 +21,9 @@
 //!
 //! What made the query does not matter: a norm, a rotation of all or part of it, or none.
 //!
+//! In a graph of a static quantiser `QuantizeLinear ─ DequantizeLinear` stands on any of these edges. The query is the one before
+//! them; where the term is added, [`quantized`](super::quantized) says.
+//!
 //! Query and output are `[batch, heads, seq, head_dim]`, or where the graph only has that, `[batch, seq, heads · head_dim]`.
 
 use std::collections::BTreeSet;
@@ -35,15 +38,20 @@ const SHAPE: &str = "decomposed";
 const MICROSOFT: &str = "com.microsoft";
 const HELP: &str = "this shape of attention is not known yet: `prefold inspect --explain` tells how far the match got; \
                     a graph that `prefold export` writes is always known";
+const INTEGER_HELP: &str = "quantise with quant_format=QuantFormat.QDQ, or only products with weights";
 /// Nodes on one way through a block: far more than any exporter writes, and an end to every walk.
-const MAX_STEPS: usize = 64;
+pub(super) const MAX_STEPS: usize = 64;
 
 pub(super) fn locate(index: &Index, softmax: &Node) -> Option<Result<Site>> {
-    if !softmax.is("", "Softmax") {
+    if !is_anchor(softmax) {
         return None;
     }
     let products = score_products(index, softmax);
     let scores = *products.first()?;
+    if let Some(integer) = std::iter::once(softmax).chain(products.iter().copied()).find(|node| is_integer(node)) {
+        let reason = format!("it computes in integers: `{}` ({})", integer.name(), integer.op_type());
+        return Some(Err(stopped(softmax, reason, INTEGER_HELP)));
+    }
     Some(match products.get(1) {
         None => site(index, softmax, scores),
         Some(other) => {
@@ -51,6 +59,16 @@ pub(super) fn locate(index: &Index, softmax: &Node) -> Option<Result<Site>> {
             Err(stopped(softmax, reason, HELP))
         }
     })
+}
+
+/// A softmax, of attention or not.
+pub(super) fn is_anchor(node: &Node) -> bool {
+    node.is("", "Softmax") || node.is(MICROSOFT, "QLinearSoftmax")
+}
+
+/// Operators that read and write 8-bit integers.
+fn is_integer(node: &Node) -> bool {
+    matches!(node.op_type(), "QLinearMatMul" | "QLinearSoftmax" | "MatMulInteger" | "MatMulIntegerToFloat")
 }
 
 /// What a match finds, step by step, as far as it gets.
@@ -109,9 +127,17 @@ pub(super) fn score_products<'g>(index: &Index<'g>, softmax: &Node) -> Vec<&'g N
             "MatMul" | "FusedMatMul" if !inputs(&[0, 1]).iter().any(|side| shape::is_weight(index, side)) => {
                 products.push(node);
             }
-            "Cast" | "Clip" | "Div" | "Identity" | "Reshape" | "Squeeze" | "Tanh" | "Unsqueeze" => {
+            "QLinearMatMul" if !inputs(&[0, 3]).iter().any(|side| shape::is_weight(index, side)) => products.push(node),
+            "MatMulInteger" | "MatMulIntegerToFloat"
+                if !inputs(&[0, 1]).iter().any(|side| shape::is_weight(index, side)) =>
+            {
+                products.push(node);
+            }
+            "Cast" | "Clip" | "DequantizeLinear" | "Div" | "Identity" | "QuantizeLinear" | "Reshape" | "Squeeze"
+            | "Tanh" | "Unsqueeze" => {
                 open.extend(inputs(&[0]));
             }
+            "QLinearAdd" | "QLinearMul" => open.extend(inputs(&[0, 3])),
             "Add" | "Sub" | "Mul" | "Max" | "Min" => open.extend(inputs(&[0, 1])),
             "Where" => open.extend(inputs(&[1, 2])),
             // a sink beside the scores
@@ -128,25 +154,50 @@ fn query(index: &Index, softmax: &Node, scores: &Node, axes: &Axes) -> Result<(S
     let Some(left) = scores.input(0) else {
         return Err(stopped(softmax, format!("`{}` has no left operand", scores.name()), HELP));
     };
-    let (mut tensor, mut axes) = (left, axes.clone());
-    // what lies between the last scale that was seen and here
-    let mut found = vec![(tensor, axes.clone())];
-    for _ in 0..MAX_STEPS {
-        let Some(node) = index.producer(tensor) else { break };
-        if let Some(unscaled) = unscaled(index, node) {
-            tensor = unscaled;
-            found.clear();
-        } else {
-            let Some((behind, before)) = laid_out(index, node, &axes) else { break };
-            (tensor, axes) = (behind, before);
-        }
-        found.push((tensor, axes.clone()));
-    }
+    let Back { found, .. } = back(index, left, axes.clone());
     let known = found.iter().find_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
     known.ok_or_else(|| {
         let lies = found.first().map(|(tensor, axes)| format!("its query `{tensor}` lies as {axes}"));
         stopped(softmax, lies.unwrap_or_else(|| "its query was not found".into()), HELP)
     })
+}
+
+/// The query of an operator before a scale that the graph applies to it first, as OPT's does; none where there is no scale. In
+/// the layout that the operator reads where there is one.
+pub(super) fn before_scale(index: &Index, query: &str, layout: Layout) -> Option<(String, Layout)> {
+    let Back { found, scaled } = back(index, query, Axes::of_layout(layout));
+    let known = || found.iter().filter_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
+    known().find(|(_, found)| *found == layout).or_else(|| known().next()).filter(|_| scaled)
+}
+
+/// The way from what a product or an operator reads back through scales, quantisers and layouts.
+struct Back<'g> {
+    /// What lies between the last of the scales and quantisers, and the end of the way.
+    found: Vec<(&'g str, Axes)>,
+    /// Whether there was a scale.
+    scaled: bool,
+}
+
+fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
+    let (mut tensor, mut axes) = (query, axes);
+    let mut back = Back { found: vec![(tensor, axes.clone())], scaled: false };
+    for _ in 0..MAX_STEPS {
+        let Some(node) = index.producer(tensor) else { break };
+        if let Some(unscaled) = unscaled(index, node) {
+            tensor = unscaled;
+            back.found.clear();
+            back.scaled = true;
+        } else {
+            let Some((behind, before)) = laid_out(index, node, &axes) else { break };
+            (tensor, axes) = (behind, before);
+            // what it made are integers, and what was made of them is rounded
+            if node.is("", "QuantizeLinear") {
+                back.found.clear();
+            }
+        }
+        back.found.push((tensor, axes.clone()));
+    }
+    back
 }
 
 /// What a scale is applied to.
@@ -163,7 +214,7 @@ fn unscaled<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
 fn laid_out<'g>(index: &Index<'g>, node: &'g Node, axes: &Axes) -> Option<(&'g str, Axes)> {
     let behind = node.input(0)?;
     let before = match node.op_type() {
-        "Cast" | "Dropout" | "Identity" => axes.clone(),
+        "Cast" | "DequantizeLinear" | "Dropout" | "Identity" | "QuantizeLinear" => axes.clone(),
         "Transpose" => axes.before_transpose(node.attribute("perm")?.as_ints()?)?,
         "Reshape" | "Squeeze" | "Unsqueeze" => axes.reshaped(shape::rank(index, behind)?)?,
         _ => return None,
@@ -182,8 +233,8 @@ fn weighted_values<'g>(index: &Index<'g>, softmax: &'g Node) -> Result<&'g Node>
             let Some(node) = node.filter(|node| seen.len() < MAX_STEPS && seen.insert(node.id())) else { continue };
             match node.op_type() {
                 "MatMul" | "FusedMatMul" if reader.slot == 0 => products.push(node),
-                "Cast" | "Dropout" | "Identity" | "Mul" | "IsNaN" | "Reshape" | "Slice" | "Squeeze" | "Unsqueeze"
-                | "Where" => open.extend(node.output(0)),
+                "Cast" | "DequantizeLinear" | "Dropout" | "Identity" | "Mul" | "IsNaN" | "QuantizeLinear"
+                | "Reshape" | "Slice" | "Squeeze" | "Unsqueeze" | "Where" => open.extend(node.output(0)),
                 "Shape" => {}
                 other => {
                     let reason = format!("`{}` ({other}) stands between the softmax and the values", node.name());
@@ -230,19 +281,14 @@ fn output<'g>(index: &Index<'g>, softmax: &Node, product: &'g Node, axes: Axes) 
     let mut axes = axes;
     let mut found: Vec<(&str, Layout)> = Vec::new();
     let mut merged: Option<&Node> = None;
+    // behind several readers no tensor is all of the output
+    let mut forked = false;
     for _ in 0..MAX_STEPS {
-        found.extend(axes.layout().map(|layout| (tensor, layout)));
-        let [reader] = readers(index, tensor)[..] else { break };
-        let Some(node) = index.graph().node(reader.node) else { break };
-        let after = match node.op_type() {
-            "Cast" | "Identity" | "Dropout" => Some(axes.clone()),
-            "Transpose" => node.attribute("perm").and_then(|p| p.as_ints()).and_then(|perm| axes.transposed(perm)),
-            "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" => {
-                let after = node.output(0).and_then(|out| shape::rank(index, out));
-                after.and_then(|rank| axes.reshaped(rank))
-            }
-            _ => break,
-        };
+        let is_float = index.producer(tensor).is_none_or(|node| !node.is("", "QuantizeLinear"));
+        found.extend(axes.layout().filter(|_| is_float && !forked).map(|layout| (tensor, layout)));
+        forked |= readers(index, tensor).len() > 1;
+        let Some(node) = laying_out(index, tensor, &axes) else { break };
+        let after = laid_out_by(index, node, &axes);
         let Some((after, output)) = after.zip(node.output(0)) else {
             let reason =
                 format!("`{}` ({}) turns its output {axes} into what is not known", node.name(), node.op_type());
@@ -266,6 +312,44 @@ fn output<'g>(index: &Index<'g>, softmax: &Node, product: &'g Node, axes: Axes) 
     Ok(Output { tensor: output, layout, width: by_reshape.or_else(|| projected_width(index, tensor)) })
 }
 
+/// The node that lays a tensor out for the output projection: its reader, or where all of several lay it out, the one that
+/// merges its heads.
+fn laying_out<'g>(index: &Index<'g>, tensor: &str, axes: &Axes) -> Option<&'g Node> {
+    let readers = readers(index, tensor);
+    let node = |reader: &Use| index.graph().node(reader.node).filter(|node| lays_out(node));
+    let nodes: Vec<&Node> = readers.iter().map(node).collect::<Option<_>>()?;
+    match nodes[..] {
+        [only] => Some(only),
+        _ => nodes.into_iter().find(|node| laid_out_by(index, node, axes).is_some_and(|after| after.is_merged())),
+    }
+}
+
+/// Whether a node only lays out otherwise what it reads, or restores its precision.
+pub(super) fn lays_out(node: &Node) -> bool {
+    matches!(
+        node.op_type(),
+        "Cast"
+            | "DequantizeLinear"
+            | "Dropout"
+            | "Flatten"
+            | "Identity"
+            | "QuantizeLinear"
+            | "Reshape"
+            | "Squeeze"
+            | "Transpose"
+            | "Unsqueeze"
+    )
+}
+
+/// The axes behind such a node.
+pub(super) fn laid_out_by(index: &Index, node: &Node, axes: &Axes) -> Option<Axes> {
+    match node.op_type() {
+        "Transpose" => axes.transposed(node.attribute("perm")?.as_ints()?),
+        "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" => axes.reshaped(shape::rank(index, node.output(0)?)?),
+        _ => Some(axes.clone()),
+    }
+}
+
 /// What the output projection says of the width of what it reads.
 fn projected_width(index: &Index, merged: &str) -> Option<i64> {
     let [reader] = readers(index, merged)[..] else { return None };
@@ -281,7 +365,7 @@ fn projected_width(index: &Index, merged: &str) -> Option<i64> {
 }
 
 /// Who reads the values of a tensor: a Shape does not.
-fn readers(index: &Index, tensor: &str) -> Vec<Use> {
+pub(super) fn readers(index: &Index, tensor: &str) -> Vec<Use> {
     let is_value = |reader: &Use| index.graph().node(reader.node).is_none_or(|node| !node.is("", "Shape"));
     index.consumers(tensor).iter().copied().filter(is_value).collect()
 }
@@ -303,7 +387,13 @@ fn heads(index: &Index, site: &Site) -> (Option<i64>, Option<i64>) {
                 return (known(heads), known(width));
             }
             (
-                "Cast" | "LayerNormalization" | "Mul" | "RMSNormalization" | "SimplifiedLayerNormalization",
+                "Cast"
+                | "DequantizeLinear"
+                | "LayerNormalization"
+                | "Mul"
+                | "QuantizeLinear"
+                | "RMSNormalization"
+                | "SimplifiedLayerNormalization",
                 Some(behind),
             ) => {
                 tensor = behind;

@@ -41,7 +41,7 @@ pub fn explain(model: &Model) -> Vec<Block> {
 fn number(model: &Model, blocks: &mut [Block]) {
     let Ok(sites) = super::sites(model) else { return };
     for found in blocks.iter_mut().filter_map(|block| block.site.as_mut()) {
-        if let Some(site) = sites.iter().find(|site| site.scope == found.scope && site.output == found.output) {
+        if let Some(site) = sites.iter().find(|site| site.node == found.node) {
             *found = site.clone();
         }
     }
@@ -49,7 +49,7 @@ fn number(model: &Model, blocks: &mut [Block]) {
 
 fn block(index: &Index, scope: &str, node: &Node) -> Option<Block> {
     let found = LOCATORS.iter().find_map(|locate| locate(index, node));
-    let is_softmax = node.is("", "Softmax");
+    let is_softmax = decomposed::is_anchor(node);
     if found.is_none() && !is_softmax && !node.op_type().contains("Attention") {
         return None;
     }

@@ -16,7 +16,7 @@
 //! in a prompt counted on from the first element of the first row alone.
 
 use super::beside::{Beside, MICROSOFT, last_dim, shown};
-use super::{Layout, QuerySource, Site, rotary, stopped};
+use super::{Layout, QuerySource, Site, rotary, stopped, unrotated};
 use crate::adapter::Query;
 use crate::fold::Result;
 use crate::onnx::{DataType, Index, Model, Node, NodeDef, TensorDef};
@@ -70,13 +70,15 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
     }
     let groups = if is_packed(node) { heads.saturating_add(kv_heads.saturating_mul(2)) } else { heads };
     let head_dim = last_dim(index, query).filter(|width| width % groups == 0).map(|width| width / groups);
-    Ok(Site {
+    let site = Site {
         readers: index.consumers(output).to_vec(),
         num_heads: Some(heads),
         head_dim,
         num_kv_heads: Some(kv_heads),
         ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
-    })
+    };
+    // what is packed, or biased inside, is not scaled apart
+    Ok(if is_packed(node) { site } else { site.unscaled(index) })
 }
 
 /// The query that meets the keys inside the operator, or the one before its rotation.
@@ -86,7 +88,11 @@ pub(super) fn query(model: &Model, index: &Index, node: &Node, site: &Site, want
         if !is_packed(node) && node.input(Q_NORM).is_none() {
             return rotary::before(index, site);
         }
-        if !rotary::is_projected(index, &site.query) {
+        if !unrotated::is_unturned(index, &site.query) {
+            let part = rotary::first_part(index, &site.query).filter(|_| node.input(Q_NORM).is_none());
+            if let Some(query) = part {
+                return rotary::before(index, &Site { query: query.to_owned(), ..site.clone() });
+            }
             let reason = "query, key and value are packed, or normed inside, behind nodes that may have rotated them";
             return Err(stopped(node, reason, "train with query = post_rope"));
         }
@@ -181,10 +187,10 @@ fn positions(beside: &mut Beside, node: &Node, given: Option<&str>) -> Result<St
         return Err(stopped(node, "it has no seqlens_k or no total_sequence_length", HELP));
     };
     let prefix = match given {
-        Some(given) => format!("/prefold/positions({given},{total})"),
-        None => format!("/prefold/positions({lengths})"),
+        Some(given) => format!("positions({given},{total})"),
+        None => format!("positions({lengths})"),
     };
-    Ok(beside.under(prefix, |beside| {
+    Ok(beside.under(&prefix, |beside| {
         let (zero, one) = (beside.integer("zero", 0), beside.integer("one", 1));
         let shape = beside.node("Shape", "Shape", &[query]);
         let seq = beside.node("Gather", "Gather_seq", &[&shape, &one]);

@@ -15,35 +15,43 @@ mod other_operators;
 mod position_uses;
 mod positions;
 pub mod projections;
+mod quantized;
 mod rotary;
 pub(in crate::fold) mod scope;
 pub(in crate::fold) mod shape;
 mod unrotated;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Error, Result};
 use crate::adapter::Query;
-use crate::onnx::{Dim, Index, Model, Node, NodeDef, TensorDef, Use};
+use crate::onnx::{Dim, Index, Model, Node, NodeDef, NodeId, TensorDef, Use};
 pub use explain::{Block, explain};
 pub(in crate::fold) use group_query_attention::columns;
 pub(in crate::fold) use position_uses::position_uses;
 pub use positions::{Exactness, Positions, exactness};
 
 /// An attention site: the query that meets the keys, and the attention output it belongs to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Site {
     /// The decoder layer, by the order of data flow. A model whose graph is in branches has each layer once in each.
     pub layer: usize,
     /// The branch that the site is in, as `node.attribute`; empty in the main graph.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub scope: String,
     /// Which attention shape was matched.
     pub shape: &'static str,
-    /// The node that gave the block away.
+    /// The name of the node that gave the block away.
     pub anchor: String,
+    /// That node: the softmax, or the operator that computes the whole attention.
+    #[serde(skip)]
+    pub node: NodeId,
     /// The rotated, unscaled query.
     pub query: String,
+    /// The query as an operator reads it, where the graph scales it before.
+    #[serde(skip)]
+    pub scaled_query: Option<String>,
     /// Its layout.
     pub query_layout: Layout,
     /// The attention output before the output projection.
@@ -71,7 +79,9 @@ impl Site {
             scope: String::new(),
             shape,
             anchor: anchor.name().to_owned(),
+            node: anchor.id(),
             query: query.0.to_owned(),
+            scaled_query: None,
             query_layout: query.1,
             output: output.0.to_owned(),
             output_layout: output.1,
@@ -83,15 +93,31 @@ impl Site {
         }
     }
 
+    /// The site with its query before a scale that stands between it and its operator.
+    fn unscaled(mut self, index: &Index) -> Self {
+        let merged = self.shape != attention::SHAPE;
+        let before = decomposed::before_scale(index, &self.query, self.query_layout);
+        // operators of com.microsoft take merged heads, and so do the nodes that are written beside them
+        if let Some((query, layout)) = before.filter(|(_, layout)| !merged || *layout == Layout::Merged) {
+            self.scaled_query = Some(std::mem::replace(&mut self.query, query));
+            self.query_layout = layout;
+        }
+        self
+    }
+
     /// What the names of the site's new nodes begin with: no other site of the model has the same.
     pub fn prefix(&self) -> String {
-        let branch = if self.scope.is_empty() { String::new() } else { format!("{}/", self.scope) };
-        format!("/prefold/{branch}layers.{}", self.layer)
+        format!("{}layers.{}", self.root(), self.layer)
+    }
+
+    /// What the names of new nodes in the site's graph begin with: no other graph of the model has the same.
+    pub fn root(&self) -> String {
+        if self.scope.is_empty() { "/prefold/".to_owned() } else { format!("/prefold/{}/", self.scope) }
     }
 }
 
 /// How heads lie in a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Layout {
     /// `[batch, heads, seq, head_dim]`.
@@ -119,8 +145,8 @@ pub struct QuerySource {
 /// When the graph does not show it and it cannot be rebuilt.
 pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
     scope::of_site(model, site, |index| {
-        // an operator that computes the whole attention made the output, and says where its query is
-        match index.producer(&site.output) {
+        // an operator that computes the whole attention says where its query is
+        match index.graph().node(site.node) {
             Some(node) if attention::is_anchor(node) => return attention::query(index, site, wanted),
             Some(node) if group_query_attention::is_anchor(node) => {
                 return group_query_attention::query(model, index, node, site, wanted);
@@ -129,7 +155,7 @@ pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
                 return multi_head_attention::query(index, node, site, wanted);
             }
             Some(node) if microsoft_attention::is_anchor(node) => {
-                return microsoft_attention::query(node, site, wanted);
+                return microsoft_attention::query(index, node, site, wanted);
             }
             _ => {}
         }
@@ -168,6 +194,7 @@ pub fn sites(model: &Model) -> Result<Vec<Site>> {
         }
         order::number_layers(index, &mut sites)?;
         for site in &mut sites {
+            quantized::move_behind(index, site);
             if let Some([_, Dim::Value(heads), _, Dim::Value(width)]) = cache_dims(index, site.layer) {
                 site.num_kv_heads.get_or_insert(*heads);
                 site.head_dim = Some(*width);

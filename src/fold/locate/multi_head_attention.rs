@@ -15,7 +15,7 @@
 //! The scale is inside and does not touch the query.
 
 use super::beside::{Beside, MICROSOFT, last_dim, rank, shown};
-use super::{Layout, QuerySource, Site, rotary, stopped};
+use super::{Layout, QuerySource, Site, rotary, stopped, unrotated};
 use crate::adapter::Query;
 use crate::fold::Result;
 use crate::onnx::{Index, Node, NodeDef};
@@ -56,12 +56,14 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
     if let Some(found) = rank(index, query).filter(|rank| *rank != wanted) {
         return Err(stopped(node, format!("its query has {found} dimensions, where {wanted} are expected"), HELP));
     }
-    Ok(Site {
+    let site = Site {
         readers: index.consumers(output).to_vec(),
         num_heads: Some(heads),
         width: last_dim(index, query).filter(|_| !is_packed(node)),
         ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
-    })
+    };
+    // what is packed, or biased inside, is not scaled apart
+    Ok(if is_packed(node) || bias(node).is_some() { site } else { site.unscaled(index) })
 }
 
 /// The query with its bias. A graph that rotates does so before the operator, with the bias added there.
@@ -73,7 +75,11 @@ pub(super) fn query(index: &Index, node: &Node, site: &Site, wanted: Query) -> R
             Query::PreRope => rotary::before(index, site),
         };
     }
-    if wanted == Query::PreRope && !rotary::is_projected(index, &site.query) {
+    if wanted == Query::PreRope && !unrotated::is_unturned(index, &site.query) {
+        let part = rotary::first_part(index, &site.query).filter(|_| bias(node).is_none());
+        if let Some(query) = part {
+            return rotary::before(index, &Site { query: query.to_owned(), ..site.clone() });
+        }
         let reason = "the query is packed, or gets its bias inside, behind nodes that may have rotated it";
         return Err(stopped(node, reason, "train with query = post_rope"));
     }

@@ -77,6 +77,11 @@ impl Projections {
         Err(Error::Site { anchor, reason: reason.to_owned(), help: HELP })
     }
 
+    /// Changes all that were found.
+    pub(in crate::fold) fn for_each(&mut self, change: impl FnMut(&mut Projection)) {
+        self.found.values_mut().filter_map(|found| found.as_mut().ok()).for_each(change);
+    }
+
     /// All that were found.
     pub fn iter(&self) -> impl Iterator<Item = (usize, Linear, &Projection)> {
         self.found.iter().filter_map(|((layer, linear), found)| Some((*layer, *linear, found.as_ref().ok()?)))
@@ -190,7 +195,9 @@ impl<'g> Finder<'_, 'g> {
     }
 
     fn node(&self, leaf: &Leaf) -> Found<LinearNode> {
-        self.walk.linears.get(&leaf.linear).cloned().ok_or_else(|| "it is no linear map".into())
+        let unreadable = || self.walk.unreadable.get(&leaf.linear).map(|found| found.reason.clone());
+        let found = self.walk.linears.get(&leaf.linear).cloned();
+        found.ok_or_else(|| unreadable().unwrap_or_else(|| "it is no linear map".into()))
     }
 
     /// A map that makes `width` outputs and no more.
@@ -222,7 +229,8 @@ impl<'g> Finder<'_, 'g> {
 
     /// What a linear map multiplies.
     fn input(&self, id: NodeId) -> Option<&'g str> {
-        self.walk.own(&self.walk.linears.get(&id)?.input)
+        let unreadable = || self.walk.unreadable.get(&id).map(|found| &found.input);
+        self.walk.own(self.walk.linears.get(&id).map(|linear| &linear.input).or_else(unreadable)?)
     }
 
     fn feed_forward(&mut self, layers: usize) {

@@ -6,7 +6,7 @@
 //! x ─┬ Slice ─ (any rotation that is known) ─┐
 //!    └ Slice ─────────────────────────────── Concat ─ query     where a part of each head turns
 //!
-//! MatMul | Gemm | MatMulNBits ─ (bias | norm | view)* ─ query   where nothing turns it
+//! any product ─ (bias | norm | view | …)* ─ query                where nothing turns it
 //! ```
 //! A rotation of standard operators is [`unrotated`](super::unrotated)'s. `scale` and `is_packed_batching` of the operator say how
 //! its tables and rows are read, not what its input is.
@@ -36,7 +36,7 @@ pub(super) fn before(index: &Index, site: &Site) -> Result<QuerySource> {
     if let Some(input) = index.producer(tensor).and_then(|node| rotated_input(index, site, node)) {
         return Ok(laid_out(site, &input, view));
     }
-    if is_projected(index, &site.query) {
+    if unrotated::is_unturned(index, &site.query) {
         return Ok(shown(&site.query, site.query_layout));
     }
     unrotated::unrotated(index, site)
@@ -97,32 +97,12 @@ fn rotated_input(index: &Index, site: &Site, node: &Node) -> Option<String> {
     part(&before).filter(|whole| part(kept) == Some(whole)).map(str::to_owned)
 }
 
-/// Whether the tensor is a product with weights, apart from biases, norms and views.
-pub(super) fn is_projected(index: &Index, tensor: &str) -> bool {
-    let mut tensor = tensor;
-    for _ in 0..MAX_STEPS {
-        let Some(node) = index.producer(tensor) else { return false };
-        let slot = match node.op_type() {
-            "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits" | "MatMulInteger" | "QLinearMatMul" => return true,
-            "Reshape"
-            | "Transpose"
-            | "Slice"
-            | "Split"
-            | "Squeeze"
-            | "Unsqueeze"
-            | "Identity"
-            | "Cast"
-            | "DequantizeLinear"
-            | "QuantizeLinear"
-            | "LayerNormalization"
-            | "RMSNormalization"
-            | "SimplifiedLayerNormalization" => 0,
-            "Add" if node.input(1).is_some_and(|bias| index.initializer(bias).is_some()) => 0,
-            "Add" if node.input(0).is_some_and(|bias| index.initializer(bias).is_some()) => 1,
-            _ => return false,
-        };
-        let Some(input) = node.input(slot) else { return false };
-        tensor = input;
+/// The query of a Concat of query, keys and values along their columns.
+pub(super) fn first_part<'g>(index: &Index<'g>, packed: &str) -> Option<&'g str> {
+    let node = index.producer(packed).filter(|node| node.is("", "Concat"))?;
+    let columns = node.attribute("axis").and_then(|axis| axis.as_int()).is_some_and(|axis| axis == 2 || axis == -1);
+    match node.inputs() {
+        [query, _, _] if columns => Some(query),
+        _ => None,
     }
-    false
 }

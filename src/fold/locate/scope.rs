@@ -36,10 +36,7 @@ fn nested<'g>(graph: &'g Graph, scope: &str) -> Vec<(&'g Graph, String)> {
 /// Calls `see` with the index of the graph that a site is in.
 pub(in crate::fold) fn of_site<T>(model: &Model, site: &Site, see: impl FnOnce(&Index) -> Result<T>) -> Result<T> {
     // node numbers tell graphs apart that have one name
-    let holds = |graph: &Graph| match site.readers.first() {
-        Some(reader) => graph.node(reader.node).is_some(),
-        None => site.scope.is_empty(),
-    };
+    let holds = |graph: &Graph| graph.node(site.node).is_some();
     find(&Index::new(model.graph()), &holds, see)
 }
 

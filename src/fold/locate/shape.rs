@@ -28,6 +28,27 @@ pub(in crate::fold) fn is_number(index: &Index, tensor: &str) -> bool {
     Reader { index, steps: MAX_STEPS }.number(tensor, false)
 }
 
+/// Whether a node multiplies matrices, be they of floats or of integers.
+pub(super) fn is_product(node: &Node) -> bool {
+    matches!(
+        node.op_type(),
+        "MatMul"
+            | "Gemm"
+            | "FusedMatMul"
+            | "FusedGemm"
+            | "MatMulNBits"
+            | "MatMulBnb4"
+            | "MatMulInteger"
+            | "MatMulIntegerToFloat"
+            | "DynamicQuantizeMatMul"
+            | "QLinearMatMul"
+            | "QGemm"
+            | "Conv"
+            | "FusedConv"
+            | "Einsum"
+    )
+}
+
 /// Whether a tensor holds weights: a constant behind nodes that only lay it out or restore its precision.
 pub(in crate::fold) fn is_weight(index: &Index, tensor: &str) -> bool {
     let mut tensor = tensor;
@@ -38,7 +59,10 @@ pub(in crate::fold) fn is_weight(index: &Index, tensor: &str) -> bool {
         let Some(node) = index.producer(tensor) else { return false };
         match (node.op_type(), node.input(0)) {
             ("Constant", _) => return true,
-            ("Cast" | "DequantizeLinear" | "Identity" | "Reshape" | "Transpose" | "Unsqueeze", Some(behind)) => {
+            (
+                "Cast" | "DequantizeLinear" | "Identity" | "QuantizeLinear" | "Reshape" | "Transpose" | "Unsqueeze",
+                Some(behind),
+            ) => {
                 tensor = behind;
             }
             _ => return false,
@@ -84,12 +108,14 @@ impl<'g> Reader<'_, 'g> {
             "Cast"
             | "Clip"
             | "Concat"
+            | "DequantizeLinear"
             | "Dropout"
             | "Elu"
             | "Identity"
             | "LayerNormalization"
             | "Neg"
             | "Pow"
+            | "QuantizeLinear"
             | "RMSNormalization"
             | "Reciprocal"
             | "RotaryEmbedding"
@@ -167,8 +193,10 @@ impl<'g> Reader<'_, 'g> {
         match node.op_type() {
             "Constant" => node.attribute("value_float").or(node.attribute("value_int")).is_some(),
             "Shape" => inside,
-            "Cast" | "Gather" | "Identity" | "Neg" | "Reciprocal" | "Reshape" | "Slice" | "Sqrt" | "Squeeze"
-            | "Unsqueeze" => node.input(0).is_some_and(|input| self.number(input, true)),
+            "Cast" | "DequantizeLinear" | "Gather" | "Identity" | "Neg" | "QuantizeLinear" | "Reciprocal"
+            | "Reshape" | "Slice" | "Sqrt" | "Squeeze" | "Unsqueeze" => {
+                node.input(0).is_some_and(|input| self.number(input, true))
+            }
             "Add" | "Sub" | "Mul" | "Div" | "Pow" => node.inputs().iter().all(|input| self.number(input, true)),
             _ => false,
         }

@@ -68,7 +68,11 @@ fn before_rotation<'g>(index: &Index<'g>, rotated: &'g str) -> std::result::Resu
     open.entry(place(rotated)).or_default().insert(rotated);
     let mut turned = false;
     for _ in 0..MAX_STEPS {
-        if let (true, [only]) = (turned, &open.values().flatten().copied().collect::<Vec<_>>()[..]) {
+        // integers of a quantiser are no query: the floats that they were made from are
+        let is_float = |tensor: &str| index.producer(tensor).is_none_or(|node| !node.is("", "QuantizeLinear"));
+        if let (true, [only]) = (turned, &open.values().flatten().copied().collect::<Vec<_>>()[..])
+            && is_float(only)
+        {
             return Ok(Some(only));
         }
         let Some((_, tensors)) = open.pop_last() else { break };
@@ -88,7 +92,8 @@ fn before_rotation<'g>(index: &Index<'g>, rotated: &'g str) -> std::result::Resu
             }
             (
                 "",
-                "Cast" | "Gather" | "Identity" | "Reshape" | "Slice" | "Split" | "Squeeze" | "Transpose" | "Unsqueeze",
+                "Cast" | "DequantizeLinear" | "Gather" | "Identity" | "QuantizeLinear" | "Reshape" | "Slice" | "Split"
+                | "Squeeze" | "Transpose" | "Unsqueeze",
             ) => first(),
             _ if !turned && !is_turned(index, rotated) => return Ok(None),
             _ => return Err(Some(node)),
@@ -116,8 +121,8 @@ pub(super) fn angles<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g Node> {
         let behind = match node.op_type() {
             "Cos" | "Sin" => return Some(node),
             "Gather" if node.input(0).is_some_and(|table| shape::is_weight(index, table)) => return Some(node),
-            "Cast" | "Concat" | "Expand" | "Gather" | "Identity" | "Reshape" | "Slice" | "Split" | "Squeeze"
-            | "Transpose" | "Unsqueeze" => node.input(0),
+            "Cast" | "Concat" | "DequantizeLinear" | "Expand" | "Gather" | "Identity" | "QuantizeLinear"
+            | "Reshape" | "Slice" | "Split" | "Squeeze" | "Transpose" | "Unsqueeze" => node.input(0),
             "Mul" | "Neg" => node.inputs().iter().map(String::as_str).find(|input| !is_constant(index, input)),
             _ => None,
         };
@@ -136,11 +141,33 @@ fn is_turned(index: &Index, tensor: &str) -> bool {
         match node.op_type() {
             "RotaryEmbedding" => return true,
             "Mul" if node.inputs().iter().any(|input| is_angle(index, input)) => return true,
-            "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits" | "MatMulInteger" | "Shape" => {}
+            "Shape" => {}
+            _ if shape::is_product(node) => {}
             _ => open.extend(node.inputs().iter().map(String::as_str)),
         }
     }
     false
+}
+
+/// Whether every way back from a tensor ends at a product, and no rotation lies on it.
+pub(super) fn is_unturned(index: &Index, tensor: &str) -> bool {
+    let (mut open, mut seen) = (vec![tensor], BTreeSet::new());
+    while let Some(tensor) = open.pop() {
+        if tensor.is_empty() || shape::is_weight(index, tensor) {
+            continue;
+        }
+        let Some(node) = index.producer(tensor) else { return false };
+        if !seen.insert(node.id()) || node.is("", "Shape") || shape::is_product(node) {
+            continue;
+        }
+        let turns = node.op_type() == "RotaryEmbedding"
+            || (node.is("", "Mul") && node.inputs().iter().any(|input| is_angle(index, input)));
+        if turns || seen.len() > MAX_STEPS {
+            return false;
+        }
+        open.extend(node.inputs().iter().map(String::as_str));
+    }
+    true
 }
 
 /// The unrotated tensor, laid out as the rotated one is. `layout` is in the order from the query back.

@@ -18,9 +18,9 @@ use crate::onnx::{DataType, ExternalWriter, Index, TensorDef, TensorInfo};
 
 pub(super) fn write(job: &mut Job, lora: &Lora, folder: &Path) -> Result<()> {
     let index = Index::new(job.model.graph());
-    let products = products(job, &index, lora)?;
+    let products = products(job, lora)?;
     let mut stored = Vec::with_capacity(products.len());
-    for (layer, parts) in products.values() {
+    for (_, layer, parts) in &products {
         let Some(part) = parts.first() else { continue };
         stored.push((*layer, parts, checked(&index, &part.place.node)?));
     }
@@ -30,10 +30,15 @@ pub(super) fn write(job: &mut Job, lora: &Lora, folder: &Path) -> Result<()> {
     for (layer, parts, stored) in stored {
         let Some(part) = parts.first() else { continue };
         let node = &part.place.node;
+        let name = format!("prefold.layers.{layer}.{}.weight", module(parts));
+        // the branches of a merged decoder read one weight
+        if !job.constants.is_new(&name) {
+            job.patch.replace_input(node.weight_use.node, node.weight_use.slot, name);
+            continue;
+        }
         let merged = merged(&weight(job, &index, node)?, parts).map_err(Error::Convert)?;
         let oriented = if node.transposed { Ok(merged) } else { merged.t().and_then(|merged| merged.contiguous()) };
         let bytes = oriented.and_then(|merged| bytes_of(&merged, stored.data_type())).map_err(Error::Convert)?;
-        let name = format!("prefold.layers.{layer}.{}.weight", module(parts));
         let tensor = match &mut external {
             Some(file) => file.write(&name, stored.data_type(), stored.dims(), |out| out.write_all(&bytes))?,
             None => TensorDef::inline(name.as_str(), stored.data_type(), stored.dims(), bytes),
@@ -62,7 +67,9 @@ fn checked<'g>(index: &Index<'g>, node: &LinearNode) -> Result<&'g TensorInfo> {
     // what lays the weight out may serve other products too; the weight itself may, for the others go on reading it
     let mut at = node.weight_use.node;
     while at != node.id {
-        let Some(wrap) = index.graph().node(at) else { break };
+        let Some(wrap) = index.graph().node(at) else {
+            return Err(stopped(node, "its weight is laid out in a branch: fold with --lora side"));
+        };
         let output = wrap.output(0).unwrap_or_default();
         match index.consumers(output) {
             [reader] if index.captured_by(output).is_empty() => at = reader.node,

@@ -235,3 +235,43 @@ fn layers_are_one_each_and_those_of_their_caches() {
         "in the main graph, `p` is number 0 in the flow of data and reads the cache of layer 1: the attention of layer 0 was not found"
     );
 }
+
+/// Pairs of a static quantiser on every edge: the query is the one before them, and the term comes behind all of them.
+#[test]
+fn a_term_is_not_cut_off_by_quantisers() {
+    let quantised: &[Part] = &[
+        ("QuantizeLinear", &["q", "scale"], "q8"),
+        ("DequantizeLinear", &["q8", "scale"], "qd"),
+        ("MatMul", &["qd", "k"], "s"),
+        ("QuantizeLinear", &["s", "scale"], "s8"),
+        ("DequantizeLinear", &["s8", "scale"], "sd"),
+        ("Softmax", &["sd"], "p"),
+        ("QuantizeLinear", &["p", "scale"], "p8"),
+        ("DequantizeLinear", &["p8", "scale"], "pd"),
+        ("MatMul", &["pd", "v"], "o"),
+        ("QuantizeLinear", &["o", "scale"], "o8"),
+        ("DequantizeLinear", &["o8", "scale"], "od"),
+        ("Transpose perm=0213", &["od"], "t"),
+        ("Reshape", &["t", "merged"], "m"),
+        ("QuantizeLinear", &["m", "scale"], "m8"),
+        ("DequantizeLinear", &["m8", "scale"], "md"),
+        ("MatMul", &["md", "w"], "out"),
+    ];
+    let site = found(&[quantised]);
+    assert_eq!((site.query.as_str(), site.query_layout), ("q", Layout::HeadsFirst));
+    assert_eq!((site.output.as_str(), site.output_layout, site.readers.len()), ("md", Layout::Merged, 1));
+}
+
+#[test]
+fn attention_in_integers_is_named() {
+    let products: &[Part] = &[
+        ("QLinearMatMul", &["q", "scale", "scale", "k"], "s"),
+        ("DequantizeLinear", &["s"], "d"),
+        ("Softmax", &["d"], "p"),
+    ];
+    let expected =
+        "the attention around node `p` cannot carry an adapter: it computes in integers: `s` (QLinearMatMul)";
+    assert_eq!(stops(&[products, &TAIL]), expected);
+    let softmax: &[Part] = &[("MatMul", &["q", "k"], "s"), ("ms.QLinearSoftmax", &["s"], "p")];
+    assert!(stops(&[softmax, &TAIL]).ends_with("it computes in integers: `p` (QLinearSoftmax)"));
+}

@@ -200,15 +200,31 @@ impl Sliced<'_> {
             "Sub" => operand(0)?.checked_sub(operand(1)?),
             "Mul" => operand(0)?.checked_mul(operand(1)?),
             "Div" => operand(0)?.checked_div(operand(1)?),
-            "Gather" => {
-                let shape = self.index.producer(node.input(0)?).filter(|node| node.is("", "Shape"))?;
-                let axis = operand(1)?;
-                let axis = if axis < 0 { axis + self.axes.len() as i64 } else { axis };
-                let size = *self.axes.get(usize::try_from(axis).ok()?)?;
-                (shape.input(0) == Some(self.tensor) && size > 0).then_some(size as i64)
-            }
+            "Gather" => self.size(node.input(0)?, operand(1)?, depth + 1),
             _ => None,
         }
+    }
+
+    /// One entry of a list that is the tensor's shape, or was that of the one it was transposed from.
+    fn size(&self, shape: &str, axis: i64, depth: usize) -> Option<i64> {
+        let axis = usize::try_from(if axis < 0 { axis + self.axes.len() as i64 } else { axis }).ok()?;
+        let node = self.index.producer(shape).filter(|_| depth < MAX_BOUND)?;
+        if node.is("", "Gather") {
+            let order = integers(self.index, node.input(1)?)?;
+            return self.size(node.input(0)?, *order.get(axis)?, depth + 1);
+        }
+        let start = node.attribute("start").and_then(|a| a.as_int()).unwrap_or(0);
+        let whole = node.is("", "Shape") && start == 0 && node.attribute("end").is_none();
+        let of = node.input(0).filter(|_| whole)?;
+        let axis = if of == self.tensor {
+            axis
+        } else {
+            let turned = self.index.producer(self.tensor).filter(|node| node.is("", "Transpose"))?;
+            let order = turned.attribute("perm")?.as_ints()?.iter();
+            let at = order.map(|from| usize::try_from(*from)).position(|from| from == Ok(axis))?;
+            (turned.input(0) == Some(of)).then_some(at)?
+        };
+        self.axes.get(axis).filter(|size| **size > 0).map(|size| *size as i64)
     }
 }
 
@@ -243,4 +259,42 @@ fn tail(index: &Index, shape: &str) -> Option<Vec<Option<i64>>> {
     }
     known.reverse();
     Some(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{DataType, Dim, ModelBuilder, NodeDef, TensorDef, ValueDef};
+
+    /// A third of the last dimension, of the tensor or, as ONNX Runtime's optimizer leaves it, of the one before its Transpose.
+    #[test]
+    fn bounds_are_computed_from_shapes() {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).input(ValueDef::new("x", DataType::Float, (0..4).map(|_| Dim::Unknown)));
+        builder.output(ValueDef::new("part", DataType::Float, []));
+        for (name, values) in
+            [("zero", &[0][..]), ("last", &[-1]), ("order", &[0, 2, 1, 3]), ("two", &[2]), ("three", &[3])]
+        {
+            builder.initializer(TensorDef::from_i64s(name, &[values.len() as i64], values));
+        }
+        let node = |op: &str, inputs: &[&str], output: &str| {
+            NodeDef::new(op, output).inputs(inputs.iter().copied()).outputs([output])
+        };
+        builder.node(node("Transpose", &["x"], "turned").attr_ints("perm", &[0, 2, 1, 3]));
+        builder.node(node("Shape", &["x"], "before").attr_int("start", 0));
+        builder.node(node("Gather", &["before", "order"], "after"));
+        builder.node(node("Gather", &["after", "last"], "size"));
+        builder.node(node("Add", &["size", "two"], "rounded"));
+        builder.node(node("Div", &["rounded", "three"], "third"));
+        builder.node(node("Gather", &["after", "zero"], "rows"));
+        builder.node(node("Slice", &["turned", "zero", "third", "last"], "part"));
+        let model = builder.build().unwrap();
+        let index = Index::new(model.graph());
+        let axes = [0, 4, 0, 96];
+        let number = |tensor: &str, axes: &[usize], name: &str| Sliced { index: &index, tensor, axes }.number(name, 0);
+        assert_eq!(number("turned", &axes, "third"), Some(32));
+        // batch is not known, and a shape of another tensor says nothing
+        assert_eq!(number("turned", &axes, "rows"), None);
+        assert_eq!(number("part", &axes, "third"), None);
+    }
 }

@@ -5,15 +5,18 @@
 //! x ─ QuantizeLinear ─ DequantizeLinear ─ MatMul (DequantizeLinear W) ─ (QuantizeLinear ─ DequantizeLinear) ─ product
 //! x ─ DynamicQuantizeLinear ─ MatMulInteger W ─ Cast ─ Mul scale ─ product
 //! x ─ DynamicQuantizeMatMul W ─ product
+//! x ─ QuantizeLinear ─ QLinearMatMul W ─ DequantizeLinear ─ product
 //! ```
+//! Other products with constant weights are [`unreadable`], and say why.
 
 use serde::Serialize;
 
+use crate::fold::locate::shape;
 use crate::onnx::{Index, Node, NodeId, TensorInfo, Use};
 
 const MICROSOFT: &str = "com.microsoft";
 /// Nodes between a weight and the product that reads it.
-const MAX_WRAPS: usize = 4;
+const MAX_WRAPS: usize = 8;
 
 /// How a weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -46,6 +49,8 @@ pub struct LinearNode {
     pub weight_use: Use,
     /// A bias inside the node, so that the product holds it.
     pub bias: Option<String>,
+    /// What the node multiplies its product by: that of a branch beside it must be multiplied by too.
+    pub scale: f32,
     /// The float tensor that is multiplied.
     pub input: String,
     /// The float product.
@@ -62,6 +67,7 @@ struct Parts<'g> {
     weight_slot: usize,
     transposed: bool,
     bias: Option<&'g str>,
+    scale: f32,
     width: Option<usize>,
     quantized: bool,
 }
@@ -88,6 +94,7 @@ pub(super) fn linear<'g>(index: &Index<'g>, node: &'g Node) -> Option<LinearNode
         storage,
         weight_use,
         bias: parts.bias.filter(|bias| !bias.is_empty()).map(str::to_owned),
+        scale: parts.scale,
         input: input.to_owned(),
         readers: index.consumers(product).to_vec(),
         product: product.to_owned(),
@@ -95,21 +102,59 @@ pub(super) fn linear<'g>(index: &Index<'g>, node: &'g Node) -> Option<LinearNode
     })
 }
 
+/// A product with constant weights that is none of these maps.
+#[derive(Clone, Debug)]
+pub(super) struct Unreadable {
+    /// Why.
+    pub(super) reason: String,
+    /// What it multiplies.
+    pub(super) input: String,
+}
+
+/// What hinders a product with constant weights from being a linear map; `None` where a node is no such product.
+pub(super) fn unreadable(index: &Index, node: &Node) -> Option<Unreadable> {
+    let is_weight = |slot: usize| node.input(slot).is_some_and(|input| shape::is_weight(index, input));
+    let slot = if node.op_type() == "QLinearMatMul" { 3 } else { 1 };
+    if !shape::is_product(node) || !(is_weight(0) || is_weight(slot)) {
+        return None;
+    }
+    let number = |name: &str| node.attribute(name).and_then(|a| a.as_float()).unwrap_or(1.0);
+    let flag = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
+    let why = match node.op_type() {
+        "FusedGemm" => "an activation is inside it".to_owned(),
+        "QLinearMatMul" | "QGemm" | "MatMulInteger" | "MatMulIntegerToFloat" => {
+            "what it reads or makes is not turned from or into floats beside it".to_owned()
+        }
+        _ if is_weight(0) => "its weights stand on the left".to_owned(),
+        _ if number("beta") != 1.0 => format!("it scales its bias (beta = {})", number("beta")),
+        _ if flag("transA") => "it transposes its input (transA = 1)".to_owned(),
+        _ => "its weights are not one matrix".to_owned(),
+    };
+    let name = if node.name().is_empty() { node.output(0).unwrap_or_default() } else { node.name() };
+    let reason = format!("`{name}` ({}) stands in its place: {why}", node.op_type());
+    let input = node.input(usize::from(is_weight(0)))?;
+    Some(Unreadable { reason, input: input.to_owned() })
+}
+
 fn parts<'g>(index: &Index, node: &'g Node) -> Option<Parts<'g>> {
     let integer = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0);
-    let is_one = |name: &str| node.attribute(name).and_then(|a| a.as_float()).unwrap_or(1.0) == 1.0;
-    let plain = Parts { weight_slot: 1, transposed: false, bias: None, width: None, quantized: false };
+    let number = |name: &str| node.attribute(name).and_then(|a| a.as_float()).unwrap_or(1.0);
+    let plain = Parts { weight_slot: 1, transposed: false, bias: None, scale: 1.0, width: None, quantized: false };
     match (node.domain(), node.op_type()) {
         ("", "MatMul") => Some(plain),
-        ("", "Gemm") if integer("transA") == 0 && is_one("alpha") && is_one("beta") => {
-            Some(Parts { transposed: integer("transB") != 0, bias: node.input(2), ..plain })
+        ("", "Gemm") if integer("transA") == 0 && number("beta") == 1.0 => {
+            Some(Parts { transposed: integer("transB") != 0, bias: node.input(2), scale: number("alpha"), ..plain })
         }
-        (MICROSOFT, "FusedMatMul") if integer("transA") == 0 && is_one("alpha") => {
-            Some(Parts { transposed: integer("transB") != 0, ..plain })
+        (MICROSOFT, "FusedMatMul") if integer("transA") == 0 => {
+            Some(Parts { transposed: integer("transB") != 0, scale: number("alpha"), ..plain })
         }
         (MICROSOFT, "MatMulNBits") => {
             let width = usize::try_from(integer("N")).ok()?;
             Some(Parts { transposed: true, bias: node.input(5), width: Some(width), quantized: true, ..plain })
+        }
+        ("", "QLinearMatMul") => {
+            let behind = index.producer(node.input(0)?)?;
+            behind.is("", "QuantizeLinear").then_some(Parts { weight_slot: 3, quantized: true, ..plain })
         }
         (MICROSOFT, "DynamicQuantizeMatMul") => Some(Parts { bias: node.input(4), quantized: true, ..plain }),
         ("", "MatMulInteger") => {
@@ -136,7 +181,7 @@ fn constant<'g>(index: &Index<'g>, node: &'g Node, slot: usize) -> Option<(&'g T
                 order.is_none_or(|order| order == [1, 0]).then_some(())?;
                 flips = !flips;
             }
-            "DequantizeLinear" => wrapped = true,
+            "DequantizeLinear" | "QuantizeLinear" => wrapped = true,
             "Cast" | "Identity" => {}
             _ => return None,
         }
@@ -152,6 +197,7 @@ fn float_input<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
     let Some(behind) = index.producer(input) else { return Some(input) };
     match behind.op_type() {
         "DynamicQuantizeLinear" => behind.input(0),
+        "QuantizeLinear" if node.op_type() == "QLinearMatMul" => behind.input(0),
         "DequantizeLinear" => match index.producer(behind.input(0)?) {
             Some(quantize) if quantize.op_type() == "QuantizeLinear" => quantize.input(0),
             _ => Some(input),
@@ -170,6 +216,9 @@ fn float_product<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
     if node.op_type() == "MatMulInteger" {
         let cast = only(product).filter(|node| node.op_type() == "Cast")?;
         product = only(cast.output(0)?).filter(|node| node.op_type() == "Mul")?.output(0)?;
+    }
+    if node.op_type() == "QLinearMatMul" {
+        return only(product).filter(|node| node.op_type() == "DequantizeLinear")?.output(0);
     }
     let Some(quantize) = only(product).filter(|node| node.op_type() == "QuantizeLinear") else { return Some(product) };
     let dequantize = only(quantize.output(0)?).filter(|node| node.op_type() == "DequantizeLinear");

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use super::linear::{LinearNode, linear};
+use super::linear::{LinearNode, Unreadable, linear, unreadable};
 use crate::onnx::{Index, Node, NodeId, ValueInfo};
 
 const MICROSOFT: &str = "com.microsoft";
@@ -32,12 +32,22 @@ pub(super) struct Leaf {
 pub(super) struct Walk<'g> {
     pub(super) index: &'g Index<'g>,
     pub(super) linears: BTreeMap<NodeId, LinearNode>,
+    /// Products with weights that are no such map, and why. Walks end at them too.
+    pub(super) unreadable: BTreeMap<NodeId, Unreadable>,
 }
 
 impl<'g> Walk<'g> {
     pub(super) fn new(index: &'g Index<'g>) -> Self {
-        let linears = index.graph().nodes().iter().filter_map(|node| Some((node.id(), linear(index, node)?)));
-        Self { index, linears: linears.collect() }
+        let nodes = || index.graph().nodes().iter();
+        let linears: BTreeMap<_, _> = nodes().filter_map(|node| Some((node.id(), linear(index, node)?))).collect();
+        let others = nodes().filter(|node| !linears.contains_key(&node.id()));
+        let unreadable = others.filter_map(|node| Some((node.id(), unreadable(index, node)?))).collect();
+        Self { index, linears, unreadable }
+    }
+
+    /// Whether a walk ends at a node: it multiplies with weights.
+    fn is_map(&self, node: &Node) -> bool {
+        self.linears.contains_key(&node.id()) || self.unreadable.contains_key(&node.id())
     }
 
     /// The graph's own copy of a tensor's name.
@@ -79,7 +89,7 @@ impl<'g> Walk<'g> {
                 if wanted(node) {
                     return Some(node);
                 }
-                if !ends(node) && !self.linears.contains_key(&node.id()) {
+                if !ends(node) && !self.is_map(node) {
                     next.extend(node.inputs().iter().map(String::as_str).filter(|t| !t.is_empty() && seen.insert(t)));
                 }
             }
@@ -97,7 +107,7 @@ impl<'g> Walk<'g> {
             let mut next = Vec::new();
             for reader in ring.iter().flat_map(|tensor| self.index.consumers(tensor)) {
                 let Some(node) = self.index.graph().node(reader.node) else { continue };
-                if self.linears.contains_key(&node.id()) {
+                if self.is_map(node) {
                     found.insert(node.id());
                 } else if !is_shape(node) {
                     next.extend(node.outputs().iter().map(String::as_str).filter(|t| !t.is_empty() && seen.insert(t)));
@@ -113,7 +123,7 @@ impl<'g> Walk<'g> {
 
     /// Whether a node multiplies two tensors of which neither is a weight.
     pub(super) fn mixes(&self, node: &Node) -> bool {
-        (node.is("", "MatMul") || node.is(MICROSOFT, "FusedMatMul")) && !self.linears.contains_key(&node.id())
+        (node.is("", "MatMul") || node.is(MICROSOFT, "FusedMatMul")) && !self.is_map(node)
     }
 }
 
@@ -163,7 +173,7 @@ impl<'g> Search<'_, 'g> {
         }
         let index = self.walk.index;
         let Some((made, node)) = index.producer_slot(tensor).zip(index.producer(tensor)) else { return };
-        if self.walk.linears.contains_key(&node.id()) {
+        if self.walk.is_map(node) {
             let path = self.path.iter().rev().copied().collect();
             self.leaves.push(Leaf { linear: node.id(), path, activated });
             return;

@@ -1,0 +1,58 @@
+//! Data-parallel training: every process runs a part of each step's micro-batches, and the gradients are summed.
+//!
+//! ```text
+//! launch.rs   which process am I: torchrun, mpirun, srun
+//! group.rs    the processes joined over TCP: sums, broadcasts, agreement
+//! ```
+//!
+//! Only gradients of what is trained travel. With `W` processes and `G` micro-batches each (`gradient_accumulation`), a step
+//! is that of one process with `G·W` micro-batches; with `G = 1` its sums are taken in the same order too, and the run ends
+//! in the same bytes.
+
+mod group;
+mod launch;
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor, Var};
+
+use super::{Error, Result};
+
+pub use group::Group;
+pub use launch::Launch;
+
+/// Sums gradients over the processes; a gradient that no process has stays away.
+///
+/// # Errors
+/// When a process has gone, or candle fails.
+pub(super) fn sum_gradients(
+    group: &Group,
+    vars: &BTreeMap<String, Var>,
+    gradients: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let failed = Error::candle("adding the gradients of all processes");
+    let mut found: Vec<f64> = vars.keys().map(|name| f64::from(u8::from(gradients.contains_key(name)))).collect();
+    group.sum_f64(&mut found)?;
+    let wanted = || vars.iter().zip(&found).filter(|(_, count)| **count > 0.0).map(|(var, _)| var);
+    let mut values: Vec<f32> = Vec::with_capacity(wanted().map(|(_, var)| var.elem_count()).sum());
+    for (name, var) in wanted() {
+        match gradients.get(name) {
+            Some(gradient) => values.extend(
+                gradient
+                    .to_dtype(DType::F32)
+                    .and_then(|g| g.flatten_all())
+                    .and_then(|g| g.to_vec1::<f32>())
+                    .map_err(&failed)?,
+            ),
+            None => values.resize(values.len() + var.elem_count(), 0.0),
+        }
+    }
+    group.sum_f32(&mut values)?;
+    let mut rest = values.as_slice();
+    for (name, var) in wanted() {
+        let (own, more) = rest.split_at(var.elem_count());
+        rest = more;
+        gradients.insert(name.clone(), Tensor::from_slice(own, var.shape(), var.device()).map_err(&failed)?);
+    }
+    Ok(())
+}
