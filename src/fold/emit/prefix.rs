@@ -222,7 +222,7 @@ impl Block<'_, '_> {
 
     fn write(mut self, key: &Tensor, value: &Tensor) -> Result<()> {
         let (index, site) = (self.index, self.writer.site);
-        let scores = match index.producer(&site.output) {
+        let scores = match index.graph().node(site.node) {
             Some(node) if operator::is_known(node) => self.beside_operator(node, key)?,
             _ if site.shape == "decomposed" => self.in_block(key)?,
             _ => return Err(stopped(site, "prefix tuning is not written into this shape of attention")),
@@ -328,7 +328,8 @@ impl Block<'_, '_> {
 
     /// The query that meets the keys, and the one that meets those of the prefix, heads first.
     fn queries(&mut self, node: Option<&crate::onnx::Node>) -> Result<(String, String)> {
-        let (index, site) = (self.index, self.writer.site);
+        let index = self.index;
+        let site = &self.writer.site.scaled();
         let source = locate::query(self.writer.job.model, site, Query::PostRope)?;
         let (mut nodes, mut tensor) = (source.nodes, source.tensor);
         for node in &mut nodes {

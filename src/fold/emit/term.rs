@@ -18,15 +18,17 @@ use candle_core::{DType, Tensor};
 
 use super::{Job, types};
 use crate::adapter::term::{Binary, Map, Step, Value, spread};
-use crate::adapter::{AdapterMethod, Query, Tensors, Term};
-use crate::fold::{Error, Layout, Result, Site, locate};
-use crate::onnx::{DataType, Index, NodeDef, NodeId};
+use crate::adapter::{AdapterMethod, Method, Query, Tensors, Term};
+use crate::fold::locate::Positions;
+use crate::fold::{Error, Layout, Record, Result, Site, locate};
+use crate::onnx::{DataType, Index, Model, NodeDef, NodeId};
 
 pub(super) fn write(job: &mut Job, method: &dyn AdapterMethod) -> Result<()> {
     let wide = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::F64)?));
     let tensors = job.adapter.tensors().iter().map(wide).collect::<candle_core::Result<Tensors>>();
     let tensors = tensors.map_err(Error::Convert)?;
     let (model, sites) = (job.model, job.sites);
+    check_positions(model)?;
     let index = Index::new(model.graph());
     for site in sites {
         if let Some(term) = method.term(job.adapter.config(), site.layer) {
@@ -34,6 +36,18 @@ pub(super) fn write(job: &mut Job, method: &dyn AdapterMethod) -> Result<()> {
             let output_type = types::float_type(&index, &site.output);
             Writer::new(job, site, output_type)?.write(&index, &term, &constants)?;
         }
+    }
+    Ok(())
+}
+
+/// An operator that counts positions goes on counting them from the first token, where an earlier fold put a prefix before it.
+fn check_positions(model: &Model) -> Result<()> {
+    let after_prefix = Record::all(model)?.iter().any(|fold| matches!(fold.config.method, Method::Prefix(_)));
+    if after_prefix && locate::exactness(model).positions == Positions::Operator {
+        return Err(Error::NotFolded {
+            what: "a term of the query over prefix tuning, in a graph whose attention operator counts positions".into(),
+            help: "export the base model with `prefold export`, or in a form that has the input position_ids",
+        });
     }
     Ok(())
 }
@@ -199,7 +213,20 @@ impl<'a, 'j> Writer<'a, 'j> {
         Ok(self.transpose("Transpose_split", &split))
     }
 
+    /// A feature map; in bfloat16, which Elu and Softplus came to take with opset 22 and few runtimes do, it is taken in 32-bit floats.
     fn map(&mut self, map: Map, x: &str) -> Result<String> {
+        if self.job.constants.data_type() != DataType::Bfloat16 || map == Map::Identity {
+            return self.mapped(map, x);
+        }
+        let cast = |to: DataType| move |name: String| NodeDef::new("Cast", name).attr_int("to", to.code().into());
+        let wide = self.node_with(cast(DataType::Float), "Cast_wide", &[x]);
+        self.job.constants.set_type(DataType::Float);
+        let mapped = self.mapped(map, &wide)?;
+        self.job.constants.set_type(DataType::Bfloat16);
+        Ok(self.node_with(cast(DataType::Bfloat16), "Cast_narrow", &[&mapped]))
+    }
+
+    fn mapped(&mut self, map: Map, x: &str) -> Result<String> {
         Ok(match map {
             Map::Identity => x.to_owned(),
             Map::Elu => self.node("Elu", "Elu", &[x]),

@@ -49,9 +49,9 @@ pub struct Site {
     pub node: NodeId,
     /// The rotated, unscaled query.
     pub query: String,
-    /// The query as an operator reads it, where the graph scales it before.
+    /// The query as an operator reads it, and its layout there, where the graph scales it before.
     #[serde(skip)]
-    pub scaled_query: Option<String>,
+    pub scaled_query: Option<(String, Layout)>,
     /// Its layout.
     pub query_layout: Layout,
     /// The attention output before the output projection.
@@ -99,10 +99,19 @@ impl Site {
         let before = decomposed::before_scale(index, &self.query, self.query_layout);
         // operators of com.microsoft take merged heads, and so do the nodes that are written beside them
         if let Some((query, layout)) = before.filter(|(_, layout)| !merged || *layout == Layout::Merged) {
-            self.scaled_query = Some(std::mem::replace(&mut self.query, query));
-            self.query_layout = layout;
+            let scaled = std::mem::replace(&mut self.query, query);
+            self.scaled_query = Some((scaled, std::mem::replace(&mut self.query_layout, layout)));
         }
         self
+    }
+
+    /// The site with the query that its scores are made of.
+    pub(in crate::fold) fn scaled(&self) -> Self {
+        let mut site = self.clone();
+        if let Some((query, layout)) = site.scaled_query.take() {
+            (site.query, site.query_layout) = (query, layout);
+        }
+        site
     }
 
     /// What the names of the site's new nodes begin with: no other site of the model has the same.

@@ -38,10 +38,9 @@ struct Way<'g> {
 impl Block<'_, '_> {
     pub(super) fn in_block(&mut self, key: &Tensor) -> Result<Scores> {
         let (index, site) = (self.index, self.writer.site);
-        let Some(softmax) = softmax(index, &site.anchor) else {
-            return Err(stopped(site, "its softmax has no name of its own"));
-        };
-        let (Some(scores), Some(weights)) = (softmax.input(0), softmax.output(0)) else {
+        let softmax = index.graph().node(site.node);
+        let (scores, weights) = (softmax.and_then(|node| node.input(0)), softmax.and_then(|node| node.output(0)));
+        let (Some(scores), Some(weights)) = (scores, weights) else {
             return Err(stopped(site, "its softmax has no input or no output"));
         };
         let Some(way) = way(index, scores, MAX_STEPS) else {
@@ -102,11 +101,6 @@ impl Block<'_, '_> {
     }
 }
 
-fn softmax<'g>(index: &Index<'g>, anchor: &str) -> Option<&'g Node> {
-    let mut named = index.graph().nodes().iter().filter(|node| node.name() == anchor && node.is("", "Softmax"));
-    named.next().filter(|_| named.next().is_none())
-}
-
 /// The weights that meet the values: those of the softmax, or where it may be no number, zero.
 fn guarded<'g>(index: &Index<'g>, weights: &'g str) -> &'g str {
     let readers = |tensor: &str| {
@@ -148,7 +142,7 @@ fn way<'g>(index: &Index<'g>, scores: &str, steps: usize) -> Option<Way<'g>> {
             (Some(by), _) => with(behind(1), Step::Scale("Mul", by.to_owned())),
             _ => None,
         },
-        "Clip" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" => behind(0),
+        "Clip" | "DequantizeLinear" | "Identity" | "QuantizeLinear" | "Reshape" | "Squeeze" | "Unsqueeze" => behind(0),
         // masks
         "Add" | "Max" | "Min" | "Sub" => behind(0).or_else(|| behind(1)),
         "Where" => behind(1).or_else(|| behind(2)),
@@ -176,7 +170,11 @@ fn scales(index: &Index, side: &str, end: &str) -> Vec<Step> {
                 steps.push(Step::Scale("Div", by.to_owned()));
                 0
             }
-            ("Cast" | "Dropout" | "Expand" | "Identity" | "Reshape" | "Squeeze" | "Transpose" | "Unsqueeze", ..) => 0,
+            (
+                "Cast" | "DequantizeLinear" | "Dropout" | "Expand" | "Identity" | "QuantizeLinear" | "Reshape"
+                | "Squeeze" | "Transpose" | "Unsqueeze",
+                ..,
+            ) => 0,
             _ => break,
         };
         let Some(behind) = node.input(slot) else { break };

@@ -181,7 +181,7 @@ impl<'a> Block<'a, '_> {
     }
 
     fn standard(&mut self, node: &'a Node) -> Result<Inside> {
-        let (index, site) = (self.index, self.writer.site);
+        let (index, site) = (self.index, &self.writer.site.scaled());
         self.refuse(node, &[(6, "lengths of keys (nonpad_kv_seqlen)")])?;
         if float(node, "softcap").is_some() {
             return Err(stopped(site, "runtimes differ in whether its soft cap comes before its mask"));
