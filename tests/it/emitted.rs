@@ -167,11 +167,7 @@ fn benches(kind: Kind) -> Vec<Bench> {
     let Some(library) = runtime() else { return Vec::new() };
     let only = std::env::var("PREFOLD_GRAPH").unwrap_or_default();
     let tools = of_tools().into_iter().map(|(name, folder, oracle)| (name, folder.join("model.onnx"), oracle));
-    let half = shared("oracles/llama_gqa").map(|oracle| {
-        let name = "genai_fp16/llama_gqa";
-        (name.to_owned(), fixture(&format!("graphs/{name}/model.onnx")), oracle)
-    });
-    let graphs = graphs().into_iter().chain(tools).chain(half).filter(|(name, _, _)| name.contains(&only));
+    let graphs = graphs().into_iter().chain(tools).filter(|(name, _, _)| name.contains(&only));
     graphs.map(|(name, file, oracle)| Bench::new(&library, kind, &name, &file, &oracle)).collect()
 }
 
@@ -224,8 +220,17 @@ fn is_refused(bench: &Bench, kind: Kind, error: &prefold::fold::Error) -> bool {
     kind == Kind::Dora && error.contains("which is quantised") || kind != Kind::Prefix && has_activation
 }
 
+/// A graph in float16 that runs at once only: with a past, ONNX Runtime finds the declared shapes of its repeated keys to be wrong.
+/// What ONNX Runtime computes in 32-bit floats on a CPU, for it has no kernel, depends on the nodes around.
+const AT_ONCE: &str = "genai_fp16/llama_gqa";
+
+fn at_once(kind: Kind) -> Option<Bench> {
+    let (library, oracle) = (runtime()?, shared("oracles/llama_gqa")?);
+    Some(Bench::new(&library, kind, AT_ONCE, &fixture("graphs").join(AT_ONCE).join("model.onnx"), &oracle))
+}
+
 fn baked(kind: Kind, lora: LoraForm) {
-    for bench in benches(kind) {
+    for bench in benches(kind).into_iter().chain(at_once(kind)) {
         let (folded, mut graph, folder) =
             match bench.fold_with(&["five"], FoldOptions { lora, ..FoldOptions::default() }) {
                 Err(error) if is_refused(&bench, kind, &error) => continue,
@@ -247,6 +252,9 @@ fn baked(kind: Kind, lora: LoraForm) {
             let found = bench.base(&mut graph, case).unwrap();
             let adapters = vec![Some(1); case.batch];
             reached += compare(&bench, "baked", case, &plain, &found, &adapters);
+            if bench.name == AT_ONCE {
+                continue;
+            }
             let fused = bench.name.starts_with("genai") || bench.name.starts_with("hf_onnx");
             if !(fused && case.name == "left")
                 && let (Some(plain), Some(steps)) =
