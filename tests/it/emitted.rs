@@ -366,12 +366,7 @@ fn banks(kind: Kind) {
         let (graph, mut base) = match bench.fold(&["three", "five"], Emission::Bank) {
             Ok((_, graph, _)) => (graph, session(&bench.library, &bench.file)),
             Err(error) if is_refused(&bench, kind, &error) => continue,
-            // it has no position_ids
-            Err(error) => {
-                let known = bench.name == "optimum_with_past/gemma3" && kind == Kind::Prefix;
-                assert!(known && error.to_string().contains("counts positions by itself"), "{}: {error}", bench.name);
-                continue;
-            }
+            Err(error) => panic!("{}: {error}", bench.name),
         };
         let mut graph = Some(graph);
         for case in bench.cases.iter().filter(|case| case.name != "left") {

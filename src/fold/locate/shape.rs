@@ -102,12 +102,14 @@ impl<'g> Reader<'_, 'g> {
             "Squeeze" => self.rank(node.input(0)?)?.checked_sub(self.axes(node)?),
             "Gather" => (self.rank(node.input(0)?)? + self.rank(node.input(1)?)?).checked_sub(1),
             "Gemm" => Some(2),
+            "Range" | "Shape" => Some(1),
             "Add" | "Sub" | "Mul" | "Div" | "Where" | "MatMul" | "FusedMatMul" | "And" => {
                 node.inputs().iter().filter_map(|input| self.rank(input)).max()
             }
             "Cast"
             | "Clip"
             | "Concat"
+            | "CumSum"
             | "DequantizeLinear"
             | "Dropout"
             | "Elu"

@@ -10,7 +10,7 @@ use super::{Length, first, types};
 use crate::fold::emit::Job;
 use crate::fold::locate::{self, Positions, position_uses, scope, shape};
 use crate::fold::{Error, Result};
-use crate::onnx::{DataType, Graph, Index, Node, NodeDef, Use};
+use crate::onnx::{DataType, Dim, Graph, Index, Node, NodeDef, Use};
 
 const MICROSOFT: &str = "com.microsoft";
 const INPUT: &str = "position_ids";
@@ -60,7 +60,7 @@ pub(super) fn shift(job: &mut Job, length: &Length) -> Result<Shift> {
                 true => types::float_type(index, tensor).unwrap_or(DataType::Float),
                 false => declared().unwrap_or(DataType::Int64),
             };
-            found.push((scope.to_owned(), reader, tensor.to_owned(), data_type));
+            found.push((scope.to_owned(), reader, tensor.to_owned(), data_type, rows(index, tensor)));
         }
         Ok(())
     })?;
@@ -72,16 +72,22 @@ pub(super) fn shift(job: &mut Job, length: &Length) -> Result<Shift> {
     if found.is_empty() && !matches!(counted, Positions::Absent | Positions::Operator) {
         return Err(missing("prefix tuning in a graph of which it is not known where it counts positions"));
     }
-    if length.is_bank && !found.is_empty() {
+    if length.is_bank && found.iter().any(|(_, _, _, _, rows)| rows.is_none()) {
         return Err(missing(
             "prefix tuning as a bank in a graph that counts positions by itself, the same for every row",
         ));
     }
     // the first reader of a tensor comes first
-    found.sort_by_key(|(_, reader, _, _)| reader.node);
+    found.sort_by_key(|(_, reader, _, _, _)| reader.node);
     let mut written: BTreeMap<(String, String), String> = BTreeMap::new();
-    for (count, (scope, reader, tensor, data_type)) in found.into_iter().enumerate() {
-        let number = length.number(job, data_type);
+    for (count, (scope, reader, tensor, data_type, rows)) in found.into_iter().enumerate() {
+        let mut number = length.number(job, data_type);
+        if let Some(rows) = rows.filter(|rows| length.is_bank && rows.len() > 2) {
+            let rank = rows.len();
+            let shape = job.constants.integers(&mut job.patch, &format!("prefold/prefix_rows_{rank}"), &rows);
+            let reshape = NodeDef::new("Reshape", format!("/prefold/prefix/Reshape_{rank}_{data_type}"));
+            number = first(job, reshape, &[&number, &shape]);
+        }
         let shifted = written.entry((scope, tensor.clone())).or_insert_with(|| {
             let name = format!("/prefold/positions/Add_{count}");
             let output = format!("{name}/output_0");
@@ -93,6 +99,15 @@ pub(super) fn shift(job: &mut Job, length: &Length) -> Result<Shift> {
         shift.0.insert(tensor, shifted.clone());
     }
     Ok(shift)
+}
+
+/// A number for each row of the batch in the shape in which it is added to positions, `[batch, …, seq]`; none where these have not
+/// a row for each, or may not have one.
+fn rows(index: &Index, positions: &str) -> Option<Vec<i64>> {
+    let declared = index.value(positions).and_then(|value| value.shape()).and_then(<[Dim]>::first);
+    let rank = shape::rank(index, positions).filter(|rank| (2..=3).contains(rank))?;
+    let once = matches!(declared, Some(Dim::Value(1)));
+    (!once).then(|| std::iter::once(-1).chain(std::iter::repeat_n(1, rank - 1)).collect())
 }
 
 /// The node among those of a rebuilt query that turns it by positions which the operator counts for itself.
