@@ -1,5 +1,6 @@
 //! `prefold verify`
 
+mod localise;
 mod manifest;
 mod output;
 mod runtimes;
@@ -13,6 +14,7 @@ use clap::{Args, ValueEnum};
 use miette::Result;
 use ndarray::Array2;
 
+use self::localise::{Judged, LocaliseArgs, localise};
 use self::output::OutputArgs;
 pub(super) use self::output::{summary, table, write_report};
 use self::runtimes::{Chosen, LevelArg, ProviderArg, chosen};
@@ -134,6 +136,8 @@ pub(super) struct VerifyArgs {
     /// How much the kept references may take together
     #[arg(long, default_value = "4GB", value_name = "BYTES")]
     cache_size: String,
+    #[command(flatten)]
+    localise: LocaliseArgs,
 }
 
 /// A runtime.
@@ -237,7 +241,10 @@ impl Verify {
             judge_base: true,
             against: self.against.as_deref().map(existing_graph).transpose()?,
         };
-        let mut report = verify(context, &subject, &self.options)?;
+        let mut options = self.options.clone();
+        let beside = || self.output.out.with_extension("reproducer");
+        options.localise.reproducer.get_or_insert_with(beside);
+        let mut report = verify(context, &subject, &options)?;
         if let Some(baseline) = baseline {
             report.compare_to(&baseline, self.output.baseline_slack, subject.kind());
         }
@@ -287,11 +294,15 @@ pub(super) fn verify(context: &Context, subject: &Subject, options: &VerifyArgs)
         for chosen in &chosen {
             of_base.run(Candidate { name: chosen.name.clone(), open: chosen.open(base) });
         }
+        let judged = Judged { file: base, graph: &file, adapter: None, given: &[] };
+        localise(&mut of_base, subject.checkpoint, &judged, &chosen, options);
         check = check.with_base(of_base);
     }
     for chosen in &chosen {
         check.run(Candidate { name: chosen.name.clone(), open: chosen.open_given(&subject.graph, given.clone()) });
     }
+    let judged = Judged { file: &subject.graph, graph: &graph, adapter, given: &given };
+    localise(&mut check, subject.checkpoint, &judged, &chosen, options);
     for (chosen, other) in chosen.iter().flat_map(|chosen| subject.against.iter().map(move |other| (chosen, other))) {
         check.against(Other {
             name: chosen.name.clone(),
@@ -540,6 +551,7 @@ impl Default for VerifyArgs {
             max_ppl_diff: None,
             no_cache: false,
             cache_size: "4GB".into(),
+            localise: LocaliseArgs::default(),
         }
     }
 }

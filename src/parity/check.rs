@@ -7,8 +7,8 @@ use super::report::RULE;
 use super::run::{CandleRunner, GraphRunner, Runner, Script, record, replay};
 use super::{
     AgainstCase, AgainstReport, Budget, Case, CaseReport, Environment, Error, Facts, Figures, Finding, FindingKind,
-    Greedy, NoOpPair, NoOpReport, Report, Result, RunCase, RunReport, SCHEMA_VERSION, TensorFigures, Thresholds,
-    Verdict, no_op,
+    Greedy, Localise, NoOpPair, NoOpReport, Report, Result, RunCase, RunReport, SCHEMA_VERSION, TensorFigures,
+    Thresholds, Verdict, no_op,
 };
 use crate::base::{Decoder, DecoderSpec, SiteHook};
 use crate::runtime::{self, Session};
@@ -127,6 +127,13 @@ pub struct Check {
     against: Vec<AgainstReport>,
 }
 
+/// Runs that were judged, to be localised: names and scripts of the cases, in the order of each run's.
+pub(super) struct ToLocalise<'a> {
+    pub(super) cases: &'a [(&'a str, &'a Script)],
+    pub(super) runs: &'a mut [RunReport],
+    pub(super) budget: Budget,
+}
+
 /// What a run is judged by.
 #[derive(Clone, Copy, Debug)]
 enum Judgement {
@@ -233,6 +240,20 @@ impl Check {
             }
         };
         (Verdict::of(failure.is_none()), failure)
+    }
+
+    /// Finds where the runs that failed depart from the reference, and writes that into the report.
+    ///
+    /// # Errors
+    /// When candle fails.
+    pub fn localise(&mut self, what: &Localise<'_>) -> Result<()> {
+        let cases: Vec<_> = self.reference.cases.iter().map(|case| (case.case.name(), &case.script)).collect();
+        what.runs(ToLocalise { cases: &cases, runs: &mut self.runs, budget: self.budget })
+    }
+
+    /// Whether a run failed whose cases ran.
+    pub fn departs(&self) -> bool {
+        self.runs.iter().any(|run| run.verdict == Verdict::Fail && !run.cases.is_empty())
     }
 
     /// The runs of the base graph against its own reference, without adapter, to go into this report.

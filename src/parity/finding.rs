@@ -42,7 +42,9 @@ impl Finding {
     /// What a report comes to.
     pub(super) fn of(report: &Report, subject: Subject) -> Self {
         let kind = Self::kind(report, subject);
-        Self { kind, text: text(kind, report) }
+        let departure = report.base.iter().chain(&report.runs).find_map(|run| run.departure.as_ref());
+        let departs = departure.map(|departure| format!("; it departs in {departure}")).unwrap_or_default();
+        Self { kind, text: text(kind, report) + &departs }
     }
 
     fn kind(report: &Report, subject: Subject) -> FindingKind {

@@ -16,9 +16,11 @@ mod check;
 mod figures;
 mod finding;
 mod greedy;
+mod localise;
 mod no_op;
 mod render;
 mod report;
+mod reproducer;
 mod run;
 mod sites;
 mod store;
@@ -35,10 +37,11 @@ pub use check::{Candidate, Check, Model, Open, Other, Reference};
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};
 pub use greedy::{Greedy, GreedyDifference};
+pub use localise::{Departure, Fault, LayerErrors, Localise, OpenAt, Place, Way};
 pub use no_op::{FirstDifference, NoOpPair};
 pub use report::{
-    AgainstCase, AgainstReport, CaseReport, Departure, Environment, Facts, LayerErrors, NoOpReport, Report, Row,
-    RunCase, RunReport, SCHEMA_VERSION, Subject, Verdict,
+    AgainstCase, AgainstReport, CaseReport, Environment, Facts, NoOpReport, Report, Row, RunCase, RunReport,
+    SCHEMA_VERSION, Subject, Verdict,
 };
 pub use sites::{CapturedQuery, Probe, QueryDistance};
 pub use store::ReferenceStore;
@@ -106,6 +109,14 @@ pub enum Error {
         /// The value and where it is.
         what: NonFinite,
     },
+    /// A graph could not be edited, or read.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Graph(#[from] crate::onnx::Error),
+    /// A file could not be read or written.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Files(#[from] crate::files::Error),
     /// There was nothing to judge.
     #[error("nothing was verified: no graph was run")]
     #[diagnostic(code(prefold::parity::nothing), help("name at least one runtime"))]

@@ -26,6 +26,7 @@ pub(super) enum ProviderArg {
 }
 
 /// A runtime that is asked, with its name in the report.
+#[derive(Clone)]
 pub(super) struct Chosen {
     pub(super) name: String,
     launch: Launch,
@@ -51,6 +52,26 @@ impl Chosen {
             Err((reason, Some(path))) => Err(runtime::Error::Library { path: path.clone(), reason: reason.concat() }),
         })
     }
+}
+
+/// The chosen runtimes, and after them those to ask for a second opinion: tract, and ONNX Runtime with nothing fused.
+pub(super) fn with_others(chosen: &[Chosen]) -> Vec<Chosen> {
+    let mut all = chosen.to_vec();
+    let Some(first) = chosen.first() else { return all };
+    let is_tract = |chosen: &Chosen| matches!(chosen.setup, Ok(Setup::Tract));
+    let unfused = chosen.iter().find_map(|chosen| match &chosen.setup {
+        Ok(Setup::Ort { library, options }) if options.optimization != Optimization::Off => {
+            let options = OrtOptions { optimization: Optimization::Off, profile: false, ..*options };
+            Some(Setup::Ort { library: library.clone(), options })
+        }
+        _ => None,
+    });
+    let tract = (!chosen.iter().any(is_tract)).then_some(Setup::Tract);
+    for (setup, name) in [(tract, "tract"), (unfused, "onnxruntime with nothing fused")] {
+        let setup = setup.map(Ok);
+        all.extend(setup.map(|setup| Chosen { name: name.into(), launch: first.launch.clone(), setup }));
+    }
+    all
 }
 
 /// The runtimes asked for, or those that are at hand and know the graph's operators.

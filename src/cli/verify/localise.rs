@@ -1,0 +1,77 @@
+//! Where a graph that failed departs.
+
+use super::runtimes::with_others;
+use super::*;
+use crate::parity::{Localise, Way};
+
+/// How a departure is looked for.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct LocaliseArgs {
+    /// Do not look for the layer and the node at which a graph that fails departs
+    #[arg(long)]
+    no_localise: bool,
+    /// Where the nodes at fault are written, as a model with inputs and expected outputs that onnx's backend tests read
+    /// [default: beside the report]
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) reproducer: Option<PathBuf>,
+}
+
+/// A graph, and what it is judged by.
+pub(super) struct Judged<'a> {
+    pub(super) file: &'a Path,
+    pub(super) graph: &'a Graph,
+    pub(super) adapter: Option<&'a Adapter>,
+    pub(super) given: &'a [(String, Given)],
+}
+
+/// Looks for the departures of the runs that failed. What keeps that from being done is a warning: the verdict stands.
+pub(super) fn localise(
+    check: &mut Check,
+    checkpoint: &Checkpoint,
+    judged: &Judged<'_>,
+    chosen: &[Chosen],
+    options: &VerifyArgs,
+) {
+    let quantised = is_quantised(judged.graph.graph());
+    if options.localise.no_localise || quantised || !check.departs() {
+        return;
+    }
+    if let Err(error) = try_localise(check, checkpoint, judged, chosen, options) {
+        tracing::warn!("where the graph departs was not found: {error}");
+    }
+}
+
+fn try_localise(
+    check: &mut Check,
+    checkpoint: &Checkpoint,
+    judged: &Judged<'_>,
+    chosen: &[Chosen],
+    options: &VerifyArgs,
+) -> Result<()> {
+    let precision = precision_of(judged.graph);
+    let hook = judged.adapter.map(|adapter| adapter.hook(checkpoint.spec(), &Device::Cpu)).transpose()?;
+    let hook: &dyn SiteHook = hook.as_deref().unwrap_or(&NoHook);
+    let load = |dtype| Decoder::load(checkpoint, dtype, &Device::Cpu);
+    let reference = load(options.reference.dtype())?;
+    let own = (precision != options.reference.dtype()).then(|| load(precision)).transpose()?;
+    let all = with_others(chosen);
+    let ways: Vec<Way<'_>> = all
+        .iter()
+        .map(|chosen| Way {
+            name: chosen.name.clone(),
+            open: Box::new(|file, whole| {
+                let given = if whole { judged.given.to_vec() } else { Vec::new() };
+                chosen.open_given(file, given)()
+            }),
+        })
+        .collect();
+    let what = Localise {
+        file: judged.file,
+        graph: judged.graph,
+        reference: Model { decoder: &reference, hook },
+        own: Model { decoder: own.as_ref().unwrap_or(&reference), hook },
+        ways: &ways,
+        reproducers: options.localise.reproducer.as_deref(),
+    };
+    Ok(check.localise(&what)?)
+}
