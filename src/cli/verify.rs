@@ -295,14 +295,14 @@ pub(super) fn verify(context: &Context, subject: &Subject, options: &VerifyArgs)
             of_base.run(Candidate { name: chosen.name.clone(), open: chosen.open(base) });
         }
         let judged = Judged { file: base, graph: &file, adapter: None, given: &[] };
-        localise(&mut of_base, subject.checkpoint, &judged, &chosen, options);
+        localise(context, &mut of_base, subject.checkpoint, &judged, &chosen, options);
         check = check.with_base(of_base);
     }
     for chosen in &chosen {
         check.run(Candidate { name: chosen.name.clone(), open: chosen.open_given(&subject.graph, given.clone()) });
     }
     let judged = Judged { file: &subject.graph, graph: &graph, adapter, given: &given };
-    localise(&mut check, subject.checkpoint, &judged, &chosen, options);
+    localise(context, &mut check, subject.checkpoint, &judged, &chosen, options);
     for (chosen, other) in chosen.iter().flat_map(|chosen| subject.against.iter().map(move |other| (chosen, other))) {
         check.against(Other {
             name: chosen.name.clone(),

@@ -7,7 +7,7 @@ use super::def::ValueDef;
 use super::index::captures;
 use super::proto::{graph, model};
 use super::wire::Encoder;
-use super::{Model, NodeId, Result, TensorDef, check_any_order};
+use super::{Graph, Model, NodeId, Result, TensorDef, check_any_order};
 
 /// A model of these nodes of a model's main graph, each as the bytes that it was, with the operator sets and local functions of the
 /// model. `inputs` are fed, though the model may compute them or have them as constants; `outputs` are given. Other constants that
@@ -64,6 +64,19 @@ pub fn cut(
     Ok(cut)
 }
 
+/// The model without some nodes of its main graph, which nothing may read any more. Constants stay.
+///
+/// # Errors
+/// When something reads what such a node made.
+pub fn without(model: &Model, nodes: &BTreeSet<NodeId>) -> Result<Model> {
+    let mut all = model.graph().nodes().iter();
+    let mut fields = model.graph().fields().to_vec();
+    fields.retain(|field| field.number != graph::NODE || all.next().is_none_or(|node| !nodes.contains(&node.id())));
+    let rest = model.rebuilt(model.fields().to_vec(), Some(Graph::from_fields(fields, 0)?))?;
+    check_any_order(&rest)?;
+    Ok(rest)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{DataType, ModelBuilder, NodeDef};
@@ -91,6 +104,8 @@ mod tests {
         let constants: Vec<_> = cut_out.graph().initializers().iter().map(|tensor| tensor.name()).collect();
         assert_eq!((constants, cut_out.graph().nodes().len(), cut_out.opset("")), (vec!["b"], 1, Some(17)));
         assert!(cut(&whole, folder, &middle, &[], &[value("k")]).is_err(), "nothing makes `h`");
+        let last = BTreeSet::from([whole.graph().nodes()[2].id()]);
+        assert!(without(&whole, &last).is_err(), "it makes the output");
         // a constant may be fed
         let fed = cut(&whole, folder, &middle, &[value("h"), value("b")], &[value("k")]).unwrap();
         assert!(fed.graph().initializers().is_empty());

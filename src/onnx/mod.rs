@@ -63,7 +63,7 @@ pub use attribute::{Attribute, AttributeValue};
 pub use builder::ModelBuilder;
 pub use bytes::Bytes;
 pub use check::{check, check_any_order};
-pub use cut::cut;
+pub use cut::{cut, without};
 pub use data_files::{DataFile, data_files, external_files};
 pub use data_type::DataType;
 pub use def::{FunctionDef, NodeDef, TensorDef, ValueDef};

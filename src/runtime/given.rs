@@ -63,17 +63,21 @@ impl<S: Session> Session for WithGiven<S> {
     fn run_tensors(&mut self, mut feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
         let batch = feeds.iter().find_map(|(_, tensor)| tensor.shape().first().copied()).unwrap_or(1);
         for (name, given) in &self.given {
-            let value = match given {
-                Given::Value(value) => value.clone(),
-                Given::EveryRow(row) => ndarray::Array1::from_elem(batch, *row).into_dyn().into(),
-            };
-            feeds.push((name.clone(), value.into()));
+            feeds.push((name.clone(), given.value(batch).into()));
         }
         self.inner.run_tensors(feeds)
     }
 }
 
 impl Given {
+    /// What is fed to a batch of so many rows.
+    pub fn value(&self, batch: usize) -> Value {
+        match self {
+            Self::Value(value) => value.clone(),
+            Self::EveryRow(row) => ndarray::Array1::from_elem(batch, *row).into_dyn().into(),
+        }
+    }
+
     /// A tensor from its ONNX type, shape and little-endian bytes.
     ///
     /// # Errors

@@ -89,7 +89,8 @@ impl TractSession {
         if let Plans::Symbolic(plan) = &self.plans {
             let again = feeds.clone();
             let reason = match guarded(|| plan.run(again)) {
-                Ok(outputs) => return Ok(outputs),
+                Ok(outputs) if outputs.iter().all(is_settled) => return Ok(outputs),
+                Ok(_) => "an output holds symbols".to_owned(),
                 Err(reason) => reason,
             };
             // An exporter's dimension names can contradict what the nodes compute, which shows only here.
@@ -121,6 +122,11 @@ impl TractSession {
         kept.push_back((shapes, plan.clone()));
         Ok(plan)
     }
+}
+
+/// Whether a value is of numbers: dimensions that reach an output may be symbols.
+fn is_settled(value: &TValue) -> bool {
+    value.datum_type() != TDim::datum_type() || value.cast_to::<i64>().is_ok()
 }
 
 impl Plans {

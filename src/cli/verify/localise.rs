@@ -26,6 +26,7 @@ pub(super) struct Judged<'a> {
 
 /// Looks for the departures of the runs that failed. What keeps that from being done is a warning: the verdict stands.
 pub(super) fn localise(
+    context: &Context,
     check: &mut Check,
     checkpoint: &Checkpoint,
     judged: &Judged<'_>,
@@ -36,12 +37,13 @@ pub(super) fn localise(
     if options.localise.no_localise || quantised || !check.departs() {
         return;
     }
-    if let Err(error) = try_localise(check, checkpoint, judged, chosen, options) {
+    if let Err(error) = try_localise(context, check, checkpoint, judged, chosen, options) {
         tracing::warn!("where the graph departs was not found: {error}");
     }
 }
 
 fn try_localise(
+    context: &Context,
     check: &mut Check,
     checkpoint: &Checkpoint,
     judged: &Judged<'_>,
@@ -54,7 +56,7 @@ fn try_localise(
     let load = |dtype| Decoder::load(checkpoint, dtype, &Device::Cpu);
     let reference = load(options.reference.dtype())?;
     let own = (precision != options.reference.dtype()).then(|| load(precision)).transpose()?;
-    let all = with_others(chosen);
+    let all = with_others(context, chosen);
     let ways: Vec<Way<'_>> = all
         .iter()
         .map(|chosen| Way {
@@ -68,6 +70,7 @@ fn try_localise(
     let what = Localise {
         file: judged.file,
         graph: judged.graph,
+        given: judged.given,
         reference: Model { decoder: &reference, hook },
         own: Model { decoder: own.as_ref().unwrap_or(&reference), hook },
         ways: &ways,

@@ -119,16 +119,19 @@ pub(in crate::cli) fn summary(report: &Report) -> String {
         let given = given.iter().filter_map(|(name, value)| Some(format!(" {name} {}", (*value)?)));
         out += &format!("thresholds that would just pass:{}\n", given.collect::<String>());
     }
-    for (of, run) in
-        [("base graph, ", &report.base), ("", &report.runs)].iter().flat_map(|(of, r)| r.iter().map(move |r| (of, r)))
-    {
-        if let Some(departure) = &run.departure {
-            out += &format!("{of}{} departs in {departure}\n", run.name);
-            out += &departure.reproducer.as_ref().map_or_else(String::new, |at| format!("  reproducer: {at}\n"));
-        }
-    }
     if report.verdict != Verdict::Pass {
         out += &format!("{}\n", report.finding.text);
+    }
+    // the finding names the first departure
+    let departures =
+        report.base.iter().chain(&report.runs).filter_map(|run| Some((&run.name, run.departure.as_ref()?)));
+    for (number, (run, departure)) in departures.enumerate() {
+        if number > 0 {
+            out += &format!("{run} departs in {departure}\n");
+        }
+        if let Some(folder) = &departure.reproducer {
+            out += &format!("reproducer of {run}: {folder}\n");
+        }
     }
     out + &format!("{verdict}: {passed} of {} checks passed", rows.len())
 }

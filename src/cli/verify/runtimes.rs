@@ -55,17 +55,21 @@ impl Chosen {
 }
 
 /// The chosen runtimes, and after them those to ask for a second opinion: tract, and ONNX Runtime with nothing fused.
-pub(super) fn with_others(chosen: &[Chosen]) -> Vec<Chosen> {
+pub(super) fn with_others(context: &Context, chosen: &[Chosen]) -> Vec<Chosen> {
     let mut all = chosen.to_vec();
     let Some(first) = chosen.first() else { return all };
     let is_tract = |chosen: &Chosen| matches!(chosen.setup, Ok(Setup::Tract));
-    let unfused = chosen.iter().find_map(|chosen| match &chosen.setup {
-        Ok(Setup::Ort { library, options }) if options.optimization != Optimization::Off => {
-            let options = OrtOptions { optimization: Optimization::Off, profile: false, ..*options };
-            Some(Setup::Ort { library: library.clone(), options })
-        }
+    let options = OrtOptions { optimization: Optimization::Off, ..OrtOptions::default() };
+    let asked = chosen.iter().find_map(|chosen| match &chosen.setup {
+        Ok(Setup::Ort { library, options }) => Some((library.clone(), options.optimization)),
         _ => None,
     });
+    let unfused = match asked {
+        Some((_, Optimization::Off)) => None,
+        Some((library, _)) => Some(library),
+        None => context.global.ort_libs.first().cloned().or_else(|| library::find(None, &context.cache).ok()),
+    };
+    let unfused = unfused.map(|library| Setup::Ort { library, options });
     let tract = (!chosen.iter().any(is_tract)).then_some(Setup::Tract);
     for (setup, name) in [(tract, "tract"), (unfused, "onnxruntime with nothing fused")] {
         let setup = setup.map(Ok);

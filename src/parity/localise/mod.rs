@@ -14,6 +14,8 @@ mod reference;
 mod segment;
 mod tapped;
 mod taps;
+#[cfg(test)]
+mod tests;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +33,7 @@ use super::check::ToLocalise;
 use super::run::Script;
 use super::{Budget, Model, Result, Verdict, reproducer};
 use crate::onnx;
-use crate::runtime::{self, NamedValues, RuntimeInfo, Session};
+use crate::runtime::{self, Given, NamedValues, RuntimeInfo, Session};
 
 /// Opens a file in a runtime; whether it is a whole graph, which is given what the check gives it, or a part of one.
 pub type OpenAt<'a> = Box<dyn Fn(&Path, bool) -> runtime::Result<Box<dyn Session>> + 'a>;
@@ -50,6 +52,8 @@ pub struct Localise<'a> {
     pub file: &'a Path,
     /// The graph.
     pub graph: &'a onnx::Model,
+    /// What it is given with every run, beside what a decoder is fed.
+    pub given: &'a [(String, Given)],
     /// The reference.
     pub reference: Model<'a>,
     /// candle in the graph's precision.
@@ -97,7 +101,9 @@ impl Localise<'_> {
         for run in runs.iter_mut().filter(|run| run.verdict == Verdict::Fail) {
             let failing = run.cases.iter().enumerate().filter(|(_, case)| case.verdict == Verdict::Fail);
             let size = |case: usize| cases.get(case).map_or(usize::MAX, |case| case.1.spots.len());
-            let Some(case) = failing.map(|(case, _)| case).min_by_key(|case| size(*case)) else { continue };
+            // a case without figures may be one that the runtime does not run at all
+            let found = failing.min_by_key(|(number, case)| (case.figures.is_none(), size(*number)));
+            let Some((case, ran)) = found.map(|(number, case)| (number, case.figures.is_some())) else { continue };
             let (Some((name, script)), Some(way)) =
                 (cases.get(case), self.ways.iter().position(|way| way.name == run.name))
             else {
@@ -113,7 +119,8 @@ impl Localise<'_> {
             let subject = Subject { what: self, taps, traces, case: name, script, budget };
             match subject.departure(way) {
                 Ok((departure, layers)) => (run.departure, run.layers) = (departure, layers),
-                Err(error) => tracing::warn!("where {} departs was not found: {error}", run.name),
+                Err(error) if ran => tracing::warn!("where {} departs was not found: {error}", run.name),
+                Err(error) => tracing::debug!("{} gives no tensors: {error}", run.name),
             }
         }
         Ok(())
@@ -159,7 +166,11 @@ impl Subject<'_> {
         let spec = self.what.reference.decoder.spec();
         let tapped = Tapped::new(self.what.file, graph, tensors)?;
         let session = self.open(way, &tapped.path(), true)?;
-        let (info, seen) = tapped.run(session, self.script, spec.attention.head_dim, spec.vocab_size)?;
+        let (info, mut seen) = tapped.run(session, self.script, spec.attention.head_dim, spec.vocab_size)?;
+        let batch = self.script.calls().0.next().map_or(1, |(ids, _)| ids.nrows());
+        for seen in &mut seen {
+            self.what.given.iter().for_each(|(name, given)| seen.feeds.insert(name.as_str(), given.value(batch)));
+        }
         Ok(Capture { graph: tapped.model, info, seen, left_out: tapped.left_out })
     }
 
@@ -304,7 +315,8 @@ impl Subject<'_> {
 }
 
 fn names(graph: &onnx::Model, segment: &Segment) -> Vec<String> {
-    segment.nodes.iter().filter_map(|id| graph.graph().node(*id)).map(label).collect()
+    let nodes = segment.nodes.iter().filter_map(|id| graph.graph().node(*id));
+    nodes.filter(|node| !node.is("", "Constant")).map(label).collect()
 }
 
 /// How a node is named to people.

@@ -98,7 +98,7 @@ fn declared(name: &str, value: &Value) -> ValueDef {
 }
 
 /// The nodes that tensors are made by, without going behind those of `known`.
-fn behind(index: &Index, tensors: &[&str], known: &HashSet<NodeId>) -> HashSet<NodeId> {
+pub(super) fn behind(index: &Index, tensors: &[&str], known: &HashSet<NodeId>) -> HashSet<NodeId> {
     let mut found = HashSet::new();
     let mut open: Vec<&Node> = tensors.iter().filter_map(|tensor| index.producer(tensor)).collect();
     while let Some(node) = open.pop() {

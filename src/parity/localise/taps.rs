@@ -10,11 +10,12 @@
 use std::collections::HashSet;
 
 use super::place::{At, Place};
+use super::segment::behind;
 use crate::adapter::{AdapterConfig, Query};
 use crate::base::{DecoderSpec, Linear, Wiring};
 use crate::fold::locate::projections::{Projection, Projections};
 use crate::fold::{Layout, Site, locate};
-use crate::onnx::{Index, Model, Node, Patch};
+use crate::onnx::{Index, Model, Node, NodeId, Patch, without};
 
 /// What the names of a fold's nodes begin with.
 const FOLD: &str = "/prefold";
@@ -100,19 +101,23 @@ impl Taps {
     }
 }
 
-/// The model whose readers of a fold's sums read what stood there before. Node numbers are those of the model.
+/// The model as it was before its folds: readers of a fold's sums read what stood there, and what nothing needs then is gone.
 fn without_folds(model: &Model) -> crate::onnx::Result<Model> {
     let mut patch = Patch::new("look through folds");
     let index = Index::new(model.graph());
-    for node in model.graph().nodes() {
+    for node in model.graph().nodes().iter().filter(|node| !is_fold(node)) {
         for (slot, input) in node.inputs().iter().enumerate() {
             let base = base_of(&index, input);
-            if base != input && !is_fold(node) {
+            if base != input {
                 patch.replace_input(node.id(), slot, base);
             }
         }
     }
-    patch.apply(model)
+    let view = patch.apply(model)?;
+    let outputs: Vec<&str> = view.graph().outputs().iter().map(|output| output.name()).collect();
+    let needed = behind(&Index::new(view.graph()), &outputs, &HashSet::new());
+    let rest = view.graph().nodes().iter().map(Node::id).filter(|id| !needed.contains(id)).collect();
+    without(&view, &rest)
 }
 
 fn is_fold(node: &Node) -> bool {
@@ -152,6 +157,12 @@ struct Finder<'m> {
     spec: &'m DecoderSpec,
 }
 
+/// Nodes and constants that make queries, and their names.
+struct Made {
+    patch: Patch,
+    names: HashSet<String>,
+}
+
 /// A sum of the stream.
 struct Sum {
     /// The tensor of the sum, where there is one.
@@ -162,13 +173,12 @@ struct Sum {
 
 impl Finder<'_> {
     fn all(&self, sites: &[Site], found: &mut Taps) {
-        let mut patch = Patch::new("make queries that the graph does not hold");
-        let mut made = false;
+        let mut made = Made { patch: Patch::new("make queries that the graph does not hold"), names: HashSet::new() };
         let config = AdapterConfig::prefix_plus(self.spec, None);
         let maps = Projections::find(&self.view_index, sites, &config);
         let mut missing = Vec::new();
         for site in sites {
-            made |= self.query(site, &mut patch, found);
+            self.query(site, &mut made, found);
             found.push(site.layer, Place::Attention, &site.output, site.output_layout);
             self.term(site, found);
             for linear in self.spec.linears() {
@@ -188,31 +198,34 @@ impl Finder<'_> {
         // the first that names a place counts
         let mut seen = HashSet::new();
         found.taps.retain(|tap| seen.insert(tap.at));
-        found.patch = made.then_some(patch);
+        found.patch = (!made.names.is_empty()).then_some(made.patch);
     }
 
-    /// Whether nodes had to be added for it.
-    fn query(&self, site: &Site, patch: &mut Patch, found: &mut Taps) -> bool {
+    fn query(&self, site: &Site, made: &mut Made, found: &mut Taps) {
         let source = match locate::query(self.view, site, Query::PostRope) {
             Ok(source) => source,
             Err(error) => {
                 found.notes.push(format!("the query of layer {} is not compared: {error}", site.layer));
-                return false;
+                return;
             }
         };
-        let made = !source.nodes.is_empty();
-        let first = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index());
+        let readers = site.readers.iter().filter_map(|reader| self.own(reader.node));
+        let first = readers.map(Node::id).min_by_key(|node| node.index());
+        // sites share what they need
         for node in source.nodes {
-            match first {
-                Some(first) => patch.insert_before(first, node),
-                None => patch.append_node(node),
-            };
+            if made.names.insert(node.name().to_owned()) {
+                match first {
+                    Some(first) => made.patch.insert_before(first, node),
+                    None => made.patch.append_node(node),
+                };
+            }
         }
         for tensor in source.initializers {
-            patch.add_initializer(tensor);
+            if made.names.insert(tensor.name().to_owned()) {
+                made.patch.add_initializer(tensor);
+            }
         }
         found.push(site.layer, Place::Query, &source.tensor, source.layout);
-        made
     }
 
     /// The fold's part of the sum that is read in the place of the attention output.
@@ -248,9 +261,14 @@ impl Finder<'_> {
         }
     }
 
+    /// The node of the graph that is one of the graph without its folds.
+    fn own(&self, id: NodeId) -> Option<&Node> {
+        self.index.producer(self.view.graph().node(id)?.output(0)?)
+    }
+
     /// What a map reads in the graph with its folds.
     fn input<'s>(&'s self, map: &'s Projection) -> &'s str {
-        let (view, own) = (self.view.graph().node(map.node.id), self.model.graph().node(map.node.id));
+        let (view, own) = (self.view.graph().node(map.node.id), self.own(map.node.id));
         let direct = view.and_then(|node| node.input(0)).is_some_and(|input| input == map.node.input);
         own.and_then(|node| node.input(0)).filter(|_| direct).unwrap_or(&map.node.input)
     }
@@ -294,8 +312,13 @@ impl Finder<'_> {
                 if self.spec.wiring == Wiring::PreNorm {
                     put(Place::AttentionResidual, attention.sum.as_ref());
                 }
-                if self.spec.wiring != Wiring::SumNorm {
-                    put(Place::Stream, down.as_ref().and_then(|down| down.sum.as_ref()));
+                match self.spec.wiring {
+                    // the stream is normalised, and so what the next layer reads
+                    Wiring::SumNorm => {
+                        let next = maps.get(layer + 1, Linear::Query).ok().map(|map| self.input(map).to_owned());
+                        put(Place::Stream, next.as_ref());
+                    }
+                    _ => put(Place::Stream, down.as_ref().and_then(|down| down.sum.as_ref())),
                 }
             }
             Wiring::Parallel | Wiring::ParallelSharedNorm => {
