@@ -27,9 +27,34 @@ pub(super) struct Gap {
 }
 
 impl Gap {
-    pub(super) fn departs(&self) -> bool {
-        self.distance > self.allowed
+    /// The distance in units of what is allowed.
+    pub(super) fn ratio(&self) -> f64 {
+        self.distance / self.allowed.max(f64::MIN_POSITIVE)
     }
+}
+
+/// How much larger than all before it a ratio is that no rounding explains.
+const JUMP: f64 = 3.0;
+
+/// The first departure among gaps in the order of the data, and the largest ratio before it.
+///
+/// Rounding grows slowly: a runtime that accumulates a long dot product in order can pass the budget of an inner place, which no
+/// later rounding forgives, long before what is wrong. So a departure is the first gap above its budget that is also several times
+/// what all before it are; where none is, the first above its budget.
+pub(super) fn departure(gaps: &[Gap]) -> Option<(&Gap, f64)> {
+    let mut before = 0.0f64;
+    let mut first = None;
+    for gap in gaps {
+        let ratio = gap.ratio();
+        if ratio > 1.0 {
+            if ratio >= JUMP * before {
+                return Some((gap, before));
+            }
+            first = first.or(Some((gap, before)));
+        }
+        before = before.max(ratio);
+    }
+    first
 }
 
 /// The calls of a case in three ways.
@@ -145,4 +170,34 @@ fn finite(distance: f64) -> f64 {
 /// Places by layer that show how an error grows: the residual stream.
 pub(super) fn is_stream(at: At) -> bool {
     matches!(at.place, Place::Stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fold::Layout;
+
+    fn found(ratios: &[f64]) -> Option<(usize, f64)> {
+        let tap = Tap { at: At::new(0, Place::Stream), tensor: "x".into(), layout: Layout::Merged, columns: None };
+        let gap = |(call, ratio): (usize, &f64)| Gap {
+            call,
+            tap: tap.clone(),
+            distance: *ratio,
+            allowed: 1.0,
+            row: 0,
+            column: 0,
+            errors: Vec::new(),
+        };
+        let gaps: Vec<Gap> = ratios.iter().enumerate().map(gap).collect();
+        departure(&gaps).map(|(gap, before)| (gap.call, before))
+    }
+
+    #[test]
+    fn a_jump_departs_and_drift_does_not() {
+        assert_eq!(found(&[0.1, 0.5, 0.9]), None);
+        assert_eq!(found(&[0.0, 1.5, 900.0]), Some((1, 0.0)));
+        assert_eq!(found(&[0.6, 1.1, 1.7, 80.0, 900.0]), Some((3, 1.7)));
+        // nothing but drift: where it passes the budget
+        assert_eq!(found(&[0.6, 1.1, 1.7, 2.5]), Some((1, 0.6)));
+    }
 }

@@ -24,14 +24,14 @@ use std::path::Path;
 pub use departure::{Departure, Fault, LayerErrors};
 pub use place::Place;
 
-use self::compare::{Calls, Gap, is_stream};
+use self::compare::{Calls, Gap, departure, is_stream};
 use self::reference::{Trace, trace};
 use self::segment::{Cut, Disagreement, Segment, second_way};
 use self::tapped::{Seen, Tapped};
 use self::taps::Taps;
 use super::check::ToLocalise;
 use super::run::Script;
-use super::{Budget, Model, Result, Verdict, reproducer};
+use super::{Budget, Model, Result, RunCase, Verdict, reproducer};
 use crate::onnx;
 use crate::runtime::{self, Given, NamedValues, RuntimeInfo, Session};
 
@@ -64,6 +64,9 @@ pub struct Localise<'a> {
     pub reproducers: Option<&'a Path>,
 }
 
+/// A case shows a fault well whose distance, in units of what is allowed, is this part of the largest.
+const CLEAR: f64 = 0.1;
+
 /// candle's tensors of a case.
 struct Traces {
     reference: Vec<Trace>,
@@ -89,7 +92,7 @@ struct Capture {
 }
 
 impl Localise<'_> {
-    /// Finds where each failing run departs, in the failing case of the fewest positions. What cannot be found leaves the run as
+    /// Finds where each failing run departs, in the failing case of the fewest positions that shows it well. What cannot be found leaves the run as
     /// it is, with a warning.
     ///
     /// # Errors
@@ -101,8 +104,11 @@ impl Localise<'_> {
         for run in runs.iter_mut().filter(|run| run.verdict == Verdict::Fail) {
             let failing = run.cases.iter().enumerate().filter(|(_, case)| case.verdict == Verdict::Fail);
             let size = |case: usize| cases.get(case).map_or(usize::MAX, |case| case.1.spots.len());
-            // a case without figures may be one that the runtime does not run at all
-            let found = failing.min_by_key(|(number, case)| (case.figures.is_none(), size(*number)));
+            // a small case that shows the fault well; one without figures may be one that the runtime does not run at all
+            let ratio = |case: &RunCase| case.figures.map_or(0.0, |figures| figures.max_abs / case.allowed);
+            let most = run.cases.iter().map(ratio).fold(0.0, f64::max);
+            let shows = |case: &RunCase| case.figures.is_some() && ratio(case) >= CLEAR * most;
+            let found = failing.min_by_key(|(number, case)| (!shows(case), case.figures.is_none(), size(*number)));
             let Some((case, ran)) = found.map(|(number, case)| (number, case.figures.is_some())) else { continue };
             let (Some((name, script)), Some(way)) =
                 (cases.get(case), self.ways.iter().position(|way| way.name == run.name))
@@ -144,7 +150,7 @@ impl Subject<'_> {
         if !capture.left_out.is_empty() {
             notes.push(format!("of no known type, and so not captured: {}", capture.left_out.join(", ")));
         }
-        let Some(first) = gaps.iter().find(|gap| gap.departs()) else {
+        let Some((first, before)) = departure(&gaps) else {
             notes.push(
                 "with its inner tensors given out the graph does not depart: what the runtime fuses is at fault".into(),
             );
@@ -155,10 +161,14 @@ impl Subject<'_> {
             });
             return Ok((departure, layers));
         };
+        let usual = before.max(1.0);
+        if before > 1.0 {
+            notes.push(format!("rounding before it is up to {before:.1} times what is allowed"));
+        }
         let mut departure = Departure { notes, ..self.named(&graph, first) };
-        let agreeing = gaps.iter().filter(|gap| gap.call == first.call && !gap.departs());
+        let agreeing = gaps.iter().filter(|gap| gap.call == first.call && gap.ratio() <= usual);
         let agreeing: Vec<&str> = agreeing.map(|gap| gap.tap.tensor.as_str()).collect();
-        self.bisect(way, &graph, first, &agreeing, &mut departure)?;
+        self.bisect(way, &graph, (first, usual), &agreeing, &mut departure)?;
         Ok((Some(departure), layers))
     }
 
@@ -227,7 +237,7 @@ impl Subject<'_> {
         &self,
         way: usize,
         graph: &onnx::Model,
-        gap: &Gap,
+        (gap, usual): (&Gap, f64),
         agreeing: &[&str],
         departure: &mut Departure,
     ) -> Result<()> {
@@ -241,7 +251,7 @@ impl Subject<'_> {
         let capture = self.capture(way, graph, &segment.tensors())?;
         let again = self.calls(&capture.seen).gaps(std::slice::from_ref(&gap.tap), &self.budget);
         let Some(seen) = capture.seen.get(gap.call) else { return Ok(()) };
-        if !again.iter().any(|again| again.call == gap.call && again.departs()) {
+        if !again.iter().any(|again| again.call == gap.call && again.ratio() > usual) {
             departure.fault = Fault::Runtime;
             departure.notes.push(
                 "with every tensor of these nodes given out it does not depart: what the runtime fuses is at fault"
@@ -273,7 +283,8 @@ impl Subject<'_> {
         let Some(reproducers) = self.what.reproducers else { return Ok(()) };
         let run = self.what.ways.get(way).map_or("run", |way| way.name.as_str());
         let name: String = run.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect();
-        let target = reproducers.join(name);
+        // onnx's loader knows a test by the beginning of its name
+        let target = reproducers.join(format!("test_{name}"));
         let mut outputs = NamedValues::new();
         let written = match found.and_then(|(_, found)| found) {
             Some(found) => {

@@ -209,6 +209,12 @@ impl Finder<'_> {
                 return;
             }
         };
+        if !source.nodes.is_empty() {
+            let (layer, anchor) = (site.layer, &site.anchor);
+            found
+                .notes
+                .push(format!("the query of layer {layer} is inside `{anchor}`: added nodes compute it as that does"));
+        }
         let readers = site.readers.iter().filter_map(|reader| self.own(reader.node));
         let first = readers.map(Node::id).min_by_key(|node| node.index());
         // sites share what they need

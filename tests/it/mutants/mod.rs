@@ -3,6 +3,7 @@
 
 mod adapter;
 mod base;
+mod foreign;
 mod graph;
 mod reproducer;
 
