@@ -151,8 +151,10 @@ impl Decoder {
         let pass = self.pass(input, hook).map_err(&action)?;
         let mut x = self.embed(input, hook).map_err(&action)?;
         for index in 0..self.layers.len() {
+            hook.stream(index, &x).map_err(&action)?;
             x = self.layer(index, &x, &pass, cache.as_deref_mut())?;
         }
+        hook.stream(self.layers.len(), &x).map_err(&action)?;
         self.finish(x)
     }
 

@@ -68,6 +68,15 @@ pub trait SiteHook {
         true
     }
 
+    /// The residual stream before a layer, and after the last one, `[batch, seq, hidden_size]`: to look at, in a pass that
+    /// gives [`hidden_states`](super::Decoder::hidden_states).
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn stream(&self, _layer: usize, _x: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
     /// A pass of training begins: what is random in it follows from this number. A hook that is never told so computes as
     /// in use.
     fn begin_pass(&self, _number: u64) {}

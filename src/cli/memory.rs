@@ -22,9 +22,17 @@ fn page_size() -> u64 {
 }
 
 /// The largest resident size so far in bytes, pages of mapped files included; none where the system does not tell.
+pub(super) fn peak_resident() -> Option<u64> {
+    // Linux counts in getrusage what a launcher used before it became this program, and here it does not
+    let status = std::fs::read_to_string("/proc/self/status").ok();
+    let line = status.as_deref().and_then(|status| status.lines().find_map(|line| line.strip_prefix("VmHWM:")));
+    let size = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    size.map(|size| size * 1024).or_else(peak_by_usage)
+}
+
 #[cfg(unix)]
 #[allow(unsafe_code)] // getrusage: see below
-pub(super) fn peak_resident() -> Option<u64> {
+fn peak_by_usage() -> Option<u64> {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: `usage` is valid for writes of its type; zeros are a valid `rusage`, and it is read only after success.
     let usage = unsafe {
@@ -37,8 +45,7 @@ pub(super) fn peak_resident() -> Option<u64> {
     u64::try_from(usage.ru_maxrss).ok().map(|size| size * unit)
 }
 
-/// The largest resident size so far in bytes; none where the system does not tell.
 #[cfg(not(unix))]
-pub(super) fn peak_resident() -> Option<u64> {
+fn peak_by_usage() -> Option<u64> {
     None
 }

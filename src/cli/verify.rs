@@ -2,6 +2,7 @@
 
 mod cases;
 mod lineup;
+mod localise;
 mod manifest;
 mod no_op;
 mod output;
@@ -20,6 +21,7 @@ use ndarray::Array2;
 
 use self::cases::cases;
 use self::lineup::Lineup;
+use self::localise::{Judged, LocaliseArgs, localise};
 use self::no_op::no_op;
 use self::output::OutputArgs;
 pub(super) use self::output::{summary, table, write_report};
@@ -151,6 +153,8 @@ pub(super) struct VerifyArgs {
     /// How much the kept references may take together
     #[arg(long, default_value = "4GB", value_name = "BYTES")]
     cache_size: String,
+    #[command(flatten)]
+    localise: LocaliseArgs,
 }
 
 /// A side of padding.
@@ -252,7 +256,10 @@ impl Verify {
             judge_base: true,
             against: self.against.as_deref().map(existing_graph).transpose()?,
         };
-        let mut report = verify(context, &subject, &self.options)?;
+        let mut options = self.options.clone();
+        let beside = || self.output.out.with_extension("reproducer");
+        options.localise.reproducer.get_or_insert_with(beside);
+        let mut report = verify(context, &subject, &options)?;
         if let Some(baseline) = baseline {
             report.compare_to(&baseline, self.output.baseline_slack, subject.kind());
         }
@@ -290,12 +297,16 @@ fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<
             of_base.run(Candidate { name: chosen.name.clone(), open: chosen.open(base) });
         }
         explain(&mut of_base, checkpoint, models, options)?;
+        let judged = Judged { file: base, graph: &file, adapters: &[], lineup: &Lineup::base() };
+        localise(context, &mut of_base, checkpoint, &judged, &chosen, options);
         check = check.with_base(of_base);
     }
     for chosen in &chosen {
         check.run(Candidate { name: chosen.name.clone(), open: chosen.open_given(&subject.graph, &lineup.given) });
     }
     explain(&mut check, checkpoint, models, options)?;
+    let judged = Judged { file: &subject.graph, graph: &graph, adapters: &subject.adapters, lineup: &lineup };
+    localise(context, &mut check, checkpoint, &judged, &chosen, options);
     if let Some(other) = &subject.against {
         let of_other = Lineup::of(&Graph::open(other)?, folder_of(other), &subject.adapters)?;
         if of_other.names != lineup.names {
@@ -343,6 +354,7 @@ impl Default for VerifyArgs {
             max_ppl_diff: None,
             no_cache: false,
             cache_size: "4GB".into(),
+            localise: LocaliseArgs::default(),
         }
     }
 }

@@ -229,6 +229,14 @@ impl TensorDef {
         &self.name
     }
 
+    /// The tensor as a file of its own, a `TensorProto`.
+    ///
+    /// # Errors
+    /// When its values have not the size that type and dimensions say.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        Ok(self.encode()?.into_bytes())
+    }
+
     pub(crate) fn name_mut(&mut self) -> &mut String {
         &mut self.name
     }
@@ -333,7 +341,7 @@ impl FunctionDef {
 pub struct ValueDef {
     name: String,
     data_type: DataType,
-    dims: Vec<Dim>,
+    dims: Option<Vec<Dim>>,
 }
 
 impl ValueDef {
@@ -345,7 +353,12 @@ impl ValueDef {
     /// let logits = ValueDef::new("logits", DataType::Float, ["batch".into(), "sequence".into(), 32_000.into()]);
     /// ```
     pub fn new(name: impl Into<String>, data_type: DataType, dims: impl IntoIterator<Item = Dim>) -> Self {
-        Self { name: name.into(), data_type, dims: dims.into_iter().collect() }
+        Self { name: name.into(), data_type, dims: Some(dims.into_iter().collect()) }
+    }
+
+    /// A tensor value of this type and of any rank.
+    pub fn of_any_rank(name: impl Into<String>, data_type: DataType) -> Self {
+        Self { name: name.into(), data_type, dims: None }
     }
 
     /// The value's name.
@@ -359,7 +372,7 @@ impl ValueDef {
 
     pub(crate) fn encode(&self) -> Encoder {
         let mut shape = Encoder::default();
-        for dim in &self.dims {
+        for dim in self.dims.iter().flatten() {
             let mut encoder = Encoder::default();
             match dim {
                 Dim::Value(value) => encoder.int(types::DIM_VALUE, *value),
@@ -370,7 +383,9 @@ impl ValueDef {
         }
         let mut tensor_type = Encoder::default();
         tensor_type.int(types::ELEM_TYPE, self.data_type.code().into());
-        tensor_type.message(types::SHAPE, &shape);
+        if self.dims.is_some() {
+            tensor_type.message(types::SHAPE, &shape);
+        }
         let mut value_type = Encoder::default();
         value_type.message(types::TENSOR_TYPE, &tensor_type);
         let mut encoder = Encoder::default();

@@ -8,10 +8,10 @@ use super::cause::{Failed, Suspect, recognise};
 use super::figures::by_spot;
 use super::reference::ReferenceCase;
 use super::report::RULE;
-use super::run::{GraphRunner, Runner, replay};
+use super::run::{GraphRunner, Runner, Script, replay};
 use super::{
-    AgainstReport, Budget, CaseReport, Environment, Error, Facts, Figures, Finding, FindingKind, Greedy, Model,
-    NoOpReport, Reference, Report, Result, RunCase, RunReport, SCHEMA_VERSION, Thresholds, Verdict,
+    AgainstReport, Budget, CaseReport, Environment, Error, Facts, Figures, Finding, FindingKind, Greedy, Localise,
+    Model, NoOpReport, Reference, Report, Result, RunCase, RunReport, SCHEMA_VERSION, Thresholds, Verdict,
 };
 use crate::runtime::{self, Session};
 
@@ -45,6 +45,13 @@ pub struct Check {
     failed: Vec<Failed>,
     cause: Option<String>,
     base_cause: Option<String>,
+}
+
+/// Runs that were judged, to be localised: names and scripts of the cases, in the order of each run's.
+pub(super) struct ToLocalise<'a> {
+    pub(super) cases: &'a [(&'a str, &'a Script)],
+    pub(super) runs: &'a mut [RunReport],
+    pub(super) budget: Budget,
 }
 
 /// What a run is judged by.
@@ -161,6 +168,20 @@ impl Check {
             }
         };
         (Verdict::of(failure.is_none()), failure)
+    }
+
+    /// Finds where the runs that failed depart from the reference, and writes that into the report.
+    ///
+    /// # Errors
+    /// When candle fails.
+    pub fn localise(&mut self, what: &Localise<'_>) -> Result<()> {
+        let cases: Vec<_> = self.reference.cases.iter().map(|case| (case.case.name(), &case.script)).collect();
+        what.runs(ToLocalise { cases: &cases, runs: &mut self.runs, budget: self.budget })
+    }
+
+    /// Whether a run failed whose cases ran.
+    pub fn departs(&self) -> bool {
+        self.runs.iter().any(|run| run.verdict == Verdict::Fail && !run.cases.is_empty())
     }
 
     /// The runs of the base graph against its own reference, without adapter, to go into this report.

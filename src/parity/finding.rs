@@ -47,7 +47,9 @@ impl Finding {
     /// What a report comes to.
     pub(super) fn of(report: &Report, subject: Subject) -> Self {
         let kind = Self::kind(report, subject);
-        Self { kind, text: text(kind, report, subject), cause: None }
+        let departure = report.base.iter().chain(&report.runs).find_map(|run| run.departure.as_ref());
+        let departs = departure.map(|departure| format!("; it departs in {departure}")).unwrap_or_default();
+        Self { kind, text: text(kind, report, subject) + &departs, cause: None }
     }
 
     /// The finding with the causes that the base graph's and the graph's own logits tell.

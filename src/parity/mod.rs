@@ -18,10 +18,12 @@ mod compare;
 mod figures;
 mod finding;
 mod greedy;
+mod localise;
 mod no_op;
 mod reference;
 mod render;
 mod report;
+mod reproducer;
 mod rows;
 mod run;
 mod sites;
@@ -43,11 +45,12 @@ pub use compare::Other;
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};
 pub use greedy::{Greedy, GreedyDifference};
+pub use localise::{Departure, Fault, LayerErrors, Localise, OpenAt, Place, Way};
 pub use no_op::{FirstDifference, NoOpPair};
 pub use reference::{Model, Reference};
 pub use report::{
-    AgainstCase, AgainstReport, CaseReport, Departure, Environment, Facts, LayerErrors, NoOpReport, Report, RunCase,
-    RunReport, SCHEMA_VERSION, Subject, Verdict,
+    AgainstCase, AgainstReport, CaseReport, Environment, Facts, NoOpReport, Report, RunCase, RunReport, SCHEMA_VERSION,
+    Subject, Verdict,
 };
 pub use rows::Row;
 pub use sites::{CapturedQuery, Probe, QueryDistance};
@@ -117,6 +120,14 @@ pub enum Error {
         /// The value and where it is.
         what: NonFinite,
     },
+    /// A graph could not be edited, or read.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Graph(#[from] crate::onnx::Error),
+    /// A file could not be read or written.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Files(#[from] crate::files::Error),
     /// There was nothing to judge.
     #[error("nothing was verified: no graph was run")]
     #[diagnostic(code(prefold::parity::nothing), help("name at least one runtime"))]

@@ -188,11 +188,9 @@ impl Report {
             page.figure(&format!("Error by layer and position, {}", case.name), &map.svg());
         }
         if let Some(departure) = &run.departure {
-            let node = departure.node.as_deref().unwrap_or("an unnamed node");
-            page.paragraph(&format!(
-                "The first departure is at {} ({node}): {:.3e} in {}.",
-                departure.tensor, departure.distance, departure.case
-            ));
+            page.paragraph(&format!("The first departure is in {departure}."));
+            let list = |name: &str, values: &[String]| vec![name.to_owned(), values.join("; ")];
+            page.table(&[], &[list("Nodes", &departure.nodes), list("Notes", &departure.notes)]);
         }
     }
 

@@ -6,8 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Allowance, Budget, Figures, Finding, FirstDifference, Greedy, Padding, Regression, Result, TensorFigures,
-    Thresholds,
+    Allowance, Budget, Departure, Figures, Finding, FirstDifference, Greedy, LayerErrors, Padding, Regression, Result,
+    TensorFigures, Thresholds,
 };
 use crate::files::FileFact;
 use crate::runtime::RuntimeInfo;
@@ -195,36 +195,6 @@ pub struct RunReport {
     pub layers: Vec<LayerErrors>,
     /// The cases, in the report's order.
     pub cases: Vec<RunCase>,
-}
-
-/// The first place at which a graph is further from the reference than it may be.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Departure {
-    /// The case in which it shows.
-    pub case: String,
-    /// The layer; none before the first and after the last.
-    pub layer: Option<usize>,
-    /// The node.
-    pub node: Option<String>,
-    /// The tensor.
-    pub tensor: String,
-    /// The largest absolute distance there.
-    pub distance: f64,
-    /// The folder of the reproducer, where one was written.
-    pub reproducer: Option<String>,
-}
-
-/// How far a layer's output is from the reference's in a case.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct LayerErrors {
-    /// The case.
-    pub case: String,
-    /// The layer.
-    pub layer: usize,
-    /// The tensor that was compared.
-    pub tensor: String,
-    /// The largest absolute distance at each position, as [`RunCase::errors`].
-    pub errors: Vec<f64>,
 }
 
 /// A graph in one runtime in one case.

@@ -77,6 +77,11 @@ impl Script {
         Self { calls, ..script }
     }
 
+    /// The model of each row.
+    pub(super) fn models(&self) -> &[usize] {
+        &self.models
+    }
+
     /// Ids and masks, `[batch, seq]`, of each call, and how many calls feed the prompts.
     pub(super) fn calls(&self) -> (impl Iterator<Item = (&Array2<i64>, &Array2<i64>)>, usize) {
         (self.calls.iter().map(|call| (&call.ids, &call.mask)), self.prefill)
@@ -267,6 +272,10 @@ impl<S: Session> GraphRunner<S> {
 
     pub(super) fn session_mut(&mut self) -> &mut S {
         self.decoder.session_mut()
+    }
+
+    pub(super) fn into_session(self) -> S {
+        self.decoder.into_session()
     }
 }
 

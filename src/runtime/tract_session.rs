@@ -99,7 +99,8 @@ impl TractSession {
         if let Plans::Symbolic(plan) = &self.plans {
             let again = feeds.clone();
             let reason = match guarded(|| plan.run(again)) {
-                Ok(outputs) => return Ok(outputs),
+                Ok(outputs) if outputs.iter().all(is_settled) => return Ok(outputs),
+                Ok(_) => "an output holds symbols".to_owned(),
                 Err(reason) => reason,
             };
             // An exporter's dimension names can contradict what the nodes compute, which shows only here.
@@ -131,6 +132,11 @@ impl TractSession {
         kept.push_back((shapes, plan.clone()));
         Ok(plan)
     }
+}
+
+/// Whether a value is of numbers: dimensions that reach an output may be symbols.
+fn is_settled(value: &TValue) -> bool {
+    value.datum_type() != TDim::datum_type() || value.cast_to::<i64>().is_ok()
 }
 
 impl Plans {
@@ -224,7 +230,15 @@ fn ports(proto: &ModelProto) -> TractResult<(Vec<Port>, Vec<Port>)> {
     let graph = proto.graph.as_ref().context("the file holds no graph")?;
     // An initializer of the same name makes an input a constant.
     let is_fed = |info: &&ValueInfoProto| graph.initializer.iter().all(|tensor| tensor.name != info.name);
-    let inputs = graph.input.iter().filter(is_fed).map(port).collect::<TractResult<_>>()?;
+    let inputs: Vec<&ValueInfoProto> = graph.input.iter().filter(is_fed).collect();
+    let has_shape = |info: &ValueInfoProto| {
+        let kind = info.r#type.as_ref().and_then(|kind| kind.value.as_ref());
+        matches!(kind, Some(type_proto::Value::TensorType(tensor)) if tensor.shape.is_some())
+    };
+    if let Some(info) = inputs.iter().find(|info| !has_shape(info)) {
+        bail!("`{}` is no tensor of a declared shape", info.name);
+    }
+    let inputs = inputs.into_iter().map(port).collect::<TractResult<_>>()?;
     Ok((inputs, graph.output.iter().map(port).collect::<TractResult<_>>()?))
 }
 
@@ -233,8 +247,8 @@ fn port(info: &ValueInfoProto) -> TractResult<Port> {
     let Some(type_proto::Value::TensorType(tensor)) = kind else { bail!("`{}` is not a tensor", info.name) };
     let dtype = DType::from_onnx(tensor.elem_type);
     let dtype = dtype.with_context(|| format!("`{}` has elements of ONNX type {}", info.name, tensor.elem_type))?;
-    let shape = tensor.shape.as_ref().with_context(|| format!("`{}` declares no shape", info.name))?;
-    let dims = shape.dim.iter().map(|dim| match &dim.value {
+    // an output may be of any rank
+    let dims = tensor.shape.iter().flat_map(|shape| &shape.dim).map(|dim| match &dim.value {
         Some(DimValue::DimValue(size)) => usize::try_from(*size).map_or(Dim::Unknown, Dim::Fixed),
         Some(DimValue::DimParam(name)) if !name.is_empty() => Dim::Named(name.clone()),
         _ => Dim::Unknown,

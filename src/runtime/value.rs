@@ -67,7 +67,8 @@ macro_rules! values {
                 }
             }
 
-            pub(super) fn to_le_bytes(&self) -> Vec<u8> {
+            /// The elements as little-endian bytes, row-major.
+            pub fn to_le_bytes(&self) -> Vec<u8> {
                 let mut bytes = Vec::new();
                 match self {
                     $(Self::$variant(array) => array.iter().for_each(|element| element.append_le(&mut bytes)),)*

@@ -18,6 +18,7 @@ mod large_graph;
 mod linear_maps;
 mod merge;
 mod methods;
+mod mutants;
 mod operators;
 mod oracles;
 mod parallel;

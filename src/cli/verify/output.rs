@@ -155,6 +155,17 @@ pub(in crate::cli) fn summary(report: &Report) -> String {
     if report.verdict != Verdict::Pass {
         out += &format!("{}\n", report.finding.text);
     }
+    // the finding names the first departure
+    let departures =
+        report.base.iter().chain(&report.runs).filter_map(|run| Some((&run.name, run.departure.as_ref()?)));
+    for (number, (run, departure)) in departures.enumerate() {
+        if number > 0 {
+            out += &format!("{run} departs in {departure}\n");
+        }
+        if let Some(folder) = &departure.reproducer {
+            out += &format!("reproducer of {run}: {folder}\n");
+        }
+    }
     out + &format!("{verdict}: {passed} of {} checks passed", rows.len())
 }
 

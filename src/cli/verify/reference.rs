@@ -15,7 +15,7 @@ pub(super) fn judged(check: Check, graph: &Graph, options: &VerifyArgs) -> Resul
 }
 
 /// Whether weights or activations are integers. Their rounding is no error of the graph, and the budget says nothing about it.
-fn is_quantised(graph: &OnnxGraph) -> bool {
+pub(super) fn is_quantised(graph: &OnnxGraph) -> bool {
     const NAMES: [&str; 4] = ["DequantizeLinear", "MatMulInteger", "DynamicQuantizeLinear", "MatMulNBits"];
     let is_one = |op: &str| {
         NAMES.contains(&op)
@@ -103,7 +103,8 @@ pub(super) fn explain(
     Ok(())
 }
 
-fn models<'a>(decoder: &'a Decoder, hooks: &'a [Together]) -> Vec<Model<'a>> {
+/// A decoder with each of the lineup's hooks.
+pub(super) fn models<'a>(decoder: &'a Decoder, hooks: &'a [Together]) -> Vec<Model<'a>> {
     hooks.iter().map(|hook| Model { decoder, hook }).collect()
 }
 

@@ -29,6 +29,7 @@ pub(super) enum ProviderArg {
 }
 
 /// A runtime that is asked, with its name in the report.
+#[derive(Clone)]
 pub(super) struct Chosen {
     pub(super) name: String,
     launch: Launch,
@@ -44,20 +45,46 @@ impl Chosen {
 
     /// Opens a graph in a process of its own, with inputs that are given with every run, by model.
     pub(super) fn open_given<'a>(&'a self, graph: &'a Path, given: &'a [NamedGiven]) -> Open<'a> {
-        Box::new(move || match &self.setup {
-            Ok(setup) => {
-                let fed: BTreeSet<String> = given.iter().flatten().map(|(name, _)| name.clone()).collect();
-                let fed: Vec<String> = fed.into_iter().collect();
-                let session = ProcessSession::open(&self.launch, setup, graph, &fed)?;
-                if fed.is_empty() {
-                    return Ok(Box::new(session));
-                }
-                Ok(Box::new(WithGiven::switching(session, given.to_vec())?))
-            }
-            Err((tried, None)) => Err(runtime::Error::NoLibrary { tried: tried.clone() }),
-            Err((reason, Some(path))) => Err(runtime::Error::Library { path: path.clone(), reason: reason.concat() }),
+        Box::new(move || {
+            let fed: BTreeSet<String> = given.iter().flatten().map(|(name, _)| name.clone()).collect();
+            let fed: Vec<String> = fed.into_iter().collect();
+            let session = self.open_fed(graph, &fed)?;
+            if fed.is_empty() { Ok(session) } else { Ok(Box::new(WithGiven::switching(session, given.to_vec())?)) }
         })
     }
+
+    /// Opens a graph in a process of its own, of whose optional inputs these will be fed.
+    pub(super) fn open_fed(&self, graph: &Path, fed: &[String]) -> runtime::Result<Box<dyn Session>> {
+        match &self.setup {
+            Ok(setup) => Ok(Box::new(ProcessSession::open(&self.launch, setup, graph, fed)?)),
+            Err((tried, None)) => Err(runtime::Error::NoLibrary { tried: tried.clone() }),
+            Err((reason, Some(path))) => Err(runtime::Error::Library { path: path.clone(), reason: reason.concat() }),
+        }
+    }
+}
+
+/// The chosen runtimes, and after them those to ask for a second opinion: tract, and ONNX Runtime with nothing fused.
+pub(super) fn with_others(context: &Context, chosen: &[Chosen]) -> Vec<Chosen> {
+    let mut all = chosen.to_vec();
+    let Some(first) = chosen.first() else { return all };
+    let is_tract = |chosen: &Chosen| matches!(chosen.setup, Ok(Setup::Tract));
+    let options = OrtOptions { optimization: Optimization::Off, ..OrtOptions::default() };
+    let asked = chosen.iter().find_map(|chosen| match &chosen.setup {
+        Ok(Setup::Ort { library, options }) => Some((library.clone(), options.optimization)),
+        _ => None,
+    });
+    let unfused = match asked {
+        Some((_, Optimization::Off)) => None,
+        Some((library, _)) => Some(library),
+        None => context.global.ort_libs.first().cloned().or_else(|| library::find(None, &context.cache).ok()),
+    };
+    let unfused = unfused.map(|library| Setup::Ort { library, options });
+    let tract = (!chosen.iter().any(is_tract)).then_some(Setup::Tract);
+    for (setup, name) in [(tract, "tract"), (unfused, "onnxruntime with nothing fused")] {
+        let setup = setup.map(Ok);
+        all.extend(setup.map(|setup| Chosen { name: name.into(), launch: first.launch.clone(), setup }));
+    }
+    all
 }
 
 /// The runtimes asked for, or those that are at hand and know the graph's operators.

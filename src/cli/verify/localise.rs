@@ -1,0 +1,75 @@
+//! Where a graph that failed departs.
+
+use super::reference::{is_quantised, models};
+use super::runtimes::with_others;
+use super::*;
+use crate::parity::{Localise, Way};
+
+/// How a departure is looked for.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct LocaliseArgs {
+    /// Do not look for the layer and the node at which a graph that fails departs
+    #[arg(long)]
+    no_localise: bool,
+    /// Where the nodes at fault are written, as a model with inputs and expected outputs that onnx's backend tests read
+    /// [default: beside the report]
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) reproducer: Option<PathBuf>,
+}
+
+/// A graph, and what it is judged by.
+pub(super) struct Judged<'a> {
+    pub(super) file: &'a Path,
+    pub(super) graph: &'a Graph,
+    pub(super) adapters: &'a [Adapted],
+    pub(super) lineup: &'a Lineup,
+}
+
+/// Looks for the departures of the runs that failed. What keeps that from being done is a warning: the verdict stands.
+pub(super) fn localise(
+    context: &Context,
+    check: &mut Check,
+    checkpoint: &Checkpoint,
+    judged: &Judged<'_>,
+    chosen: &[Chosen],
+    options: &VerifyArgs,
+) {
+    let quantised = is_quantised(judged.graph.graph());
+    if options.localise.no_localise || quantised || !check.departs() {
+        return;
+    }
+    if let Err(error) = try_localise(context, check, checkpoint, judged, chosen, options) {
+        tracing::warn!("where the graph departs was not found: {error}");
+    }
+}
+
+fn try_localise(
+    context: &Context,
+    check: &mut Check,
+    checkpoint: &Checkpoint,
+    judged: &Judged<'_>,
+    chosen: &[Chosen],
+    options: &VerifyArgs,
+) -> Result<()> {
+    let precision = precision_of(judged.graph);
+    let hooks = judged.lineup.hooks(judged.adapters, checkpoint.spec())?;
+    let load = |dtype| Decoder::load(checkpoint, dtype, &Device::Cpu);
+    let reference = load(options.reference.dtype())?;
+    let own = (precision != options.reference.dtype()).then(|| load(precision)).transpose()?;
+    let all = with_others(context, chosen);
+    let ways: Vec<Way<'_>> = all
+        .iter()
+        .map(|chosen| Way { name: chosen.name.clone(), open: Box::new(|file, fed| chosen.open_fed(file, fed)) })
+        .collect();
+    let what = Localise {
+        file: judged.file,
+        graph: judged.graph,
+        given: &judged.lineup.given,
+        spec: checkpoint.spec(),
+        reference: &models(&reference, &hooks),
+        own: &models(own.as_ref().unwrap_or(&reference), &hooks),
+        ways: &ways,
+        reproducers: options.localise.reproducer.as_deref(),
+    };
+    Ok(check.localise(&what)?)
+}

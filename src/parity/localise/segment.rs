@@ -1,0 +1,178 @@
+//! The nodes between what agrees and what departs, and what each computes in another runtime from the same inputs.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::Path;
+
+use super::tapped::Seen;
+use super::types::element_types;
+use crate::onnx::{DataType, Dim, Index, MODEL_NAME, Model, Node, NodeId, ValueDef, cut};
+use crate::parity::Result;
+use crate::runtime::{self, NamedValues, Session, Value};
+
+/// Nodes of a segment that are looked at one by one; a longer one is named by its ends.
+const MOST: usize = 4096;
+
+/// Nodes between tensors.
+pub(super) struct Segment {
+    /// In the graph's order.
+    pub(super) nodes: Vec<NodeId>,
+    /// What they read from outside: activations, no constants.
+    pub(super) reads: BTreeSet<String>,
+    /// What they make.
+    pub(super) makes: Vec<String>,
+}
+
+impl Segment {
+    /// The nodes that `departing` is made by and none of `agreeing` is.
+    pub(super) fn between(model: &Model, departing: &str, agreeing: &[&str]) -> Self {
+        let index = Index::new(model.graph());
+        let innocent = behind(&index, agreeing, &HashSet::new());
+        let guilty = behind(&index, &[departing], &innocent);
+        let nodes: Vec<&Node> =
+            model.graph().nodes().iter().filter(|node| guilty.contains(&node.id())).take(MOST).collect();
+        Self::of(&index, &nodes)
+    }
+
+    /// One node.
+    pub(super) fn only(model: &Model, id: NodeId) -> Self {
+        let index = Index::new(model.graph());
+        let nodes: Vec<&Node> = model.graph().node(id).into_iter().collect();
+        Self::of(&index, &nodes)
+    }
+
+    fn of(index: &Index, nodes: &[&Node]) -> Self {
+        let named = |names: &[String]| names.iter().filter(|name| !name.is_empty()).cloned().collect::<Vec<_>>();
+        let makes: Vec<String> = nodes.iter().flat_map(|node| named(node.outputs())).collect();
+        let made: HashSet<&str> = makes.iter().map(String::as_str).collect();
+        // a default of an input is no constant: another value may be fed
+        let constant = |name: &str| index.initializer(name).is_some() && index.input(name).is_none();
+        let reads = nodes.iter().flat_map(|node| named(node.inputs()));
+        let reads = reads.filter(|name| !made.contains(name.as_str()) && !constant(name)).collect();
+        Self { nodes: nodes.iter().map(|node| node.id()).collect(), reads, makes }
+    }
+
+    /// Every tensor whose value is needed.
+    pub(super) fn tensors(&self) -> BTreeSet<String> {
+        self.reads.iter().chain(&self.makes).cloned().collect()
+    }
+
+    /// The segment as a model of its own that gives `outputs`, with what it is fed as it was seen. None where something was not seen.
+    pub(super) fn model(&self, whole: &Model, folder: &Path, seen: &Seen, outputs: &[String]) -> Option<Cut> {
+        let types = element_types(whole.graph());
+        let mut feeds = NamedValues::new();
+        let mut inputs = Vec::new();
+        for name in &self.reads {
+            // a default that was not fed is a constant
+            let Some(value) = seen.get(name) else {
+                let index = Index::new(whole.graph());
+                index.initializer(name)?;
+                continue;
+            };
+            inputs.push(declared(name, value));
+            feeds.insert(name.as_str(), value.clone());
+        }
+        let outputs: Vec<ValueDef> = outputs
+            .iter()
+            .filter_map(|name| match seen.get(name) {
+                Some(value) => Some(declared(name, value)),
+                None => types.get(name.as_str()).map(|found| ValueDef::of_any_rank(name.as_str(), *found)),
+            })
+            .collect();
+        let nodes = self.nodes.iter().copied().collect();
+        let model = cut(whole, folder, &nodes, &inputs, &outputs);
+        let model = model.inspect_err(|error| tracing::debug!("a segment cannot be cut out: {error}")).ok()?;
+        Some(Cut { model, feeds })
+    }
+}
+
+/// A segment as a model.
+pub(super) struct Cut {
+    pub(super) model: Model,
+    /// In the order of its inputs.
+    pub(super) feeds: NamedValues,
+}
+
+fn declared(name: &str, value: &Value) -> ValueDef {
+    let dims = value.shape().iter().map(|size| Dim::Value(*size as i64));
+    ValueDef::new(name, DataType::from_code(value.dtype().onnx()), dims)
+}
+
+/// The nodes that tensors are made by, without going behind those of `known`.
+pub(super) fn behind(index: &Index, tensors: &[&str], known: &HashSet<NodeId>) -> HashSet<NodeId> {
+    let mut found = HashSet::new();
+    let mut open: Vec<&Node> = tensors.iter().filter_map(|tensor| index.producer(tensor)).collect();
+    while let Some(node) = open.pop() {
+        if known.contains(&node.id()) || !found.insert(node.id()) {
+            continue;
+        }
+        let captured = node.subgraphs().flat_map(|graph| graph.nodes()).flat_map(|node| node.inputs());
+        let before = node.inputs().iter().chain(captured).filter_map(|input| index.producer(input));
+        open.extend(before.filter(|node| index.graph().node(node.id()).is_some()));
+    }
+    found
+}
+
+/// The first node of which a runtime makes something else than was seen, from the same inputs.
+pub(super) struct Disagreement {
+    pub(super) node: NodeId,
+    pub(super) tensor: String,
+    pub(super) distance: f64,
+    /// What the other runtime makes.
+    pub(super) other: Value,
+}
+
+/// Runs a segment in another runtime and compares what each node makes; none where all is equal to the last few bits.
+///
+/// # Errors
+/// When the runtime cannot run it.
+pub(super) fn second_way(
+    cut: &Cut,
+    whole: &Model,
+    segment: &Segment,
+    seen: &Seen,
+    relative: f64,
+    open: &dyn Fn(&Path) -> runtime::Result<Box<dyn Session>>,
+) -> Result<Option<Disagreement>> {
+    let failed = crate::files::Error::io("create a temporary folder in", std::env::temp_dir());
+    let folder = tempfile::tempdir().map_err(failed)?;
+    let path = folder.path().join(MODEL_NAME);
+    cut.model.save(&path)?;
+    let made = open(&path)?.run(cut.feeds.clone())?;
+    let made: HashMap<&str, &Value> = made.iter().collect();
+    let nodes = segment.nodes.iter().filter_map(|id| whole.graph().node(*id));
+    for (node, output) in nodes.flat_map(|node| node.outputs().iter().map(move |output| (node, output))) {
+        let (Some(own), Some(other)) = (seen.get(output), made.get(output.as_str())) else { continue };
+        if let Some(distance) = too_far(own, other, relative) {
+            let (tensor, other) = (output.clone(), (*other).clone());
+            return Ok(Some(Disagreement { node: node.id(), tensor, distance, other }));
+        }
+    }
+    Ok(None)
+}
+
+/// The distance of two tensors where it is more than a part of their largest element.
+fn too_far(own: &Value, other: &Value, relative: f64) -> Option<f64> {
+    if own.shape() != other.shape() {
+        return Some(f64::MAX);
+    }
+    if !own.dtype().is_float() {
+        let (own, other) = (own.clone().into_i64().ok()?, other.clone().into_i64().ok()?);
+        let most = own.iter().zip(&other).map(|(a, b)| a.abs_diff(*b)).max()?;
+        return (most > 0).then_some(most as f64);
+    }
+    let (own, other) = (own.clone().into_f64().ok()?, other.clone().into_f64().ok()?);
+    // what both hide, the lowest number or one below it, is equal
+    let hidden = |x: f64| x <= f64::from(f32::MIN) * 0.4;
+    let (mut most, mut largest) = (0.0f64, 0.0f64);
+    for (a, b) in own.iter().zip(&other) {
+        if a == b || a.is_nan() && b.is_nan() || hidden(*a) && hidden(*b) {
+            continue;
+        }
+        let distance = (a - b).abs();
+        most = most.max(if distance.is_finite() { distance } else { f64::MAX });
+    }
+    for x in own.iter().filter(|x| x.is_finite() && !hidden(**x)) {
+        largest = largest.max(x.abs());
+    }
+    (most > relative * largest.max(f64::MIN_POSITIVE)).then_some(most)
+}

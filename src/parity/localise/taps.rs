@@ -1,0 +1,413 @@
+//! Which tensors of a graph are at the places of a decoder, by data flow from its attention sites and linear maps.
+//!
+//! ```text
+//! embedding ─┬─ norm ─ q, k, v_proj ─ rotation ─ attention ─ Add term ─ o_proj ─ Add ─┬─ norm ─ gate, up_proj ─ … ─ down_proj ─ Add ─ next layer
+//!            └──────────────────────────────────────────────────────────────────────┘└──────────────────────────────────────────────┘
+//! ```
+//! The stream is found at the sums: the first sum, on the way from a block's last map, of it and something else that is computed.
+//! A fold's own nodes are looked through, so that the base graph's sites are found, and the term is what they add.
+
+use std::collections::HashSet;
+
+use super::place::{At, Place};
+use super::segment::behind;
+use crate::adapter::{AdapterConfig, Query};
+use crate::base::{DecoderSpec, Linear, Wiring};
+use crate::fold::locate::projections::{Projection, Projections};
+use crate::fold::{Layout, Site, locate};
+use crate::onnx::{Index, Model, Node, NodeId, Patch, without};
+
+/// What the names of a fold's nodes begin with.
+const FOLD: &str = "/prefold";
+const MICROSOFT: &str = "com.microsoft";
+/// Nodes between the head and the logits, and between a constant and what reads it.
+const MAX_STEPS: usize = 16;
+
+/// A tensor of a graph and the place that it should be.
+#[derive(Clone, Debug)]
+pub(super) struct Tap {
+    pub(super) at: At,
+    pub(super) tensor: String,
+    /// Where heads lie; a tensor without heads is merged.
+    pub(super) layout: Layout,
+    /// The columns of the tensor that are this place, where it holds others too.
+    pub(super) columns: Option<Vec<usize>>,
+}
+
+/// The tensors that were found, and why others were not.
+#[derive(Debug, Default)]
+pub(super) struct Taps {
+    pub(super) taps: Vec<Tap>,
+    pub(super) notes: Vec<String>,
+    /// Nodes that make a query that the graph does not hold.
+    pub(super) patch: Option<Patch>,
+}
+
+impl Taps {
+    /// Looks for the places of all layers.
+    pub(super) fn find(model: &Model, spec: &DecoderSpec) -> Self {
+        let mut found = Self::default();
+        found.ports(model, spec);
+        let view = match without_folds(model) {
+            Ok(view) => view,
+            Err(error) => {
+                found.notes.push(format!("the graph without its adapter's nodes cannot be looked at: {error}"));
+                return found;
+            }
+        };
+        let sites = match locate::sites(&view) {
+            Ok(sites) => sites,
+            Err(error) => {
+                found.notes.push(format!("its attention was not found, so that its layers are not compared: {error}"));
+                return found;
+            }
+        };
+        let (own, nested): (Vec<Site>, Vec<Site>) = sites.into_iter().partition(|site| site.scope.is_empty());
+        if !nested.is_empty() {
+            found.notes.push("layers inside branches cannot give their tensors out".into());
+        }
+        if own.len() != spec.num_layers {
+            if nested.is_empty() {
+                let (graph, model) = (own.len(), spec.num_layers);
+                found
+                    .notes
+                    .push(format!("it has {graph} attention blocks, the checkpoint {model}: layers are not compared"));
+            }
+            return found;
+        }
+        let index = Index::new(model.graph());
+        let finder = Finder { view: &view, view_index: Index::new(view.graph()), index, model, spec };
+        finder.all(&own, &mut found);
+        found
+    }
+
+    fn push(&mut self, layer: usize, place: Place, tensor: &str, layout: Layout) {
+        let tap = Tap { at: At::new(layer, place), tensor: tensor.to_owned(), layout, columns: None };
+        self.taps.push(tap);
+    }
+
+    /// What every decoder graph gives: logits and cache.
+    fn ports(&mut self, model: &Model, spec: &DecoderSpec) {
+        let outputs = || model.graph().outputs().iter().map(|output| output.name());
+        self.push(spec.num_layers, Place::Logits, "logits", Layout::Merged);
+        for layer in 0..spec.num_layers {
+            for (place, part) in [(Place::Keys, "key"), (Place::Values, "value")] {
+                let known = [format!("present.{layer}.{part}"), format!("past_key_values.{layer}.{part}_out")];
+                if let Some(name) = outputs().find(|name| known.iter().any(|known| known == name)) {
+                    self.push(layer, place, name, Layout::HeadsFirst);
+                }
+            }
+        }
+    }
+}
+
+/// The model as it was before its folds: readers of a fold's sums read what stood there, and what nothing needs then is gone.
+fn without_folds(model: &Model) -> crate::onnx::Result<Model> {
+    let mut patch = Patch::new("look through folds");
+    let index = Index::new(model.graph());
+    for node in model.graph().nodes().iter().filter(|node| !is_fold(node)) {
+        for (slot, input) in node.inputs().iter().enumerate() {
+            let base = base_of(&index, input);
+            if base != input {
+                patch.replace_input(node.id(), slot, base);
+            }
+        }
+    }
+    let view = patch.apply(model)?;
+    let outputs: Vec<&str> = view.graph().outputs().iter().map(|output| output.name()).collect();
+    let needed = behind(&Index::new(view.graph()), &outputs, &HashSet::new());
+    let rest = view.graph().nodes().iter().map(Node::id).filter(|id| !needed.contains(id)).collect();
+    without(&view, &rest)
+}
+
+fn is_fold(node: &Node) -> bool {
+    node.name().starts_with(FOLD)
+}
+
+/// What a fold's sum adds to; the tensor itself where it is none.
+fn base_of<'g>(index: &Index<'g>, tensor: &'g str) -> &'g str {
+    let mut tensor = tensor;
+    for _ in 0..MAX_STEPS {
+        match fold_sum(index, tensor) {
+            Some((base, _)) => tensor = base,
+            None => break,
+        }
+    }
+    tensor
+}
+
+/// What a fold's sum is of: the base graph's tensor and the fold's.
+fn fold_sum<'g>(index: &Index<'g>, tensor: &str) -> Option<(&'g str, &'g str)> {
+    let node = index.producer(tensor).filter(|node| is_fold(node) && node.is("", "Add"))?;
+    let made_by_fold = |tensor: &&str| index.producer(tensor).is_some_and(is_fold);
+    let (left, right) = node.input(0).zip(node.input(1))?;
+    match (fold_sum(index, left).is_some() || !made_by_fold(&left), made_by_fold(&right)) {
+        (true, true) => Some((left, right)),
+        (false, false) => Some((right, left)),
+        _ => None,
+    }
+}
+
+struct Finder<'m> {
+    /// The graph without its folds.
+    view: &'m Model,
+    view_index: Index<'m>,
+    model: &'m Model,
+    index: Index<'m>,
+    spec: &'m DecoderSpec,
+}
+
+/// Nodes and constants that make queries, and their names.
+struct Made {
+    patch: Patch,
+    names: HashSet<String>,
+}
+
+/// A sum of the stream.
+struct Sum {
+    /// The tensor of the sum, where there is one.
+    sum: Option<String>,
+    /// What the block's output is added to.
+    other: String,
+}
+
+impl Finder<'_> {
+    fn all(&self, sites: &[Site], found: &mut Taps) {
+        let mut made = Made { patch: Patch::new("make queries that the graph does not hold"), names: HashSet::new() };
+        let config = AdapterConfig::prefix_plus(self.spec, None);
+        let maps = Projections::find(&self.view_index, sites, &config);
+        let mut missing = Vec::new();
+        for site in sites {
+            self.query(site, &mut made, found);
+            found.push(site.layer, Place::Attention, &site.output, site.output_layout);
+            self.term(site, found);
+            for linear in self.spec.linears() {
+                match maps.get(site.layer, linear) {
+                    Ok(map) => self.map(site.layer, linear, map, found),
+                    Err(_) => missing.push(format!("layers.{}.{}", site.layer, linear.module())),
+                }
+            }
+            self.stream(site.layer, &maps, found);
+        }
+        if let Some(head) = self.head_input().filter(|_| self.spec.embedding.width.is_none()) {
+            found.push(self.spec.num_layers, Place::FinalNorm, head, Layout::Merged);
+        }
+        if !missing.is_empty() {
+            found.notes.push(format!("not found in the graph and not compared: {}", missing.join(", ")));
+        }
+        // the first that names a place counts
+        let mut seen = HashSet::new();
+        found.taps.retain(|tap| seen.insert(tap.at));
+        found.patch = (!made.names.is_empty()).then_some(made.patch);
+    }
+
+    fn query(&self, site: &Site, made: &mut Made, found: &mut Taps) {
+        let source = match locate::query(self.view, site, Query::PostRope) {
+            Ok(source) => source,
+            Err(error) => {
+                found.notes.push(format!("the query of layer {} is not compared: {error}", site.layer));
+                return;
+            }
+        };
+        if !source.nodes.is_empty() {
+            let (layer, anchor) = (site.layer, &site.anchor);
+            found
+                .notes
+                .push(format!("the query of layer {layer} is inside `{anchor}`: added nodes compute it as that does"));
+        }
+        let readers = site.readers.iter().filter_map(|reader| self.own(reader.node));
+        let first = readers.map(Node::id).min_by_key(|node| node.index());
+        // sites share what they need
+        for node in source.nodes {
+            if made.names.insert(node.name().to_owned()) {
+                match first {
+                    Some(first) => made.patch.insert_before(first, node),
+                    None => made.patch.append_node(node),
+                };
+            }
+        }
+        for tensor in source.initializers {
+            if made.names.insert(tensor.name().to_owned()) {
+                made.patch.add_initializer(tensor);
+            }
+        }
+        found.push(site.layer, Place::Query, &source.tensor, source.layout);
+    }
+
+    /// The fold's part of the sum that is read in the place of the attention output.
+    fn term(&self, site: &Site, found: &mut Taps) {
+        let sums = self.index.consumers(&site.output).iter().filter_map(|reader| {
+            let sum = self.index.graph().node(reader.node)?.output(0)?;
+            fold_sum(&self.index, sum).filter(|(base, _)| *base == site.output)
+        });
+        let terms: Vec<&str> = sums.map(|(_, term)| term).collect();
+        if let [term] = terms[..] {
+            found.push(site.layer, Place::Term, term, site.output_layout);
+        }
+    }
+
+    /// Input and product of a linear map.
+    fn map(&self, layer: usize, linear: Linear, map: &Projection, found: &mut Taps) {
+        let (before, after) = match linear {
+            Linear::Query => (Some(Place::AttentionInput), Place::QueryProjection),
+            Linear::Key => (None, Place::KeyProjection),
+            Linear::Value => (None, Place::ValueProjection),
+            Linear::AttentionOutput => (Some(Place::OutputInput), Place::OutputProjection),
+            Linear::Gate => (None, Place::GateProjection),
+            Linear::Up => (Some(Place::MlpInput), Place::UpProjection),
+            Linear::Down => (Some(Place::MlpInner), Place::DownProjection),
+        };
+        if let Some(before) = before {
+            found.push(layer, before, self.input(map), Layout::Merged);
+        }
+        if let Some(product) = self.product(linear, map) {
+            let columns = map.columns.clone();
+            let at = At::new(layer, after);
+            found.taps.push(Tap { at, tensor: product.to_owned(), layout: Layout::Merged, columns });
+        }
+    }
+
+    /// The node of the graph that is one of the graph without its folds.
+    fn own(&self, id: NodeId) -> Option<&Node> {
+        self.index.producer(self.view.graph().node(id)?.output(0)?)
+    }
+
+    /// What a map reads in the graph with its folds.
+    fn input<'s>(&'s self, map: &'s Projection) -> &'s str {
+        let (view, own) = (self.view.graph().node(map.node.id), self.own(map.node.id));
+        let direct = view.and_then(|node| node.input(0)).is_some_and(|input| input == map.node.input);
+        own.and_then(|node| node.input(0)).filter(|_| direct).unwrap_or(&map.node.input)
+    }
+
+    /// A map's product with its bias and with what a fold adds; none where a bias of the model was not found.
+    fn product<'s>(&'s self, linear: Linear, map: &'s Projection) -> Option<&'s str> {
+        let mut product = map.node.product.as_str();
+        let mut biased = map.node.bias.is_some() || !self.spec.has_bias(linear);
+        for _ in 0..MAX_STEPS {
+            let sums = self.index.consumers(product).iter().filter_map(|reader| {
+                let node = self.index.graph().node(reader.node).filter(|node| node.is("", "Add"))?;
+                let other = node.input(1 - reader.slot.min(1))?;
+                let bias = is_constant(&self.index, other);
+                (bias && !biased || is_fold(node)).then_some((node.output(0)?, bias))
+            });
+            match sums.collect::<Vec<_>>()[..] {
+                [(sum, bias)] => (product, biased) = (sum, biased || bias),
+                _ => break,
+            }
+        }
+        biased.then_some(product)
+    }
+
+    /// The residual stream before and after a layer, and after its attention.
+    fn stream(&self, layer: usize, maps: &Projections, found: &mut Taps) {
+        let last = |linear| {
+            let map = maps.get(layer, linear).ok()?;
+            self.residual(self.product(linear, map)?)
+        };
+        let (Some(attention), down) = (last(Linear::AttentionOutput), last(Linear::Down)) else { return };
+        let mut put = |place, tensor: Option<&String>| {
+            if let Some(tensor) = tensor {
+                found.push(layer, place, tensor, Layout::Merged);
+            }
+        };
+        match self.spec.wiring {
+            Wiring::PreNorm | Wiring::PostNorm | Wiring::SandwichNorm | Wiring::SumNorm => {
+                if layer == 0 {
+                    put(Place::Embedding, Some(&attention.other));
+                }
+                if self.spec.wiring == Wiring::PreNorm {
+                    put(Place::AttentionResidual, attention.sum.as_ref());
+                }
+                match self.spec.wiring {
+                    // the stream is normalised, and so what the next layer reads
+                    Wiring::SumNorm => {
+                        let next = maps.get(layer + 1, Linear::Query).ok().map(|map| self.input(map).to_owned());
+                        put(Place::Stream, next.as_ref());
+                    }
+                    _ => put(Place::Stream, down.as_ref().and_then(|down| down.sum.as_ref())),
+                }
+            }
+            Wiring::Parallel | Wiring::ParallelSharedNorm => {
+                let Some(down) = down else { return };
+                let (before, after) = if attention.sum == down.sum {
+                    // the blocks first, and their sum then
+                    let Some(both) = attention.sum.as_deref().and_then(|sum| self.residual(sum)) else { return };
+                    (both.other, both.sum)
+                } else if Some(&down.other) == attention.sum.as_ref() {
+                    (attention.other, down.sum)
+                } else if Some(&attention.other) == down.sum.as_ref() {
+                    (down.other, attention.sum)
+                } else {
+                    return;
+                };
+                if layer == 0 {
+                    put(Place::Embedding, Some(&before));
+                }
+                put(Place::Stream, after.as_ref());
+            }
+        }
+    }
+
+    /// The first sum, on the way from a tensor, with something else that is computed.
+    fn residual(&self, from: &str) -> Option<Sum> {
+        let graph = self.model.graph();
+        let mut reached: HashSet<&str> = HashSet::from([from]);
+        for node in graph.nodes() {
+            let inside = |slot: usize| node.input(slot).is_some_and(|input| reached.contains(input));
+            if !node.inputs().iter().any(|input| reached.contains(input.as_str())) {
+                continue;
+            }
+            let skip = node.domain() == MICROSOFT && node.op_type().starts_with("Skip");
+            if (node.is("", "Add") || skip) && inside(0) != inside(1) {
+                let other = node.input(usize::from(inside(0)));
+                if let Some(other) = other.filter(|other| !is_constant(&self.index, other)) {
+                    let sum = node.output(if skip { 3 } else { 0 });
+                    return Some(Sum { sum: sum.map(str::to_owned), other: other.to_owned() });
+                }
+            }
+            reached.extend(node.outputs().iter().map(String::as_str).filter(|output| !output.is_empty()));
+        }
+        None
+    }
+
+    /// What the product of the head reads.
+    fn head_input(&self) -> Option<&str> {
+        let mut tensor = "logits";
+        for _ in 0..MAX_STEPS {
+            let node = self.index.producer(tensor)?;
+            let product = matches!(node.op_type(), "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits");
+            let computed = || node.inputs().iter().map(String::as_str).find(|input| !is_constant(&self.index, input));
+            tensor = match node.op_type() {
+                _ if product => return node.input(0).map(|input| self.before_reshape(input)),
+                "Reshape" | "Cast" | "Tanh" | "Identity" => node.input(0)?,
+                "Add" | "Mul" | "Div" => computed()?,
+                _ => return None,
+            };
+        }
+        None
+    }
+
+    fn before_reshape<'s>(&'s self, tensor: &'s str) -> &'s str {
+        let reshape = self.index.producer(tensor).filter(|node| node.is("", "Reshape"));
+        reshape.and_then(|node| node.input(0)).unwrap_or(tensor)
+    }
+}
+
+/// Whether a tensor is a constant behind nodes that only lay it out or change its type.
+fn is_constant(index: &Index, tensor: &str) -> bool {
+    let mut tensor = tensor;
+    for _ in 0..MAX_STEPS {
+        if index.initializer(tensor).is_some() {
+            return true;
+        }
+        let Some(node) = index.producer(tensor) else { return false };
+        match (node.op_type(), node.input(0)) {
+            ("Constant", _) => return true,
+            ("Cast" | "DequantizeLinear" | "Identity" | "Reshape" | "Transpose" | "Unsqueeze", Some(behind)) => {
+                tensor = behind;
+            }
+            _ => return false,
+        }
+    }
+    false
+}

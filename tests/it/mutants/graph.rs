@@ -1,0 +1,114 @@
+//! Small ways to break a graph.
+
+use prefold::onnx::{Model, Node, NodeDef, NodeId, Patch, TensorDef};
+
+/// A node of the main graph by its name; `/prefold.1/` is where a fold's nodes are.
+pub fn node<'m>(model: &'m Model, name: &str) -> &'m Node {
+    let found = model.graph().nodes().iter().find(|node| node.name() == name);
+    found.unwrap_or_else(|| panic!("there is no node {name}"))
+}
+
+pub fn has(model: &Model, name: &str) -> bool {
+    model.graph().nodes().iter().any(|node| node.name() == name)
+}
+
+fn done(patch: Patch, model: &Model) -> Model {
+    patch.apply(model).unwrap()
+}
+
+/// Lets a slot of a node read another tensor.
+pub fn read(model: &Model, name: &str, slot: usize, tensor: &str) -> Model {
+    let mut patch = Patch::new("mutant");
+    patch.replace_input(node(model, name).id(), slot, tensor);
+    done(patch, model)
+}
+
+/// Puts nodes before a node; the last one's output is what the slot of that node reads then.
+pub fn insert(
+    model: &Model,
+    name: &str,
+    slot: usize,
+    constants: Vec<TensorDef>,
+    nodes: Vec<NodeDef>,
+    last: &str,
+) -> Model {
+    let mut patch = Patch::new("mutant");
+    let id = node(model, name).id();
+    constants.into_iter().for_each(|tensor| {
+        patch.add_initializer(tensor);
+    });
+    nodes.into_iter().for_each(|node| {
+        patch.insert_before(id, node);
+    });
+    patch.replace_input(id, slot, last);
+    done(patch, model)
+}
+
+/// Lets all readers of a tensor read `last`, which `nodes` make from it; they stand before the first node.
+pub fn behind(model: &Model, tensor: &str, constants: Vec<TensorDef>, nodes: Vec<NodeDef>, last: &str) -> Model {
+    let mut patch = Patch::new("mutant");
+    let readers: Vec<(NodeId, usize)> = model
+        .graph()
+        .nodes()
+        .iter()
+        .flat_map(|node| {
+            node.inputs().iter().enumerate().filter(|(_, input)| *input == tensor).map(|(slot, _)| (node.id(), slot))
+        })
+        .collect();
+    constants.into_iter().for_each(|tensor| {
+        patch.add_initializer(tensor);
+    });
+    nodes.into_iter().for_each(|node| {
+        patch.insert_before(readers[0].0, node);
+    });
+    for (id, slot) in readers {
+        patch.replace_input(id, slot, last);
+    }
+    done(patch, model)
+}
+
+/// Values of a float constant, with its dimensions.
+pub fn values(model: &Model, tensor: &str) -> (Vec<i64>, Vec<f32>) {
+    let found = model.graph().initializers().iter().find(|found| found.name() == tensor);
+    let found = found.unwrap_or_else(|| panic!("there is no constant {tensor}"));
+    (found.dims().to_vec(), found.to_f32s().unwrap())
+}
+
+/// Changes the values of a float constant.
+pub fn weight(model: &Model, tensor: &str, change: impl Fn(&[i64], Vec<f32>) -> Vec<f32>) -> Model {
+    let (dims, found) = values(model, tensor);
+    let mut patch = Patch::new("mutant");
+    patch.replace_initializer(TensorDef::from_f32s(tensor, &dims, &change(&dims, found)));
+    done(patch, model)
+}
+
+/// Exchanges two constants of one shape.
+pub fn swap(model: &Model, a: &str, b: &str) -> Model {
+    let (first, second) = (values(model, a).1, values(model, b).1);
+    let model = weight(model, a, |_, _| second.clone());
+    weight(&model, b, |_, _| first.clone())
+}
+
+/// Changes the bytes of an attribute in the `nth` node that has it: `value` replaces what stands after `tag` in its message.
+pub fn attribute(model: &Model, name: &str, nth: usize, tag: u8, value: &[u8]) -> Model {
+    let mut bytes = model.to_bytes();
+    let mut pattern = vec![0x0a, name.len() as u8];
+    pattern.extend(name.as_bytes());
+    pattern.push(tag);
+    let found = (0..bytes.len() - pattern.len()).filter(|at| bytes[*at..].starts_with(&pattern)).nth(nth);
+    let at = found.unwrap_or_else(|| panic!("no attribute {name}")) + pattern.len();
+    bytes[at..at + value.len()].copy_from_slice(value);
+    Model::from_bytes(bytes).unwrap()
+}
+
+/// A node with its inputs, whose only output has its name.
+pub fn op(kind: &str, name: &str, inputs: &[&str]) -> NodeDef {
+    NodeDef::new(kind, name).inputs(inputs.iter().copied()).outputs([name])
+}
+
+/// Rounds to the mantissa bits that are given, as a product in TF32 (10) or bf16 (7) does with what it reads.
+pub fn rounded(values: Vec<f32>, bits: u32) -> Vec<f32> {
+    let drop = 23 - bits;
+    let round = |x: f32| f32::from_bits((x.to_bits() + (1 << (drop - 1))) & !((1 << drop) - 1));
+    values.into_iter().map(round).collect()
+}
