@@ -3,7 +3,7 @@
 //! candle's `backward` computes the gradient of both sides of every matrix product and composes norms, rotary and
 //! softmax from elementwise steps. A frozen base needs only the gradient of the activations, so each operation here
 //! takes its weights as constants and returns that alone, in one pass over the rows. What is being trained
-//! ([`Tensor::track_op`](candle_core::Tensor::track_op)) is told on the way back ([`trained`]); half types are composed.
+//! ([`Tensor::track_op`](candle_core::Tensor::track_op)) is told on the way back (see [`backward`]); half types are composed.
 
 mod attention;
 mod cross_entropy;
