@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::method::{Base, Start, TensorSpec, Tensors};
 use super::term::row_norms;
 use super::{AdapterConfig, AdapterMethod, Error, Result};
-use crate::base::ops::{dropout, linear as apply};
+use crate::base::ops::{LowRank, dropout, linear as apply};
 use crate::base::{DecoderSpec, Linear, LinearMap, SiteHook, WeightRole};
 
 /// LoRA (arXiv 2106.09685) and its variants rsLoRA and DoRA.
@@ -361,6 +361,13 @@ impl SiteHook for LoraHook {
     fn linear(&self, map: &LinearMap) -> candle_core::Result<Option<Tensor>> {
         let Some(lora) = self.maps.get(&(map.layer, map.linear)) else { return Ok(None) };
         lora.output(map, self.drop_out(map)?.as_ref()).map(Some)
+    }
+
+    fn low_rank(&self, layer: usize, linear: Linear, dtype: DType) -> candle_core::Result<Option<LowRank>> {
+        let drops_out = self.dropout > 0.0 && self.pass.get().is_some();
+        let map = self.maps.get(&(layer, linear)).filter(|map| map.magnitude.is_none() && !drops_out);
+        map.map(|map| Ok(LowRank { a: map.a.to_dtype(dtype)?, b: map.b.to_dtype(dtype)?, scale: map.scale }))
+            .transpose()
     }
 
     fn begin_pass(&self, number: u64) {

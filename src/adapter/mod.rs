@@ -104,13 +104,22 @@ impl Adapter {
     /// # Errors
     /// When a tensor cannot be copied.
     pub fn trainable(&self, dtype: DType, device: &Device) -> Result<(Self, BTreeMap<String, Var>)> {
+        self.clone().into_trainable(dtype, device)
+    }
+
+    /// [`trainable`](Self::trainable) that gives up each tensor as its variable is made, so that not all of them exist twice.
+    /// Variables of a trainable adapter of the right type are taken as they are, by both.
+    ///
+    /// # Errors
+    /// When a tensor cannot be copied.
+    pub fn into_trainable(self, dtype: DType, device: &Device) -> Result<(Self, BTreeMap<String, Var>)> {
         let mut vars = BTreeMap::new();
-        for (name, tensor) in &self.tensors {
+        for (name, tensor) in self.tensors {
             let var = tensor.to_dtype(dtype).and_then(|t| t.to_device(device)).and_then(|t| Var::from_tensor(&t));
-            vars.insert(name.clone(), var.map_err(Error::candle("making an adapter trainable"))?);
+            vars.insert(name, var.map_err(Error::candle("making an adapter trainable"))?);
         }
         let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-        Ok((Self { config: self.config.clone(), tensors }, vars))
+        Ok((Self { config: self.config, tensors }, vars))
     }
 
     /// The same tensors without gradients: what is done to those of [`trainable`](Self::trainable) is seen here.
@@ -198,8 +207,11 @@ fn check_tensors(config: &AdapterConfig, tensors: &Tensors) -> Result<()> {
         }
     }
     for (name, tensor) in tensors {
-        let finite = tensor.to_dtype(DType::F64).and_then(|t| t.flatten_all()?.to_vec1::<f64>());
-        if !finite.map_err(Error::candle("reading an adapter"))?.iter().all(|x| x.is_finite()) {
+        let is_finite = || match tensor.dtype() {
+            DType::F32 => Ok(tensor.flatten_all()?.to_vec1::<f32>()?.iter().all(|x| x.is_finite())),
+            _ => Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.iter().all(|x| x.is_finite())),
+        };
+        if !is_finite().map_err(Error::candle("reading an adapter"))? {
             return Err(Error::NotFinite { name: name.clone() });
         }
     }

@@ -169,7 +169,7 @@ impl Term {
 
     /// Steps that are [`Feature::Elu`] of a query and read by one product alone, with one matrix for each head: the product
     /// takes them in.
-    fn fused_features(&self, tensors: &BTreeMap<String, Tensor>, heads: usize) -> Vec<usize> {
+    pub(crate) fn fused_features(&self, shape: impl Fn(&str) -> Option<Vec<usize>>, heads: usize) -> Vec<usize> {
         let operands = |step: &Step| match step {
             Step::Map(_, x) => vec![x.0],
             Step::MatMul(left, right) | Step::Binary(_, left, right) => vec![left.0, right.0],
@@ -181,7 +181,7 @@ impl Term {
         };
         let is_by_head = |value: &Value| match self.steps.get(value.0) {
             Some(Step::Tensor(name)) => {
-                tensors.get(name).is_some_and(|t| t.rank() == 3 && t.dim(0).ok() == Some(heads))
+                shape(name).is_some_and(|shape| shape.len() == 3 && shape.first() == Some(&heads))
             }
             _ => false,
         };
@@ -203,7 +203,11 @@ impl Term {
         heads: usize,
         site: Option<&Site>,
     ) -> Result<Vec<Option<Tensor>>> {
-        let fused = if site.is_some() { self.fused_features(tensors, heads) } else { Vec::new() };
+        let fused = if site.is_some() {
+            self.fused_features(|name| tensors.get(name).map(|t| t.dims().to_vec()), heads)
+        } else {
+            Vec::new()
+        };
         let mut values: Vec<Option<Tensor>> = Vec::with_capacity(self.steps.len());
         for step in &self.steps {
             let of = |value: &Value| values.get(value.0).and_then(Option::as_ref);

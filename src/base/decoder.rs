@@ -9,7 +9,8 @@ use candle_core::{DType, Device, Module, Tensor};
 use super::fused::{FusedLayer, Weights, fuse};
 use super::hook::{LinearMap, Site, SiteHook};
 use super::ops::{
-    LabelLoss, LogitMap, NormWeights, Rotation, Visibility, attention, attention_packed, label_loss, rope,
+    InnerMap, LabelLoss, LogitMap, LowRank, NormWeights, Rotation, Visibility, attention, attention_packed, label_loss,
+    lookup, rope,
 };
 use super::{
     Activation, Checkpoint, DecoderSpec, Error, Input, KvCache, Linear, Norm, NormSite, QkNormOver, Result, WeightRole,
@@ -46,6 +47,10 @@ pub(super) struct Affine {
 }
 
 impl Affine {
+    pub(super) fn map(&self) -> InnerMap {
+        InnerMap::new(&self.weight, self.bias.as_ref())
+    }
+
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         ops::linear(x, &self.weight, self.bias.as_ref())
     }
@@ -243,8 +248,7 @@ impl Decoder {
 
     pub(super) fn embed(&self, input: &Input, hook: &dyn SiteHook) -> candle_core::Result<Tensor> {
         let spec = &self.spec;
-        let rows = |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::new(ids, &self.device)?, 0);
-        let mut x = rows(&self.embedding, &input.ids)?;
+        let mut x = lookup(&self.embedding, &input.ids)?;
         if let Some(projection) = &self.embedding_projection {
             x = ops::linear(&x, projection, None)?;
         }
@@ -254,7 +258,7 @@ impl Decoder {
         if let (Some(table), Some(learned)) = (&self.positions, spec.embedding.positions) {
             let shift = (learned.offset + hook.prefix_length()) as u32;
             let positions: Vec<u32> = input.positions.iter().map(|position| position + shift).collect();
-            x = (x + rows(table, &positions)?)?;
+            x = (x + lookup(table, &positions)?)?;
         }
         x.reshape((input.batch, input.seq, spec.hidden_size))
     }
@@ -299,13 +303,18 @@ impl Decoder {
         match self.spec.wiring {
             Wiring::PreNorm => {
                 let mixed = self.mix(index, layer, x, Some(NormSite::Attention), pass, cache)?;
-                let x = match layer.fused.output.as_ref().filter(|_| !pass.hook.changes(index, Linear::AttentionOutput))
-                {
-                    Some(output) => output.forward(&mixed.attention, mixed.term.as_ref(), x).map_err(&action)?,
+                let beside = self.beside(index, [Linear::AttentionOutput], pass.hook).map_err(&action)?;
+                let x = match layer.fused.output.as_ref().zip(beside) {
+                    Some((output, [low_rank])) => {
+                        let output = output.clone().with(low_rank);
+                        output.forward(&mixed.attention, mixed.term.as_ref(), x).map_err(&action)?
+                    }
                     None => add(x, self.output(index, layer, mixed, pass)?)?,
                 };
-                match layer.fused.mlp.as_ref().filter(|_| !changes_mlp(pass.hook, index)) {
-                    Some((mlp, Some(block))) => mlp.forward_block(&x, block).map_err(&action),
+                match layer.fused.mlp.as_ref().zip(self.beside(index, MLP, pass.hook).map_err(&action)?) {
+                    Some(((mlp, Some(block)), beside)) => {
+                        mlp.clone().with(beside).forward_block(&x, block).map_err(&action)
+                    }
                     _ => add(&x, mlp(&norm(NormSite::Mlp, &x)?)?),
                 }
             }
@@ -329,6 +338,25 @@ impl Decoder {
         }
     }
 
+    /// The low-rank products beside some maps of a layer, where the hook does no more to these; none where it does.
+    fn beside<const N: usize>(
+        &self,
+        index: usize,
+        linears: [Linear; N],
+        hook: &dyn SiteHook,
+    ) -> candle_core::Result<Option<[Option<LowRank>; N]>> {
+        let mut found = [const { None }; N];
+        for (found, linear) in found.iter_mut().zip(linears) {
+            if hook.changes(index, linear) {
+                *found = hook.low_rank(index, linear, self.dtype)?;
+                if found.is_none() {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(found))
+    }
+
     fn linear(
         &self,
         index: usize,
@@ -340,6 +368,12 @@ impl Decoder {
         let Some(affine) = layer.weights.linears.get(&linear) else {
             candle_core::bail!("layer {index} has no {}", linear.module())
         };
+        if let Some([low_rank @ Some(_)]) = self.beside(index, [linear], hook)? {
+            let map = affine.map().with(0, low_rank);
+            if map.is_held() && x.dtype() == self.dtype {
+                return map.forward(x);
+            }
+        }
         let output = affine.forward(x)?;
         let (weight, bias) = (&affine.weight, affine.bias.as_ref());
         let map = LinearMap { layer: index, linear, input: x, weight, bias, output: &output };
@@ -389,11 +423,17 @@ impl Decoder {
             Some(Rotation { cos, sin, interleaved: self.spec.attention.rotary.get(rotary)?.interleaved })
         });
         let (scale, cap) = (self.spec.attention.scale, self.spec.attention.softcap);
-        let changes = [Linear::Query, Linear::Key, Linear::Value].into_iter().any(|l| pass.hook.changes(index, l));
-        let fused = layer.fused.qkv.as_ref();
-        let fused = fused.filter(|_| norm.is_some() && !changes && !pass.hook.sees_unrotated(index));
-        let (heads, packed) = match fused {
-            Some(qkv) => {
+        let projections = [Linear::Query, Linear::Key, Linear::Value];
+        let beside = self.beside(index, projections, pass.hook).map_err(&action)?;
+        let fused = layer.fused.qkv.as_ref().filter(|_| norm.is_some() && !pass.hook.sees_unrotated(index));
+        let (heads, packed) = match fused.zip(beside) {
+            Some((qkv, beside)) => {
+                let mut qkv = qkv.clone();
+                let mut first = 0;
+                for (linear, low_rank) in projections.into_iter().zip(beside) {
+                    qkv = qkv.with(first, low_rank).map_err(&action)?;
+                    first += self.spec.linear_shape(linear)[0];
+                }
                 let qkv = qkv.forward(x, rotation).map_err(&action)?;
                 (self.split(&qkv).map_err(&action)?, Some(qkv))
             }
@@ -497,8 +537,8 @@ impl Decoder {
     }
 
     fn mlp(&self, index: usize, layer: &Layer, x: &Tensor, pass: &Pass) -> candle_core::Result<Tensor> {
-        if let Some((mlp, _)) = layer.fused.mlp.as_ref().filter(|_| !changes_mlp(pass.hook, index)) {
-            return mlp.forward(x);
+        if let Some(((mlp, _), beside)) = layer.fused.mlp.as_ref().zip(self.beside(index, MLP, pass.hook)?) {
+            return mlp.clone().with(beside).forward(x);
         }
         let linear = |linear, x: &Tensor| self.linear(index, layer, linear, x, pass.hook);
         let activation = match self.spec.mlp.activation {
@@ -536,9 +576,8 @@ fn view(x: &Tensor) -> candle_core::Result<Tensor> {
     x.transpose(1, 2)
 }
 
-fn changes_mlp(hook: &dyn SiteHook, layer: usize) -> bool {
-    [Linear::Gate, Linear::Up, Linear::Down].into_iter().any(|linear| hook.changes(layer, linear))
-}
+/// The maps of a gated block.
+const MLP: [Linear; 3] = [Linear::Gate, Linear::Up, Linear::Down];
 
 /// The hook's trained keys and values before those of the tokens, and how many there are.
 fn prepend(

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 
 use super::decoder::Affine;
-use super::ops::{GatedMlp, MlpBlock, NormWeights, OutputProjection, QkvProjection};
+use super::ops::{GatedMlp, InnerMap, MlpBlock, NormWeights, OutputProjection, QkvProjection};
 use super::{DecoderSpec, Linear, NormSite, Wiring};
 
 /// The weights of a layer.
@@ -26,17 +26,17 @@ pub(super) struct FusedLayer {
     pub(super) mlp: Option<(GatedMlp, Option<MlpBlock>)>,
 }
 
-/// Joins what the layer's wiring lets join. The projections' weights become views of one matrix.
+/// Joins what the layer's wiring lets join. The projections' weights, where they are frozen, become views of one matrix.
 ///
 /// # Errors
 /// When candle fails.
 pub(super) fn fuse(spec: &DecoderSpec, weights: &mut Weights) -> Result<FusedLayer> {
     let is_pre_norm = spec.wiring == Wiring::PreNorm;
-    let output = weights.linears.get(&Linear::AttentionOutput).filter(|_| is_pre_norm).map(|affine| OutputProjection {
-        weight: affine.weight.clone(),
-        bias: affine.bias.clone(),
-        scale: spec.residual_scale,
-    });
+    let output = weights
+        .linears
+        .get(&Linear::AttentionOutput)
+        .filter(|_| is_pre_norm)
+        .map(|affine| OutputProjection { map: affine.map(), scale: spec.residual_scale });
     let mlp = mlp(spec, weights).map(|mlp| {
         let norm = weights.norms.get(&NormSite::Mlp).filter(|_| is_pre_norm);
         let block = norm.map(|norm| MlpBlock { norm: norm.clone(), scale: spec.residual_scale });
@@ -47,11 +47,11 @@ pub(super) fn fuse(spec: &DecoderSpec, weights: &mut Weights) -> Result<FusedLay
 }
 
 fn mlp(spec: &DecoderSpec, weights: &Weights) -> Option<GatedMlp> {
-    let weight = |linear| {
+    let map = |linear| {
         let affine = weights.linears.get(&linear).filter(|affine| affine.bias.is_none());
-        affine.map(|affine| affine.weight.clone())
+        affine.map(Affine::map)
     };
-    let (gate, up, down) = (weight(Linear::Gate)?, weight(Linear::Up)?, weight(Linear::Down)?);
+    let (gate, up, down) = (map(Linear::Gate)?, map(Linear::Up)?, map(Linear::Down)?);
     let mlp = GatedMlp { gate, up, down, activation: spec.mlp.activation };
     mlp.is_fused().then_some(mlp)
 }
@@ -60,35 +60,32 @@ fn qkv(spec: &DecoderSpec, weights: &mut Weights) -> Result<Option<QkvProjection
     const PARTS: [Linear; 3] = [Linear::Query, Linear::Key, Linear::Value];
     let Some(norm) = weights.norms.get(&NormSite::Attention) else { return Ok(None) };
     let parts: Vec<&Affine> = PARTS.iter().filter_map(|linear| weights.linears.get(linear)).collect();
-    let is_joinable = |part: &&Affine| {
-        let plain = QkvProjection {
-            norm: norm.clone(),
-            weight: part.weight.clone(),
-            bias: part.bias.clone(),
-            rotated_heads: 0,
-            head_dim: 1,
-        };
-        plain.is_fused()
-    };
-    if parts.len() != PARTS.len() || !parts.iter().all(is_joinable) {
+    if parts.len() != PARTS.len() {
         return Ok(None);
+    }
+    let attention = &spec.attention;
+    let apart = QkvProjection {
+        norm: norm.clone(),
+        maps: parts.iter().map(|part| part.map()).collect(),
+        rotated_heads: attention.num_heads + attention.num_kv_heads,
+        head_dim: attention.head_dim,
+    };
+    if !apart.is_fused() {
+        return Ok(None);
+    }
+    let is_trained = |part: &&Affine| part.weight.track_op() || part.bias.as_ref().is_some_and(Tensor::track_op);
+    if parts.iter().any(is_trained) {
+        return Ok(Some(apart));
     }
     let weight = Tensor::cat(&parts.iter().map(|part| &part.weight).collect::<Vec<_>>(), 0)?;
     let biases: Vec<&Tensor> = parts.iter().filter_map(|part| part.bias.as_ref()).collect();
     let bias = match biases.len() {
         0 => None,
         count if count == PARTS.len() => Some(Tensor::cat(&biases, 0)?),
-        _ => return Ok(None),
+        _ => return Ok(Some(apart)),
     };
     let rows = parts.iter().map(|part| part.weight.dim(0)).collect::<Result<Vec<_>>>()?;
-    let attention = &spec.attention;
-    let qkv = QkvProjection {
-        norm: norm.clone(),
-        weight: weight.clone(),
-        bias,
-        rotated_heads: attention.num_heads + attention.num_kv_heads,
-        head_dim: attention.head_dim,
-    };
+    let qkv = QkvProjection { maps: vec![InnerMap::new(&weight, bias.as_ref())], ..apart };
     let mut start = 0;
     for (linear, rows) in PARTS.into_iter().zip(rows) {
         if let Some(affine) = weights.linears.get_mut(&linear) {

@@ -1,8 +1,9 @@
 //! Where something from outside acts in a decoder.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::Linear;
+use super::ops::LowRank;
 
 /// An attention site: the place where a context-based adapter acts.
 #[derive(Debug)]
@@ -61,6 +62,15 @@ pub trait SiteHook {
     /// with what stands beside it.
     fn changes(&self, _layer: usize, _linear: Linear) -> bool {
         true
+    }
+
+    /// What [`linear`](Self::linear) adds to a map, as a product in the type of the model, where that is all it does in the
+    /// pass at hand: the decoder may then compute it together with the map.
+    ///
+    /// # Errors
+    /// When the type cannot be changed.
+    fn low_rank(&self, _layer: usize, _linear: Linear, _dtype: DType) -> Result<Option<LowRank>> {
+        Ok(None)
     }
 
     /// Whether [`term`](Self::term) reads queries or keys before their rotation.

@@ -5,7 +5,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use super::decoder::{Decoder, Pass};
-use super::{Error, Input, Result, SiteHook};
+use super::{Error, Input, Result, SiteHook, ops};
 
 /// A forward pass whose backward pass runs layer by layer.
 pub struct CheckpointedPass<'a> {
@@ -62,7 +62,7 @@ impl<'a> CheckpointedPass<'a> {
         take: &mut dyn FnMut(&GradStore) -> candle_core::Result<()>,
     ) -> Result<()> {
         let action = Error::candle("computing gradients");
-        let store = loss.backward().map_err(&action)?;
+        let store = ops::backward(loss).map_err(&action)?;
         take(&store).map_err(&action)?;
         let mut gradient = store.get(&self.last).map(Tensor::detach);
         drop(store);
@@ -89,5 +89,5 @@ impl<'a> CheckpointedPass<'a> {
 
 /// The gradients of what `y` was computed from, given the gradient of `y`.
 fn continue_backward(y: &Tensor, gradient: &Tensor) -> candle_core::Result<GradStore> {
-    (y * gradient)?.sum_all()?.backward()
+    ops::backward(&(y * gradient)?.sum_all()?)
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use clap::Args;
 use miette::Result;
 use schemars::JsonSchema;
@@ -348,7 +348,11 @@ fn prepare(context: &Context, config: &RunConfig) -> Result<Prepared> {
 fn load(checkpoint: &Checkpoint, config: &RunConfig) -> Result<(Decoder, Adapter)> {
     let decoder = Decoder::load(checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
     let adapter = config.adapter.start(checkpoint, &decoder, config.train.seed)?;
-    // weights that are trained themselves are not held twice
+    // weights that are trained themselves are not held twice: the run trains these
+    let adapter = match adapter.base_weights() {
+        Some(_) => adapter.into_trainable(DType::F32, &Device::Cpu)?.0,
+        None => adapter,
+    };
     let own = adapter.decoder(checkpoint.spec(), decoder.dtype())?;
     Ok((own.unwrap_or(decoder), adapter))
 }

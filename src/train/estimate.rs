@@ -14,8 +14,8 @@ use activations::Activations;
 /// With `P` and `A` the parameters of model and adapter and `b` bytes a number of the compute type:
 ///
 /// ```text
-/// weights      P · b                     of full fine-tuning the weights at the start, which are A
-/// adapter      A · 4 · 2                 float32: at the start, and as it is trained
+/// weights      P · b                     none with full fine-tuning: they are the adapter
+/// adapter      A · 4 · 2                 float32: at the start, and as it is trained; of full fine-tuning the latter
 /// optimizer    A · 4 · 2                 two moments; A · 4 more for the sum over micro-batches
 /// activations  see `activations.rs`: what the backward pass needs, its temporaries with the gradient, and logits
 /// evaluation   the temporaries of one layer and the logits, at four times the rows
@@ -70,18 +70,14 @@ impl MemoryEstimate {
         let adapted = adapter.num_parameters(spec) as u64;
         let is_full = matches!(adapter.method, Method::Full(_));
         let number = config.dtype.bytes();
-        let largest =
-            spec.weights().iter().map(|weight| weight.shape.iter().product::<usize>()).max().unwrap_or(0) as u64;
         let sums = if config.gradient_accumulation > 1 { 3 } else { 2 };
         let activations = Activations::new(spec, adapter, config);
-        // of full fine-tuning, the step's temporaries are as large as the largest weight
-        let step = if is_full { 4 * (adapted + 6 * largest) } else { 0 };
         let mut estimate = Self {
             process,
             weights: if is_full { 0 } else { spec.num_parameters() as u64 * number },
-            adapter: adapted * 4 * 2,
+            adapter: adapted * 4 * if is_full { 1 } else { 2 },
             optimizer: adapted * 4 * sums,
-            activations: activations.training(training).max(step),
+            activations: activations.training(training),
             evaluation: activations.evaluation(evaluation),
             saving: adapted * 4 * 2,
             peak: 0,

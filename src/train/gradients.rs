@@ -6,6 +6,7 @@ use candle_core::{Tensor, Var};
 
 use super::optimizer::accumulate;
 use super::{BatchLoss, Error, Objective, Result, batch_input};
+use crate::base::ops::backward;
 use crate::base::{CheckpointedPass, Decoder, SiteHook};
 use crate::data::Batch;
 
@@ -43,7 +44,7 @@ pub fn batch_gradients(
     } else {
         let hidden = of.decoder.hidden_states(&input, None, of.hook)?;
         let loss = of.objective.loss(of.decoder, &hidden, batch)?;
-        let store = scaled(&loss)?.backward().map_err(Error::candle("computing gradients"))?;
+        let store = backward(&scaled(&loss)?).map_err(Error::candle("computing gradients"))?;
         accumulate(gradients, of.vars, &store).map_err(Error::candle("adding gradients"))?;
         loss
     };

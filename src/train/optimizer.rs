@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor, Var};
+use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -46,8 +47,9 @@ impl AdamW {
         let moments = vars
             .iter()
             .map(|(name, var)| {
-                let zeros = Tensor::zeros(var.shape(), DType::F32, var.device())?;
-                Ok((name.clone(), (zeros.clone(), zeros)))
+                // each is changed where it lies
+                let zeros = || Tensor::zeros(var.shape(), DType::F32, var.device());
+                Ok((name.clone(), (zeros()?, zeros()?)))
             })
             .collect::<Result<_>>()?;
         Ok(Self { config, vars, moments, steps: 0 })
@@ -68,22 +70,31 @@ impl AdamW {
         let correction1 = 1.0 - beta1.powi(self.steps as i32);
         let correction2 = 1.0 - beta2.powi(self.steps as i32);
         for (name, var) in &self.vars {
-            let (Some(gradient), Some((first, second))) = (gradients.get(name), self.moments.get_mut(name)) else {
+            let (Some(gradient), Some((first, second))) = (gradients.get(name), self.moments.get(name)) else {
                 continue;
             };
-            *first = ((&*first * beta1)? + (gradient * (1.0 - beta1))?)?;
-            *second = ((&*second * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-            let denominator = ((&*second / correction2)?.sqrt()? + epsilon)?;
-            let update = ((&*first / correction1)? / denominator)?;
-            let value = var.as_detached_tensor().to_dtype(DType::F32)?;
+            let gradient = gradient.contiguous()?;
+            first.inplace_op2(&gradient, &Decay::new(beta1, |g| g))?;
+            second.inplace_op2(&gradient, &Decay::new(beta2, |g| g * g))?;
             let decay = if var.rank() > 1 { weight_decay } else { 0.0 };
-            let value = ((value * (1.0 - rate * decay))? - (update * rate)?)?;
-            var.set(&value.to_dtype(var.dtype())?)?;
+            let update = Update {
+                keep: (1.0 - rate * decay) as f32,
+                rate: (rate / correction1) as f32,
+                root: correction2.sqrt().recip() as f32,
+                epsilon: epsilon as f32,
+            };
+            if var.dtype() == DType::F32 {
+                var.as_tensor().inplace_op3(first, second, &update)?;
+            } else {
+                let value = var.as_detached_tensor().to_dtype(DType::F32)?;
+                value.inplace_op3(first, second, &update)?;
+                var.set(&value.to_dtype(var.dtype())?)?;
+            }
         }
         Ok(())
     }
 
-    /// The moments as named tensors, `{name}.first` and `{name}.second`.
+    /// The moments as named tensors, `{name}.first` and `{name}.second`; the next step changes them where they are.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         self.moments
             .iter()
@@ -109,7 +120,118 @@ impl AdamW {
     }
 }
 
-/// Adds the gradients of one backward pass, in float32, to those gathered so far.
+/// Elements that a task works on.
+const CHUNK: usize = 1 << 14;
+
+/// The numbers of a contiguous float32 tensor on the CPU.
+fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((start, end))) => Ok(&values[start..end]),
+        _ => candle_core::bail!("the optimizer takes contiguous float32 tensors on the CPU"),
+    }
+}
+
+/// The same, to be changed.
+fn floats_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((start, end))) => Ok(&mut values[start..end]),
+        _ => candle_core::bail!("the optimizer takes contiguous float32 tensors on the CPU"),
+    }
+}
+
+/// `moment = keep · moment + take · of(gradient)`.
+struct Decay {
+    keep: f32,
+    take: f32,
+    of: fn(f32) -> f32,
+}
+
+impl Decay {
+    fn new(beta: f64, of: fn(f32) -> f32) -> Self {
+        Self { keep: beta as f32, take: (1.0 - beta) as f32, of }
+    }
+}
+
+impl InplaceOp2 for Decay {
+    fn name(&self) -> &'static str {
+        "adamw-moment"
+    }
+
+    fn cpu_fwd(&self, moment: &mut CpuStorage, lm: &Layout, gradient: &CpuStorage, lg: &Layout) -> Result<()> {
+        let (moment, gradient) = (floats_mut(moment, lm)?, floats(gradient, lg)?);
+        moment.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(moment, gradient)| {
+            for (m, g) in moment.iter_mut().zip(gradient) {
+                *m = self.keep * *m + self.take * (self.of)(*g);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// `x = keep · x − rate · first / (root · √second + epsilon)`.
+struct Update {
+    keep: f32,
+    rate: f32,
+    root: f32,
+    epsilon: f32,
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        "adamw-update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        value: &mut CpuStorage,
+        lx: &Layout,
+        first: &CpuStorage,
+        lm: &Layout,
+        second: &CpuStorage,
+        lv: &Layout,
+    ) -> Result<()> {
+        let (value, first, second) = (floats_mut(value, lx)?, floats(first, lm)?, floats(second, lv)?);
+        let moments = first.par_chunks(CHUNK).zip(second.par_chunks(CHUNK));
+        value.par_chunks_mut(CHUNK).zip(moments).for_each(|(value, (first, second))| {
+            for ((x, m), v) in value.iter_mut().zip(first).zip(second) {
+                *x = self.keep * *x - self.rate * *m / (self.root * v.sqrt() + self.epsilon);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// `x = factor · x`.
+struct Scale(f32);
+
+impl InplaceOp1 for Scale {
+    fn name(&self) -> &'static str {
+        "scale"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        floats_mut(x, layout)?.par_iter_mut().with_min_len(CHUNK).for_each(|x| *x *= self.0);
+        Ok(())
+    }
+}
+
+/// `sum = sum + x`.
+struct Add;
+
+impl InplaceOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn cpu_fwd(&self, sum: &mut CpuStorage, ls: &Layout, x: &CpuStorage, lx: &Layout) -> Result<()> {
+        let (sum, x) = (floats_mut(sum, ls)?, floats(x, lx)?);
+        sum.par_iter_mut().zip(x).with_min_len(CHUNK).for_each(|(sum, x)| *sum += *x);
+        Ok(())
+    }
+}
+
+/// Adds the gradients of one backward pass, in float32, to those gathered so far. A gradient that is the first of its variable
+/// is taken as it is, and later ones are added to it.
 ///
 /// # Errors
 /// When shapes differ.
@@ -121,34 +243,50 @@ pub(super) fn accumulate(
     for (name, var) in vars {
         let Some(gradient) = gradients.get(var) else { continue };
         // a gradient remembers the activations that it was computed from, and whatever sums it would keep them alive
-        let gradient = gradient.detach().to_dtype(DType::F32)?;
-        let sum = match gathered.get(name) {
-            Some(so_far) => (so_far + gradient)?,
-            None => gradient,
-        };
-        gathered.insert(name.clone(), sum);
+        let gradient = gradient.detach().to_dtype(DType::F32)?.contiguous()?;
+        match gathered.get(name) {
+            Some(so_far) if so_far.shape() == gradient.shape() => so_far.inplace_op2(&gradient, &Add)?,
+            Some(so_far) => {
+                candle_core::bail!("gradients of {name} are {:?} and {:?}", so_far.shape(), gradient.shape())
+            }
+            None => {
+                gathered.insert(name.clone(), gradient);
+            }
+        }
     }
     Ok(())
 }
 
-/// Scales all gradients down together when their global L2 norm exceeds `max_norm`; returns the norm before.
+/// Scales all gradients down together, where they are, when their global L2 norm exceeds `max_norm`; returns the norm before.
 ///
 /// # Errors
 /// When a gradient cannot be read.
 pub fn clip_gradients(gradients: &mut BTreeMap<String, Tensor>, max_norm: Option<f64>) -> Result<f64> {
     let mut squares = 0.0;
-    for gradient in gradients.values() {
-        squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
+    for gradient in gradients.values_mut() {
+        if !gradient.is_contiguous() {
+            *gradient = gradient.contiguous()?;
+        }
+        squares += sum_of_squares(gradient)?;
     }
     let norm = squares.sqrt();
     if let Some(max_norm) = max_norm
         && norm > max_norm
     {
-        for gradient in gradients.values_mut() {
-            *gradient = (&*gradient * (max_norm / (norm + 1e-6)))?;
+        for gradient in gradients.values() {
+            gradient.inplace_op1(&Scale((max_norm / (norm + 1e-6)) as f32))?;
         }
     }
     Ok(norm)
+}
+
+/// In float64, chunk by chunk, so that it does not depend on the number of threads.
+fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { candle_core::bail!("a gradient is not on the CPU") };
+    let chunks = floats(storage, layout)?.par_chunks(CHUNK);
+    let sums: Vec<f64> = chunks.map(|chunk| chunk.iter().map(|x| f64::from(*x) * f64::from(*x)).sum()).collect();
+    Ok(sums.into_iter().sum())
 }
 
 #[cfg(test)]

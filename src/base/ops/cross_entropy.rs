@@ -2,12 +2,15 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::held::{Held, is_held, numbers, tensor};
+use super::inner_map::{Rows, column_sums};
 use super::linear;
 use super::matmul::{Matrix, Target, Threads, multiply};
 use super::real::{Real, max, sum, vectorised};
+use super::trained::Trained;
 
 /// From hidden states to logits: `cap · tanh(scale · (x · weightᵀ + bias) / cap)`.
 #[derive(Clone, Debug)]
@@ -45,13 +48,13 @@ impl LogitMap {
         }
     }
 
-    fn is_trained(&self) -> bool {
-        self.weight.track_op() || self.bias.as_ref().is_some_and(Tensor::track_op)
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        [Some(&self.weight), self.bias.as_ref()].into_iter().flatten()
     }
 }
 
-/// Loss of one label for each row of `hidden`, `[rows, hidden]`. With a frozen float map the logits live for a few rows at
-/// a time only, and the gradient is taken while they do.
+/// Loss of one label for each row of `hidden`, `[rows, hidden]`. With a float map the logits live for a few rows at a time
+/// only, and gradients are taken while they do.
 ///
 /// # Errors
 /// When the shapes do not fit, or a target is not below the vocabulary size.
@@ -61,20 +64,24 @@ pub fn label_loss(hidden: &Tensor, map: &LogitMap, targets: &[u32]) -> Result<La
     if rows != targets.len() || targets.iter().any(|target| *target as usize >= vocab) {
         candle_core::bail!("label-loss: {} targets below {vocab} for {rows} rows", targets.len());
     }
-    let is_fused = !map.is_trained() && matches!(hidden.dtype(), DType::F32 | DType::F64) && hidden.device().is_cpu();
+    let is_fused = map.weight.dtype() == hidden.dtype() && map.tensors().all(is_held);
     if is_fused {
         let predicted = Arc::new(Mutex::new(Vec::new()));
+        let trained = Trained::of(map.tensors())?;
+        let token = trained.token().cloned();
         let op = FusedLoss {
-            map: LogitMap {
-                weight: map.weight.contiguous()?,
-                bias: map.bias.as_ref().map(Tensor::contiguous).transpose()?,
-                ..*map
-            },
+            map: map.clone(),
             targets: targets.to_vec(),
             predicted: predicted.clone(),
-            gradient: hidden.track_op().then(|| Mutex::new(None)),
+            asks_input: hidden.track_op(),
+            trained,
+            gradients: Mutex::new(None),
         };
-        let nll = hidden.contiguous()?.apply_op1(op)?;
+        let hidden = hidden.contiguous()?;
+        let nll = match token {
+            Some(token) => hidden.apply_op2(&token, op)?,
+            None => hidden.apply_op1(op)?,
+        };
         let predicted = std::mem::take(&mut *predicted.lock().unwrap_or_else(PoisonError::into_inner));
         return Ok(LabelLoss { nll, predicted });
     }
@@ -103,22 +110,40 @@ struct FusedLoss {
     map: LogitMap,
     targets: Vec<u32>,
     predicted: Arc<Mutex<Vec<u32>>>,
-    /// `d nll_r / d x_r` of each row, `[rows, hidden]`, where it will be asked for.
-    gradient: Option<Mutex<Option<Tensor>>>,
+    /// Whether the gradient of the hidden states will be asked for.
+    asks_input: bool,
+    trained: Trained,
+    /// Gradients of `Σ nll_r`, made while the logits exist: of hidden states (row by row), weight and bias.
+    gradients: Mutex<Option<[CpuStorage; 3]>>,
+}
+
+/// Gradients of hidden states, weight and bias; empty where they are not asked for.
+struct Gradients<T> {
+    input: Vec<T>,
+    weight: Vec<T>,
+    bias: Vec<T>,
 }
 
 impl FusedLoss {
-    fn run<T: Real + WithDType>(&self, x: &[T], rows: usize) -> Result<Vec<T>> {
-        let storage = |tensor: &Tensor| -> Result<Vec<T>> { tensor.flatten_all()?.to_vec1() };
-        let bias = self.map.bias.as_ref().map(storage).transpose()?;
-        let (weight, layout) = self.map.weight.storage_and_layout();
-        let Storage::Cpu(weight) = &*weight else { candle_core::bail!("label-loss: the weight is not on the CPU") };
+    fn asks_gradients(&self) -> bool {
+        self.asks_input || self.trained.token().is_some()
+    }
+
+    /// Loss and most likely label of each row, and the gradients of `Σ factor_r · nll_r`; without factors they are one.
+    fn run<T: Real + WithDType>(&self, x: &[T], factors: Option<&[T]>) -> Result<(Vec<(T, u32)>, Gradients<T>)> {
+        let (held, held_bias) = (Held::of(&self.map.weight)?, self.map.bias.as_ref().map(Held::of).transpose()?);
+        let bias: Option<&[T]> = held_bias.as_ref().map(Held::numbers).transpose()?;
         let (vocab, width) = self.map.weight.dims2()?;
-        let weight = &T::cpu_storage_as_slice(weight)?[layout.start_offset()..][..vocab * width];
-        let weight = Matrix::new(weight, vocab, width);
+        let weight = Matrix::new(held.numbers()?, vocab, width);
+        let rows = self.targets.len();
         let chunk = (CHUNK / vocab.max(1)).clamp(1, rows.max(1));
         let mut logits = vec![T::zero(); chunk * vocab];
-        let mut gradient = vec![T::zero(); if self.gradient.is_some() { rows * width } else { 0 }];
+        let zeros = |count: usize, asked: bool| vec![T::zero(); if asked { count } else { 0 }];
+        let mut gradients = Gradients {
+            input: zeros(rows * width, self.asks_input),
+            weight: zeros(vocab * width, self.map.weight.track_op()),
+            bias: zeros(vocab, self.map.bias.as_ref().is_some_and(Tensor::track_op)),
+        };
         let mut found = vec![(T::zero(), 0u32); rows];
         for start in (0..rows).step_by(chunk) {
             let count = chunk.min(rows - start);
@@ -127,24 +152,98 @@ impl FusedLoss {
             multiply(Target::strided(logits, vocab), false, T::one(), hidden, weight.t(), Threads::All);
             let targets = &self.targets[start..start + count];
             let rows = logits.par_chunks_mut(vocab).zip(targets).zip(&mut found[start..start + count]);
-            rows.for_each(|((logits, target), found)| {
+            rows.enumerate().for_each(|(row, ((logits, target), found))| {
                 *found = vectorised(
                     #[inline(always)]
-                    || self.row(logits, bias.as_deref(), *target as usize),
+                    || {
+                        let found = self.row(logits, bias, *target as usize);
+                        if let Some(factors) = factors {
+                            logits.iter_mut().for_each(|g| *g = *g * factors[start + row]);
+                        }
+                        found
+                    },
                 );
             });
-            if self.gradient.is_some() {
-                let target = Target::strided(&mut gradient[start * width..][..count * width], width);
-                multiply(target, false, T::one(), Matrix::new(logits, count, vocab), weight, Threads::All);
+            let by_logits = Matrix::new(logits, count, vocab);
+            if self.asks_input {
+                let target = Target::strided(&mut gradients.input[start * width..][..count * width], width);
+                multiply(target, false, T::one(), by_logits, weight, Threads::All);
+            }
+            if !gradients.weight.is_empty() {
+                let target = Target::strided(&mut gradients.weight, width);
+                multiply(target, true, T::one(), by_logits.t(), hidden, Threads::All);
+            }
+            if !gradients.bias.is_empty() {
+                let sums = column_sums(Rows::dense(logits, vocab), count, vocab, T::one());
+                gradients.bias.iter_mut().zip(sums).for_each(|(bias, sum)| *bias += sum);
             }
         }
-        if let Some(slot) = &self.gradient {
-            let gradient = Tensor::from_vec(gradient, (rows, width), &candle_core::Device::Cpu)?;
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(gradient);
+        Ok((found, gradients))
+    }
+
+    fn forward<T: Real + WithDType>(&self, x: &[T]) -> Result<CpuStorage> {
+        let (found, gradients) = self.run::<T>(x, None)?;
+        if self.asks_gradients() {
+            let Gradients { input, weight, bias } = gradients;
+            let storages = [input, weight, bias].map(T::to_cpu_storage_owned);
+            *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some(storages);
         }
         let mut predicted = self.predicted.lock().unwrap_or_else(PoisonError::into_inner);
         *predicted = found.iter().map(|(_, label)| *label).collect();
-        Ok(found.into_iter().map(|(nll, _)| nll).collect())
+        Ok(T::to_cpu_storage_owned(found.into_iter().map(|(nll, _)| nll).collect()))
+    }
+
+    /// The gradient of the hidden states, where it is asked for.
+    fn backward<T: Real + WithDType>(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (held, grad) = (Held::of(x)?, Held::of(grad)?);
+        let factors: &[T] = grad.numbers()?;
+        let first = factors.first().copied().unwrap_or(T::one());
+        // the sum over rows is there already: it serves where all rows count the same
+        let serves = self.trained.token().is_none() || factors.iter().all(|factor| *factor == first);
+        let kept = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take().filter(|_| serves);
+        let Gradients { input, weight, bias } = match kept {
+            Some([input, weight, bias]) => {
+                let numbers = |storage| -> Result<Vec<T>> { T::cpu_storage_data(storage) };
+                let (mut input, mut weight, mut bias) = (numbers(input)?, numbers(weight)?, numbers(bias)?);
+                let width = (input.len() / factors.len().max(1)).max(1);
+                for (row, factor) in input.chunks_mut(width).zip(factors) {
+                    row.iter_mut().for_each(|g| *g = *g * *factor);
+                }
+                let sums = weight.par_iter_mut().chain(bias.par_iter_mut());
+                sums.with_min_len(1 << 13).for_each(|g| *g = *g * first);
+                Gradients { input, weight, bias }
+            }
+            None => self.run(held.numbers()?, Some(factors))?.1,
+        };
+        if self.map.weight.track_op() {
+            self.trained.leave(&self.map.weight, weight)?;
+        }
+        if let Some(of) = self.map.bias.as_ref().filter(|bias| bias.track_op()) {
+            self.trained.leave(of, bias)?;
+        }
+        self.asks_input.then(|| tensor(input, x.shape())).transpose()
+    }
+
+    fn run_forward(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = layout.shape().dims2()?;
+        if self.map.weight.dim(1)? != width {
+            let weight = self.map.weight.dims();
+            candle_core::bail!("label-loss: input {:?} does not fit weight {weight:?}", layout.dims());
+        }
+        let nll = match x {
+            CpuStorage::F32(_) => self.forward::<f32>(numbers(x, layout)?)?,
+            CpuStorage::F64(_) => self.forward::<f64>(numbers(x, layout)?)?,
+            _ => candle_core::bail!("label-loss: the input is neither float32 nor float64"),
+        };
+        Ok((nll, rows.into()))
+    }
+
+    fn run_backward(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        match x.dtype() {
+            DType::F64 => self.backward::<f64>(x, &grad),
+            _ => self.backward::<f32>(x, &grad),
+        }
     }
 
     /// Loss and most likely label of a row of raw logits, which become the gradient of the loss by them.
@@ -164,7 +263,7 @@ impl FusedLoss {
         let largest = max(logits);
         let predicted = logits.iter().position(|z| *z == largest).unwrap_or(0) as u32;
         let label = logits[target];
-        if self.gradient.is_none() {
+        if !self.asks_gradients() {
             let total = log_sum(logits, |z| (z - largest).fast_exp());
             return (T::of(total) + largest - label, predicted);
         }
@@ -194,28 +293,25 @@ impl CustomOp1 for FusedLoss {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, width) = layout.shape().dims2()?;
-        if self.map.weight.dim(1)? != width {
-            candle_core::bail!(
-                "label-loss: input {:?} does not fit weight {:?}",
-                layout.dims(),
-                self.map.weight.dims()
-            );
-        }
-        let (start, end) = (layout.start_offset(), layout.start_offset() + rows * width);
-        let nll = match x {
-            CpuStorage::F32(x) => CpuStorage::F32(self.run(&x[start..end], rows)?),
-            CpuStorage::F64(x) => CpuStorage::F64(self.run(&x[start..end], rows)?),
-            _ => candle_core::bail!("label-loss: the input is neither float32 nor float64"),
-        };
-        Ok((nll, rows.into()))
+        self.run_forward(x, layout)
     }
 
-    fn bwd(&self, _x: &Tensor, _nll: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let gradient =
-            self.gradient.as_ref().and_then(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let Some(gradient) = gradient else { candle_core::bail!("label-loss: its forward pass kept no gradient") };
-        gradient.broadcast_mul(&grad.unsqueeze(1)?).map(Some)
+    fn bwd(&self, x: &Tensor, _nll: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.run_backward(x, grad)
+    }
+}
+
+impl CustomOp2 for FusedLoss {
+    fn name(&self) -> &'static str {
+        "label-loss"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run_forward(x, layout)
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, _nll: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((self.run_backward(x, grad)?, self.trained.no_gradient()?))
     }
 }
 
@@ -317,6 +413,18 @@ mod tests {
                 assert!(max_difference(&found.nll, &expected) < 1e-14);
                 assert_eq!(found.predicted, best);
                 check_gradient(&x, |x| Ok(label_loss(x, map, &targets)?.nll));
+            }
+            // the rows count differently in `check_gradient`, and the same here
+            let with = |weight: &Tensor, bias: Option<&Tensor>| {
+                let map = LogitMap { weight: weight.clone(), bias: bias.cloned(), ..map.clone() };
+                Ok(label_loss(&x, &map, &targets)?.nll)
+            };
+            let bias = map.bias.as_ref();
+            check_gradient(&map.weight, |weight| with(weight, bias));
+            check_gradient(&map.weight, |weight| with(weight, bias)?.sum_all());
+            if let Some(bias) = bias {
+                check_gradient(bias, |bias| with(&map.weight, Some(bias)));
+                check_gradient(bias, |bias| with(&map.weight, Some(bias))?.sum_all());
             }
         }
     }

@@ -40,11 +40,7 @@ pub(super) fn tensor<T: WithDType>(values: Vec<T>, shape: impl Into<Shape>) -> R
     Tensor::from_vec(values, shape.into(), &Device::Cpu)
 }
 
-/// Whether operations can take a weight as a constant: not being trained, on the CPU, contiguous, and of a type that they
-/// compute in.
-pub(super) fn is_plain(weight: &Tensor) -> bool {
-    !weight.track_op()
-        && weight.device().is_cpu()
-        && weight.is_contiguous()
-        && matches!(weight.dtype(), DType::F32 | DType::F64)
+/// Whether operations can read a weight where it is: on the CPU, contiguous, and of a type that they compute in.
+pub(super) fn is_held(weight: &Tensor) -> bool {
+    weight.device().is_cpu() && weight.is_contiguous() && matches!(weight.dtype(), DType::F32 | DType::F64)
 }

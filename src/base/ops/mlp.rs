@@ -1,25 +1,26 @@
-//! The gated feed-forward block with frozen weights, its norm and the residual stream, as one operation.
+//! The gated feed-forward block, its norm and the residual stream, as one operation.
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::NormWeights;
-use super::held::{Held, is_plain, numbers, tensor};
-use super::matmul::{Matrix, Target, Threads, multiply};
+use super::held::{Held, numbers, tensor};
+use super::inner_map::{InnerMap, LowRank, Rows};
 use super::real::{Real, vectorised};
+use super::trained::Trained;
 use crate::base::Activation;
 
-/// The weights of a gated block without biases.
+/// The weights of a gated block.
 #[derive(Clone, Debug)]
 pub struct GatedMlp {
     /// `[intermediate, hidden]`.
-    pub gate: Tensor,
+    pub gate: InnerMap,
     /// `[intermediate, hidden]`.
-    pub up: Tensor,
+    pub up: InnerMap,
     /// `[hidden, intermediate]`.
-    pub down: Tensor,
+    pub down: InnerMap,
     /// On the gate.
     pub activation: Activation,
 }
@@ -34,9 +35,18 @@ pub struct MlpBlock {
 }
 
 impl GatedMlp {
-    /// Whether it is computed as one operation: frozen float weights on the CPU and an activation that it knows.
+    /// Whether it is computed as one operation: float weights on the CPU and an activation that it knows.
     pub fn is_fused(&self) -> bool {
-        self.activation != Activation::Gelu && [&self.gate, &self.up, &self.down].into_iter().all(is_plain)
+        self.activation != Activation::Gelu && [&self.gate, &self.up, &self.down].into_iter().all(InnerMap::is_held)
+    }
+
+    /// The same with low-rank products beside gate, up and down.
+    #[must_use]
+    pub fn with(mut self, [gate, up, down]: [Option<LowRank>; 3]) -> Self {
+        self.gate = self.gate.with(0, gate);
+        self.up = self.up.with(0, up);
+        self.down = self.down.with(0, down);
+        self
     }
 
     /// `down(activation(gate(x)) · up(x))`, `[…, hidden]`.
@@ -47,7 +57,7 @@ impl GatedMlp {
         self.run(x, None)
     }
 
-    /// `x + scale · self(norm(x))`, `[…, hidden]`; the norm's weights are frozen.
+    /// `x + scale · self(norm(x))`, `[…, hidden]`.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -56,15 +66,23 @@ impl GatedMlp {
     }
 
     fn run(&self, x: &Tensor, block: Option<MlpBlock>) -> Result<Tensor> {
-        let kept = x.track_op().then(|| Mutex::new(None));
-        x.contiguous()?.apply_op1(FusedMlp { mlp: self.clone(), block, kept })
+        let norm = block.as_ref().map(|block| &block.norm);
+        let maps = [&self.gate, &self.up, &self.down].into_iter().flat_map(InnerMap::tensors);
+        let trained = Trained::of(norm.into_iter().flat_map(NormWeights::tensors).chain(maps))?;
+        let token = trained.token().cloned();
+        let kept = (x.track_op() || token.is_some()).then(|| Mutex::new(None));
+        let (x, op) = (x.contiguous()?, FusedMlp { mlp: self.clone(), block, kept, trained });
+        match token {
+            Some(token) => x.apply_op2(&token, op),
+            None => x.apply_op1(op),
+        }
     }
 }
 
 impl MlpBlock {
     /// Whether [`GatedMlp::forward_block`] takes it.
     pub fn is_fused(&self) -> bool {
-        self.norm.is_plain()
+        self.norm.is_held()
     }
 }
 
@@ -122,17 +140,11 @@ struct FusedMlp {
     block: Option<MlpBlock>,
     /// Outputs of gate and up, where the backward pass will ask for them.
     kept: Option<Mutex<Option<[CpuStorage; 2]>>>,
+    trained: Trained,
 }
 
 /// Elements that a task works on.
 const CHUNK: usize = 1 << 13;
-
-/// `target = keep · target + scale · (a · b)` with `a` of rows of `inner` numbers and `b` of `[inner, columns]`.
-fn product<T: Real>(target: &mut [T], keep: bool, scale: T, a: &[T], b: Matrix<T>, columns: usize) {
-    let rows = target.len() / columns.max(1);
-    let a = Matrix::new(a, rows, a.len() / rows.max(1));
-    multiply(Target::strided(target, columns), keep, scale, a, b, Threads::All);
-}
 
 impl FusedMlp {
     fn scale<T: Real>(&self) -> T {
@@ -140,26 +152,21 @@ impl FusedMlp {
     }
 
     fn forward<T: Real + WithDType>(&self, x: &[T]) -> Result<Vec<T>> {
-        let (inner_width, width) = self.mlp.gate.dims2()?;
+        let (width, inner_width) = self.mlp.gate.widths()?;
         let normed = self.block.as_ref().map(|block| block.norm.rows(x)).transpose()?;
         let input = normed.as_deref().unwrap_or(x);
-        let held = [Held::of(&self.mlp.gate)?, Held::of(&self.mlp.up)?, Held::of(&self.mlp.down)?];
-        let gate = Matrix::new(held[0].numbers()?, inner_width, width).t();
-        let up = Matrix::new(held[1].numbers()?, inner_width, width).t();
-        let down = Matrix::new(held[2].numbers()?, width, inner_width).t();
         let zeros = || vec![T::zero(); x.len() / width.max(1) * inner_width];
         let (mut gated, mut raised) = (zeros(), zeros());
-        product(&mut gated, false, T::one(), input, gate, inner_width);
-        product(&mut raised, false, T::one(), input, up, inner_width);
+        self.mlp.gate.apply(input, (&mut gated, inner_width), false, T::one())?;
+        self.mlp.up.apply(input, (&mut raised, inner_width), false, T::one())?;
         drop(normed);
         let mut out = if self.block.is_some() { x.to_vec() } else { vec![T::zero(); x.len()] };
         let keep = self.block.is_some();
         match &self.kept {
             Some(slot) => {
                 let mut inner = zeros();
-                let chunks = inner.par_chunks_mut(CHUNK).zip(gated.par_chunks(CHUNK)).zip(raised.par_chunks(CHUNK));
-                chunks.for_each(|((inner, gated), raised)| self.gate(inner, gated, raised));
-                product(&mut out, keep, self.scale(), &inner, down, width);
+                self.gates(&mut inner, &gated, &raised);
+                self.mlp.down.apply(&inner, (&mut out, width), keep, self.scale())?;
                 let kept = [T::to_cpu_storage_owned(gated), T::to_cpu_storage_owned(raised)];
                 *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
             }
@@ -171,10 +178,16 @@ impl FusedMlp {
                     copy.copy_from_slice(gated);
                     self.gate(gated, copy, raised);
                 });
-                product(&mut out, keep, self.scale(), &gated, down, width);
+                self.mlp.down.apply(&gated, (&mut out, width), keep, self.scale())?;
             }
         }
         Ok(out)
+    }
+
+    /// `inner = activation(gated) · raised`.
+    fn gates<T: Real>(&self, inner: &mut [T], gated: &[T], raised: &[T]) {
+        let chunks = inner.par_chunks_mut(CHUNK).zip(gated.par_chunks(CHUNK)).zip(raised.par_chunks(CHUNK));
+        chunks.for_each(|((inner, gated), raised)| self.gate(inner, gated, raised));
     }
 
     // one loop for each activation, so that each is compiled for vectors
@@ -195,51 +208,60 @@ impl FusedMlp {
         }
     }
 
-    /// The gradient of `x`; takes what the forward pass kept.
+    /// The gradient of `x`, where it is asked for; takes what the forward pass kept.
     fn backward<T: Real + WithDType>(
         &self,
         x: &Tensor,
         grad: &Tensor,
         mut gated: Vec<T>,
         mut raised: Vec<T>,
-    ) -> Result<Tensor> {
-        let (inner_width, width) = self.mlp.gate.dims2()?;
-        let held = [Held::of(&self.mlp.gate)?, Held::of(&self.mlp.up)?, Held::of(&self.mlp.down)?];
-        let gate = Matrix::new(held[0].numbers()?, inner_width, width);
-        let up = Matrix::new(held[1].numbers()?, inner_width, width);
-        let down = Matrix::new(held[2].numbers()?, width, inner_width);
-        let grad = Held::of(grad)?;
-        let grad: &[T] = grad.numbers()?;
+    ) -> Result<Option<Tensor>> {
+        let GatedMlp { gate, up, down, .. } = &self.mlp;
+        let (width, inner_width) = gate.widths()?;
+        let (held, grad) = (Held::of(x)?, Held::of(grad)?);
+        let (x_rows, grad): (&[T], &[T]) = (held.numbers()?, grad.numbers()?);
+        let grad_rows = Rows::dense(grad, width);
         let mut inner = vec![T::zero(); gated.len()];
-        product(&mut inner, false, self.scale(), grad, down, inner_width);
+        if down.is_trained() {
+            self.gates(&mut inner, &gated, &raised);
+            down.leave_gradients(&inner, grad_rows, self.scale(), &self.trained)?;
+        }
+        down.input_gradient(&mut inner, false, grad_rows, self.scale())?;
         let chunks = gated.par_chunks_mut(CHUNK).zip(raised.par_chunks_mut(CHUNK)).zip(inner.par_chunks(CHUNK));
         chunks.for_each(|((gated, raised), inner)| self.gate_gradient(gated, raised, inner));
         drop(inner);
+        let (gated, raised) = (Rows::dense(&gated, inner_width), Rows::dense(&raised, inner_width));
+        if gate.is_trained() || up.is_trained() {
+            let normed = self.block.as_ref().map(|block| block.norm.rows(x_rows)).transpose()?;
+            let input = normed.as_deref().unwrap_or(x_rows);
+            gate.leave_gradients(input, gated, T::one(), &self.trained)?;
+            up.leave_gradients(input, raised, T::one(), &self.trained)?;
+        }
+        let trains_norm = self.block.iter().any(|block| block.norm.tensors().any(Tensor::track_op));
+        if !x.track_op() && !trains_norm {
+            return Ok(None);
+        }
         let mut dx = vec![T::zero(); grad.len()];
-        product(&mut dx, false, T::one(), &gated, gate, width);
-        product(&mut dx, true, T::one(), &raised, up, width);
+        gate.input_gradient(&mut dx, false, gated, T::one())?;
+        up.input_gradient(&mut dx, true, raised, T::one())?;
         if let Some(block) = &self.block {
-            dx = block.norm.rows_gradient(Held::of(x)?.numbers()?, &dx)?;
+            block.norm.leave_gradients(x_rows, &dx, &self.trained)?;
+            dx = block.norm.rows_gradient(x_rows, &dx)?;
             dx.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK)).for_each(|(dx, grad)| {
                 dx.iter_mut().zip(grad).for_each(|(dx, g)| *dx += *g);
             });
         }
-        tensor(dx, x.shape())
-    }
-}
-
-impl CustomOp1 for FusedMlp {
-    fn name(&self) -> &'static str {
-        "gated-mlp"
+        tensor(dx, x.shape()).map(Some)
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (inner_width, width) = self.mlp.gate.dims2()?;
+    fn run_forward(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (width, inner_width) = self.mlp.gate.widths()?;
         let fits = layout.dims().last() == Some(&width)
-            && self.mlp.up.dims() == [inner_width, width]
-            && self.mlp.down.dims() == [width, inner_width];
+            && self.mlp.up.widths()? == (width, inner_width)
+            && self.mlp.down.widths()? == (inner_width, width);
         if !fits {
-            candle_core::bail!("gated-mlp: input {:?} does not fit weight {:?}", layout.dims(), self.mlp.gate.dims());
+            let gate = self.mlp.gate.weight.dims();
+            candle_core::bail!("gated-mlp: input {:?} does not fit weight {gate:?}", layout.dims());
         }
         let y = match x {
             CpuStorage::F32(_) => CpuStorage::F32(self.forward(numbers(x, layout)?)?),
@@ -249,20 +271,48 @@ impl CustomOp1 for FusedMlp {
         Ok((y, layout.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+    fn run_backward(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let kept = self.kept.as_ref().and_then(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner).take());
         let grad = grad.contiguous()?;
-        Ok(Some(match kept {
-            Some([CpuStorage::F32(gated), CpuStorage::F32(raised)]) => self.backward(x, &grad, gated, raised)?,
-            Some([CpuStorage::F64(gated), CpuStorage::F64(raised)]) => self.backward(x, &grad, gated, raised)?,
+        match kept {
+            Some([CpuStorage::F32(gated), CpuStorage::F32(raised)]) => self.backward(x, &grad, gated, raised),
+            Some([CpuStorage::F64(gated), CpuStorage::F64(raised)]) => self.backward(x, &grad, gated, raised),
             _ => candle_core::bail!("gated-mlp: its forward pass kept nothing"),
-        }))
+        }
+    }
+}
+
+impl CustomOp1 for FusedMlp {
+    fn name(&self) -> &'static str {
+        "gated-mlp"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run_forward(x, layout)
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.run_backward(x, grad)
+    }
+}
+
+impl CustomOp2 for FusedMlp {
+    fn name(&self) -> &'static str {
+        "gated-mlp"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run_forward(x, layout)
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((self.run_backward(x, grad)?, self.trained.no_gradient()?))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Module;
+    use candle_core::{Module, Var};
 
     use super::super::testing::{check_gradient, max_difference, numbers};
     use super::*;
@@ -278,7 +328,8 @@ mod tests {
             (Activation::Relu, candle_nn::Activation::Relu),
         ];
         for (activation, composed) in kinds {
-            let mlp = GatedMlp { gate: gate.clone(), up: up.clone(), down: down.clone(), activation };
+            let map = |weight| InnerMap::new(weight, None);
+            let mlp = GatedMlp { gate: map(&gate), up: map(&up), down: map(&down), activation };
             assert!(mlp.is_fused());
             let linear = |x: &Tensor, weight: &Tensor| super::super::linear(x, weight, None).unwrap();
             let inner = composed.forward(&linear(&x, &gate)).unwrap() * linear(&x, &up);
@@ -291,6 +342,39 @@ mod tests {
             let block = MlpBlock { norm, scale: 0.7 };
             assert!(max_difference(&mlp.forward_block(&x, &block).unwrap(), &expected) < 1e-14);
             check_gradient(&x, |x| mlp.forward_block(x, &block));
+        }
+    }
+
+    #[test]
+    fn everything_in_it_is_trained_with_exact_gradients() {
+        let x = numbers(&[2, 3, 4], 0.0);
+        let (gate, up, down) = ([6, 4], [6, 4], [4, 6]);
+        let low = |[out, width]: [usize; 2]| [vec![2, width], vec![out, 2]];
+        let mut shapes: Vec<Vec<usize>> = vec![vec![4], vec![4], gate.to_vec(), up.to_vec(), down.to_vec()];
+        shapes.extend([gate, up, down].into_iter().flat_map(low));
+        let tensors: Vec<Tensor> = (1..).zip(&shapes).map(|(seed, shape)| numbers(shape, f64::from(seed))).collect();
+        let run = |tensors: &[Tensor], x: &Tensor, is_block: bool| {
+            let map = |weight: &Tensor| InnerMap::new(weight, None);
+            let low = |at: usize| {
+                Some(LowRank { a: tensors[at].clone(), b: tensors[at + 1].clone(), scale: 0.5 + at as f64 / 10.0 })
+            };
+            let (gate, up, down) = (map(&tensors[2]), map(&tensors[3]), map(&tensors[4]));
+            let mlp = GatedMlp { gate, up, down, activation: Activation::Silu }.with([low(5), low(7), low(9)]);
+            let norm = Norm { kind: NormKind::Layer, epsilon: 1e-5, weight_offset: 0.0, bias: true };
+            let norm = NormWeights { norm, weight: tensors[0].clone(), bias: Some(tensors[1].clone()) };
+            if is_block { mlp.forward_block(x, &MlpBlock { norm, scale: 0.7 }) } else { mlp.forward(x) }
+        };
+        for is_block in [false, true] {
+            for at in (if is_block { 0 } else { 2 })..tensors.len() {
+                let with = |one: &Tensor| {
+                    let mut tensors = tensors.clone();
+                    tensors[at] = one.clone();
+                    tensors
+                };
+                check_gradient(&tensors[at], |one| run(&with(one), &x, is_block));
+            }
+            let all: Vec<Tensor> = tensors.iter().map(|t| Var::from_tensor(t).unwrap().as_tensor().clone()).collect();
+            check_gradient(&x, |x| run(&all, x, is_block));
         }
     }
 }

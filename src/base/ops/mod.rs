@@ -2,8 +2,8 @@
 //!
 //! candle's `backward` computes the gradient of both sides of every matrix product and composes norms, rotary and
 //! softmax from elementwise steps. A frozen base needs only the gradient of the activations, so each operation here
-//! takes its weights as constants and returns that alone, in one pass over the rows. Where a weight is being trained
-//! ([`Tensor::track_op`](candle_core::Tensor::track_op)), the composed form is used instead.
+//! takes its weights as constants and returns that alone, in one pass over the rows. What is being trained
+//! ([`Tensor::track_op`](candle_core::Tensor::track_op)) is told on the way back (see [`backward`]); half types are composed.
 
 mod attention;
 mod cross_entropy;
@@ -11,7 +11,9 @@ mod dropout;
 mod elu;
 mod head_linear;
 mod held;
+mod inner_map;
 mod linear;
+mod lookup;
 mod matmul;
 mod mlp;
 mod norm;
@@ -19,17 +21,21 @@ mod projection;
 mod real;
 mod rope;
 mod rows;
+mod trained;
 
 pub use attention::{Visibility, attention, attention_packed};
 pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
 pub use dropout::dropout;
 pub use elu::elu;
 pub use head_linear::{Feature, head_linear};
+pub use inner_map::{InnerMap, LowRank};
 pub use linear::linear;
+pub use lookup::lookup;
 pub use mlp::{GatedMlp, MlpBlock};
 pub use norm::NormWeights;
 pub use projection::{OutputProjection, QkvProjection, Rotation};
 pub use rope::rope;
+pub use trained::backward;
 
 #[cfg(test)]
 mod testing;

@@ -1,11 +1,13 @@
 //! Root-mean-square and layer normalisation.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use super::held::{Held, is_plain};
+use super::held::{Held, is_held, numbers, tensor};
+use super::inner_map::{Rows, column_sums};
 use super::real::{Real, sum, sum_pairs, vectorised};
 use super::rows::{RowKernel, last_dim, run_rows};
+use super::trained::Trained;
 use crate::base::{Norm, NormKind};
 
 /// The weights of a normalisation.
@@ -29,6 +31,13 @@ impl NormWeights {
         if x.dim(D::Minus1)? != weight.dim(D::Minus1)? {
             candle_core::bail!("norm: input {:?} does not fit weight {:?}", x.dims(), weight.dims());
         }
+        let is_trained = self.tensors().any(Tensor::track_op);
+        if is_trained && self.is_held() && x.dtype() == weight.dtype() {
+            let trained = Trained::of(self.tensors())?;
+            if let Some(token) = trained.token().cloned() {
+                return x.contiguous()?.apply_op2(&token, TrainedNorm { norm: self.clone(), trained });
+            }
+        }
         let y = if weight.track_op() {
             let centred = match norm.kind {
                 NormKind::Rms => x.clone(),
@@ -46,9 +55,14 @@ impl NormWeights {
         }
     }
 
-    /// Whether an operation can take it as a part of itself.
-    pub(super) fn is_plain(&self) -> bool {
-        is_plain(&self.weight) && self.bias.as_ref().is_none_or(is_plain)
+    /// Its tensors.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        [Some(&self.weight), self.bias.as_ref()].into_iter().flatten()
+    }
+
+    /// Whether an operation can take it as a part of itself: float weights on the CPU.
+    pub fn is_held(&self) -> bool {
+        self.tensors().all(is_held)
     }
 
     /// Normalised rows.
@@ -67,6 +81,72 @@ impl NormWeights {
     pub(super) fn rows_gradient<T: Real + WithDType>(&self, x: &[T], grad: &[T]) -> Result<Vec<T>> {
         let weight = Held::of(&self.weight)?;
         Ok(norm_gradient(x, grad, weight.numbers()?, self.weight.dim(D::Minus1)?.max(1), &self.norm))
+    }
+}
+
+impl NormWeights {
+    /// Leaves the gradients of what is trained, given that of the normalised rows of `x`.
+    pub(super) fn leave_gradients<T: Real + WithDType>(&self, x: &[T], grad: &[T], trained: &Trained) -> Result<()> {
+        let width = self.weight.dim(D::Minus1)?.max(1);
+        if self.weight.track_op() {
+            let mut sums = vec![T::zero(); self.weight.elem_count()];
+            let count = sums.len();
+            for (row, (x, grad)) in x.chunks_exact(width).zip(grad.chunks_exact(width)).enumerate() {
+                let sums = &mut sums[row * width % count..][..width];
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        let (mean, r) = moments(x, &self.norm);
+                        for ((sum, x), g) in sums.iter_mut().zip(x).zip(grad) {
+                            *sum += (*x - mean) * r * *g;
+                        }
+                    },
+                );
+            }
+            trained.leave(&self.weight, sums)?;
+        }
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.track_op()) {
+            let count = bias.elem_count().max(1);
+            let rows = Rows::dense(grad, count);
+            trained.leave(bias, column_sums(rows, grad.len() / count, count, T::one()))?;
+        }
+        Ok(())
+    }
+}
+
+/// A norm of which something is trained.
+struct TrainedNorm {
+    norm: NormWeights,
+    trained: Trained,
+}
+
+impl CustomOp2 for TrainedNorm {
+    fn name(&self) -> &'static str {
+        "trained-norm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = match x {
+            CpuStorage::F32(_) => CpuStorage::F32(self.norm.rows(numbers(x, layout)?)?),
+            CpuStorage::F64(_) => CpuStorage::F64(self.norm.rows(numbers(x, layout)?)?),
+            _ => candle_core::bail!("norm: the input is neither float32 nor float64"),
+        };
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        fn of<T: Real + WithDType>(op: &TrainedNorm, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
+            let (held, grad) = (Held::of(x)?, Held::of(grad)?);
+            let (x_rows, grad): (&[T], &[T]) = (held.numbers()?, grad.numbers()?);
+            op.norm.leave_gradients(x_rows, grad, &op.trained)?;
+            tensor(op.norm.rows_gradient(x_rows, grad)?, x.shape())
+        }
+        let grad = grad.contiguous()?;
+        let dx = match x.dtype() {
+            DType::F64 => of::<f64>(self, x, &grad)?,
+            _ => of::<f32>(self, x, &grad)?,
+        };
+        Ok((Some(dx), self.trained.no_gradient()?))
     }
 }
 
@@ -206,9 +286,12 @@ mod tests {
                     bias: bias.cloned(),
                 };
                 check_gradient(&x, |x| with(&weight, Some(&bias)).forward(x));
+                check_gradient(&weight, |weight| with(weight, Some(&bias)).forward(&x));
+                check_gradient(&bias, |bias| with(&weight, Some(bias)).forward(&x));
                 let trainable = Var::from_tensor(&weight).unwrap();
-                let composed = with(trainable.as_tensor(), None).forward(&x).unwrap();
-                assert!(max_difference(&with(&weight, None).forward(&x).unwrap(), &composed) < 1e-14);
+                check_gradient(&x, |x| with(trainable.as_tensor(), Some(&bias)).forward(x));
+                let trained = with(trainable.as_tensor(), Some(&bias)).forward(&x).unwrap();
+                assert!(max_difference(&with(&weight, Some(&bias)).forward(&x).unwrap(), &trained) < 1e-14);
             }
         }
     }

@@ -124,7 +124,7 @@ impl BenchTrain {
 
     fn measure(&self, context: &Context) -> Result<Report> {
         let (decoder, adapter, name) = self.start(context)?;
-        let (adapter, vars) = adapter.trainable(DType::F32, decoder.device())?;
+        let (adapter, vars) = adapter.into_trainable(DType::F32, decoder.device())?;
         let own = adapter.decoder(decoder.spec(), decoder.dtype())?;
         let decoder = own.unwrap_or(decoder);
         let spec = decoder.spec();

@@ -12,13 +12,14 @@
 //! gate and up                                                          4m         2m
 //! ```
 //!
-//! and an adapter adds what its own operations make. Attention and the loss keep no scores and no logits where weights are
-//! frozen floats.
+//! and an adapter adds what its own operations make; LoRA without dropout and magnitudes, and weights that are trained, are
+//! parts of these operations and add nothing. What gate and up made is given up as the backward pass goes, while gradients
+//! of the weights come. Attention keeps no scores, the loss of float weights no logits.
 
 use super::Workload;
 use crate::adapter::term::{Map, Step};
-use crate::adapter::{AdapterConfig, Method, Query, module_name};
-use crate::base::{Activation, DecoderSpec, Linear, NormKind, NormSite, WeightRole, Wiring};
+use crate::adapter::{AdapterConfig, Lora, Method, Query, module_name};
+use crate::base::{Activation, DecoderSpec, Linear, NormSite, WeightRole, Wiring};
 use crate::train::{ComputeType, ObjectiveKind, TrainConfig};
 
 /// Elements of logits that the fused loss holds at a time.
@@ -73,8 +74,11 @@ impl<'a> Activations<'a> {
         let reference = if self.config.objective == ObjectiveKind::Dpo { self.forward() * positions } else { 0 };
         let prefix = self.prefix_positions() * work.rows as u64 * 4 * self.k * self.number;
         let gradient = self.adapter.num_parameters(self.spec) as u64 * 4;
-        let passing = (self.backward() * positions + gradient + self.embedding_gradients()).max(logits).max(reference);
-        positions * (kept + ends) + prefix * layers.len() as u64 + selected + logits_kept + passing
+        let kept = positions * (kept + ends) + prefix * layers.len() as u64 + selected + logits_kept;
+        // with the logits, at the highest layer, and at the lowest
+        let above = kept + self.head_gradient() + logits.max(reference).max(self.backward() * positions);
+        let below = kept - self.given_up(lowest) * positions + gradient + self.backward() * positions;
+        above.max(below)
     }
 
     /// Bytes of an evaluation's largest batch.
@@ -109,15 +113,8 @@ impl<'a> Activations<'a> {
     fn layer(&self, index: usize) -> u64 {
         let Self { spec, h, q, k, m, .. } = *self;
         let adapts = self.adapter.adapts(index);
-        // a trained norm is composed: squares, quotient, product; a centred one keeps the difference too
-        let norm = |kind: NormKind, bias: bool| {
-            let own = match (self.is_full, kind) {
-                (false, _) => 1,
-                (true, NormKind::Rms) => 3,
-                (true, NormKind::Layer) => 5,
-            };
-            own + u64::from(bias)
-        };
+        // a bias is a part of a trained norm or map
+        let norm = |bias: bool| 1 + u64::from(bias && !self.is_full);
         let (qkv, output, mlp) = self.fused(index);
         let is_inside = |site: NormSite| match site {
             NormSite::Attention => qkv,
@@ -134,12 +131,12 @@ impl<'a> Activations<'a> {
                     NormSite::Key => k,
                     _ => h,
                 };
-                width * norm(kind.kind, kind.bias)
+                width * norm(kind.bias)
             })
             .sum();
         let rotated = spec.layers.get(index).is_some_and(|layer| layer.rotary.is_some());
         let rotated = if rotated && !qkv { q + k } else { 0 };
-        let bias = |linear| 1 + u64::from(spec.has_bias(linear));
+        let bias = |linear| 1 + u64::from(spec.has_bias(linear) && !self.is_full);
         let projected = match qkv {
             true => q + 2 * k,
             false => q * bias(Linear::Query) + k * (bias(Linear::Key) + bias(Linear::Value)) + rotated,
@@ -165,10 +162,9 @@ impl<'a> Activations<'a> {
     /// Whether projections, output map and MLP of a layer run as one operation each.
     fn fused(&self, index: usize) -> (bool, bool, bool) {
         let changed = |linears: &[Linear]| match &self.adapter.method {
-            Method::Lora(lora) => {
+            Method::Lora(lora) if self.is_composed(lora) => {
                 lora.sites(self.adapter).iter().any(|(layer, linear)| *layer == index && linears.contains(linear))
             }
-            Method::Full(_) => true,
             _ => false,
         };
         let unrotated = match &self.adapter.method {
@@ -186,9 +182,24 @@ impl<'a> Activations<'a> {
         )
     }
 
+    /// Whether LoRA's products are operations of their own.
+    fn is_composed(&self, lora: &Lora) -> bool {
+        lora.dora || lora.dropout > 0.0 || !self.is_wide()
+    }
+
+    /// What the layers from `lowest` on give up before the backward pass has reached the lowest, in numbers a position.
+    fn given_up(&self, lowest: usize) -> u64 {
+        if self.config.checkpoint_activations {
+            return 0;
+        }
+        let fused = (lowest + 1..self.spec.num_layers).filter(|layer| self.fused(*layer).2).count();
+        fused as u64 * 2 * self.m
+    }
+
     /// What the adapter keeps in a layer, in numbers a position.
     fn adapter_width(&self, index: usize) -> u64 {
         match &self.adapter.method {
+            Method::Lora(lora) if !self.is_composed(lora) => 0,
             Method::Lora(lora) => {
                 let of_layer = lora.sites(self.adapter).into_iter().filter(|(layer, _)| *layer == index);
                 of_layer
@@ -217,10 +228,11 @@ impl<'a> Activations<'a> {
         let tensors = method.tensors(self.adapter).unwrap_or_default();
         let heads = self.spec.attention.num_heads as u64;
         let depends = term.depends_on_query();
+        let fused = term.fused_features(|name| tensors.get(name).map(|spec| spec.shape.clone()), heads as usize);
         // by step: groups and columns
         let mut shapes: Vec<(usize, u64)> = Vec::new();
         let mut kept = 0;
-        for (step, depends) in term.steps().iter().zip(depends) {
+        for (at, (step, depends)) in term.steps().iter().zip(depends).enumerate() {
             let of = |value: &crate::adapter::term::Value| shapes.get(value.index()).copied().unwrap_or((1, 1));
             let (shape, made) = match step {
                 Step::Query(_) => ((self.spec.attention.num_heads, self.spec.attention.head_dim as u64), 0),
@@ -230,7 +242,7 @@ impl<'a> Activations<'a> {
                 }
                 Step::Number(_) => ((1, 1), 0),
                 // inside the product with one matrix for each head
-                Step::Map(Map::Elu, x) if term.depends_on_query().len() == 4 && self.is_wide() => (of(x), 0),
+                Step::Map(_, x) if fused.contains(&at) && self.is_wide() => (of(x), 0),
                 Step::Map(map, x) => (of(x), operations(*map)),
                 // rows are copied where heads share a matrix
                 Step::MatMul(left, right) => {
@@ -270,7 +282,7 @@ impl<'a> Activations<'a> {
     fn logits(&self, labelled: u64, trains: bool) -> (u64, u64) {
         let vocab = self.spec.vocab_size as u64;
         let head = &self.spec.head;
-        if self.is_wide() && !(self.is_full && trains) {
+        if self.is_wide() {
             let rows = (LOGITS / vocab.max(1)).clamp(1, labelled.max(1));
             return (0, rows * vocab * self.number);
         }
@@ -281,10 +293,10 @@ impl<'a> Activations<'a> {
         (kept, if trains { labelled * vocab * 3 * 4 } else { 0 })
     }
 
-    /// The gradient of a tied embedding comes from both of its uses.
-    fn embedding_gradients(&self) -> u64 {
+    /// The gradient of the head's matrix in bytes, where it is trained.
+    fn head_gradient(&self) -> u64 {
         let table = self.spec.weight_shape(WeightRole::Embedding).iter().product::<usize>() as u64;
-        if self.is_full { 3 * table * self.number } else { 0 }
+        if self.is_full { table * self.number } else { 0 }
     }
 }
 
