@@ -117,6 +117,9 @@ struct FusedLoss {
     gradients: Mutex<Option<[CpuStorage; 3]>>,
 }
 
+/// Loss and most likely label of each row.
+type Found<T> = Vec<(T, u32)>;
+
 /// Gradients of hidden states, weight and bias; empty where they are not asked for.
 struct Gradients<T> {
     input: Vec<T>,
@@ -130,7 +133,7 @@ impl FusedLoss {
     }
 
     /// Loss and most likely label of each row, and the gradients of `Σ factor_r · nll_r`; without factors they are one.
-    fn run<T: Real + WithDType>(&self, x: &[T], factors: Option<&[T]>) -> Result<(Vec<(T, u32)>, Gradients<T>)> {
+    fn run<T: Real + WithDType>(&self, x: &[T], factors: Option<&[T]>) -> Result<(Found<T>, Gradients<T>)> {
         let (held, held_bias) = (Held::of(&self.map.weight)?, self.map.bias.as_ref().map(Held::of).transpose()?);
         let bias: Option<&[T]> = held_bias.as_ref().map(Held::numbers).transpose()?;
         let (vocab, width) = self.map.weight.dims2()?;
@@ -158,7 +161,7 @@ impl FusedLoss {
                     || {
                         let found = self.row(logits, bias, *target as usize);
                         if let Some(factors) = factors {
-                            logits.iter_mut().for_each(|g| *g = *g * factors[start + row]);
+                            logits.iter_mut().for_each(|g| *g *= factors[start + row]);
                         }
                         found
                     },
@@ -207,10 +210,10 @@ impl FusedLoss {
                 let (mut input, mut weight, mut bias) = (numbers(input)?, numbers(weight)?, numbers(bias)?);
                 let width = (input.len() / factors.len().max(1)).max(1);
                 for (row, factor) in input.chunks_mut(width).zip(factors) {
-                    row.iter_mut().for_each(|g| *g = *g * *factor);
+                    row.iter_mut().for_each(|g| *g *= *factor);
                 }
                 let sums = weight.par_iter_mut().chain(bias.par_iter_mut());
-                sums.with_min_len(1 << 13).for_each(|g| *g = *g * first);
+                sums.with_min_len(1 << 13).for_each(|g| *g *= first);
                 Gradients { input, weight, bias }
             }
             None => self.run(held.numbers()?, Some(factors))?.1,
