@@ -208,6 +208,8 @@ impl Term {
         } else {
             Vec::new()
         };
+        let device = site.map(|site| site.query).or_else(|| tensors.values().next()).map(Tensor::device);
+        let device = device.unwrap_or(&candle_core::Device::Cpu);
         let mut values: Vec<Option<Tensor>> = Vec::with_capacity(self.steps.len());
         for step in &self.steps {
             let of = |value: &Value| values.get(value.0).and_then(Option::as_ref);
@@ -221,7 +223,7 @@ impl Term {
                     Some(tensor) => Some(tensor.clone()),
                     None => candle_core::bail!("the adapter has no tensor `{name}`"),
                 },
-                Step::Number(number) => Some(Tensor::full(*number, (1, 1, 1), &candle_core::Device::Cpu)?),
+                Step::Number(number) => Some(Tensor::full(*number, (1, 1, 1), device)?),
                 Step::Map(..) if fused.contains(&values.len()) => None,
                 Step::Map(map, x) => of(x).map(|x| map.apply(x)).transpose()?,
                 Step::MatMul(left, right) => match (self.steps.get(left.0), of(right)) {

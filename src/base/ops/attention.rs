@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed::{self, is_composed};
 use super::held::{Held, numbers, tensor};
 use super::matmul::{Matrix, Target, Threads, multiply};
 use super::real::{Real, max, sum_pairs, vectorised};
@@ -53,6 +54,27 @@ impl Visibility {
         self.hidden.as_ref().is_some_and(|hidden| hidden[row * self.total + key])
     }
 
+    /// Batch, number of queries and number of keys.
+    pub fn sizes(&self) -> [usize; 3] {
+        [self.batch, self.seq, self.total]
+    }
+
+    /// One where a query sees a key, else zero: `[batch, seq, total]`, u8.
+    ///
+    /// # Errors
+    /// When the device cannot hold it.
+    pub fn seen(&self, device: &Device) -> Result<Tensor> {
+        let mut seen = vec![0u8; self.batch * self.seq * self.total];
+        for (at, (range, seen)) in self.ranges.iter().zip(seen.chunks_exact_mut(self.total.max(1))).enumerate() {
+            seen.get_mut(range.clone()).into_iter().flatten().for_each(|seen| *seen = 1);
+            if let Some(hidden) = &self.hidden {
+                let hidden = &hidden[at / self.seq * self.total..][..self.total];
+                seen.iter_mut().zip(hidden).filter(|(_, hidden)| **hidden).for_each(|(seen, _)| *seen = 0);
+            }
+        }
+        Tensor::from_vec(seen, (self.batch, self.seq, self.total), device)
+    }
+
     /// The keys that some of the queries see.
     fn range(&self, row: usize, queries: Range<usize>) -> Range<usize> {
         let ranges = self.ranges[row * self.seq..][queries].iter().filter(|range| !range.is_empty());
@@ -76,6 +98,9 @@ pub fn attention(
     scale: f64,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
+    if is_composed(query) {
+        return composed::attention([query, key, value], visibility, scale, softcap);
+    }
     if matches!(query.dtype(), DType::F16 | DType::BF16) {
         let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
         let mixed = attention(&wide(query)?, &wide(key)?, &wide(value)?, visibility, scale, softcap)?;
@@ -101,6 +126,13 @@ pub fn attention_packed(
     scale: f64,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
+    if is_composed(qkv) {
+        let heads = qkv.dim(2)?.saturating_sub(2 * kv_heads);
+        let part = |start, count| qkv.narrow(2, start, count)?.transpose(1, 2);
+        let (query, key) = (part(0, heads)?, part(heads, kv_heads)?);
+        let mixed = attention(&query, &key, &part(heads + kv_heads, kv_heads)?, visibility, scale, softcap)?;
+        return mixed.transpose(1, 2);
+    }
     qkv.contiguous()?.apply_op1(Packed { attention: Attention::new(visibility, scale, softcap), kv_heads })
 }
 

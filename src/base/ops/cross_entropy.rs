@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed::{self, is_composed};
 use super::held::{Held, is_held, numbers, tensor};
 use super::inner_map::{Rows, column_sums};
 use super::linear;
@@ -30,8 +31,8 @@ pub struct LogitMap {
 pub struct LabelLoss {
     /// Negative log-likelihood of each label in nats, `[rows]`; float32, float64 for a float64 model.
     pub nll: Tensor,
-    /// The most likely label of each row.
-    pub predicted: Vec<u32>,
+    /// The most likely label of each row, u32, `[rows]`.
+    pub predicted: Tensor,
 }
 
 impl LogitMap {
@@ -83,7 +84,10 @@ pub fn label_loss(hidden: &Tensor, map: &LogitMap, targets: &[u32]) -> Result<La
             None => hidden.apply_op1(op)?,
         };
         let predicted = std::mem::take(&mut *predicted.lock().unwrap_or_else(PoisonError::into_inner));
-        return Ok(LabelLoss { nll, predicted });
+        return Ok(LabelLoss { nll, predicted: tensor(predicted, rows)? });
+    }
+    if is_composed(hidden) && !map.tensors().any(Tensor::track_op) {
+        return composed::label_loss(hidden, map, targets);
     }
     logits_loss(&map.logits(hidden)?, targets)
 }
@@ -97,8 +101,11 @@ pub fn logits_loss(logits: &Tensor, targets: &[u32]) -> Result<LabelLoss> {
     if rows != targets.len() || targets.iter().any(|target| *target as usize >= vocab) {
         candle_core::bail!("label-loss: {} targets below {vocab} for {rows} rows", targets.len());
     }
+    if is_composed(logits) {
+        return composed::logits_loss(logits, targets);
+    }
     let logits = if logits.dtype() == DType::F64 { logits.clone() } else { logits.to_dtype(DType::F32)? };
-    let predicted = logits.detach().argmax(1)?.to_vec1()?;
+    let predicted = logits.detach().argmax(1)?;
     let nll = logits.contiguous()?.apply_op1(RowLoss { targets: targets.to_vec() })?;
     Ok(LabelLoss { nll, predicted })
 }
@@ -414,7 +421,7 @@ mod tests {
             for map in [&map, &trained] {
                 let found = label_loss(&x, map, &targets).unwrap();
                 assert!(max_difference(&found.nll, &expected) < 1e-14);
-                assert_eq!(found.predicted, best);
+                assert_eq!(found.predicted.to_vec1::<u32>().unwrap(), best);
                 check_gradient(&x, |x| Ok(label_loss(x, map, &targets)?.nll));
             }
             // the rows count differently in `check_gradient`, and the same here
@@ -444,7 +451,9 @@ mod tests {
         let x = Var::from_tensor(&exact_x.to_dtype(DType::F32).unwrap()).unwrap();
         let found = label_loss(x.as_tensor(), &narrow, &targets).unwrap();
         assert!(max_difference(&found.nll.to_dtype(DType::F64).unwrap(), &exact.nll) < 1e-5);
-        let likeliest = [&found, &exact].map(|loss| label_loss(&exact_x, &exact_map, &loss.predicted).unwrap().nll);
+        let likeliest = [&found, &exact].map(|loss| {
+            label_loss(&exact_x, &exact_map, &loss.predicted.to_vec1::<u32>().unwrap()).unwrap().nll
+        });
         assert!(max_difference(&likeliest[0], &likeliest[1]) < 1e-5);
         assert!(found.nll.sum_all().unwrap().backward().unwrap().get(&x).is_some());
     }

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64Mcg;
 
+use super::composed::is_composed;
 use super::real::Real;
 use super::rows::{RowKernel, run_rows};
 
@@ -13,6 +14,11 @@ use super::rows::{RowKernel, run_rows};
 /// # Errors
 /// When candle fails.
 pub fn dropout(x: &Tensor, rate: f64, seed: u64) -> Result<Tensor> {
+    if is_composed(x) {
+        // the same numbers stay as on the CPU
+        let keep = Dropout { rate, seed }.compute::<f64>(&[&vec![1.0; x.elem_count()]], &[], x.shape());
+        return x * Tensor::from_vec(keep, x.shape(), x.device())?.to_dtype(x.dtype())?;
+    }
     x.contiguous()?.apply_op1(Dropout { rate, seed })
 }
 

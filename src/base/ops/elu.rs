@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed::is_composed;
 use super::real::{Real, vectorised};
 use super::rows::{RowKernel, run_rows};
 
@@ -11,6 +12,9 @@ use super::rows::{RowKernel, run_rows};
 /// # Errors
 /// When candle fails.
 pub fn elu(x: &Tensor) -> Result<Tensor> {
+    if is_composed(x) {
+        return x.elu(1.0);
+    }
     if !x.is_contiguous() && x.rank() == 4 {
         return x.transpose(1, 2)?.contiguous()?.apply_op1(Elu)?.transpose(1, 2);
     }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed::is_composed;
 use super::elu::{elu_of, elu_slope};
 use super::held::{Held, numbers, tensor};
 use super::matmul::{Matrix, Target, Threads, multiply};
@@ -24,6 +25,12 @@ pub enum Feature {
 /// # Errors
 /// When the shapes do not fit.
 pub fn head_linear(x: &Tensor, m: &Tensor, feature: Feature) -> Result<Tensor> {
+    if is_composed(x) {
+        let features = if feature == Feature::Elu { x.elu(1.0)? } else { x.clone() };
+        let ((batch, heads, seq, width), out) = (x.dims4()?, m.dim(2)?);
+        let rows = features.transpose(0, 1)?.reshape((heads, batch * seq, width))?;
+        return rows.matmul(&m.contiguous()?)?.reshape((heads, batch, seq, out))?.transpose(0, 1);
+    }
     let rows = x.transpose(1, 2)?;
     let rows = if row_stride(rows.layout()).is_some() { rows } else { rows.contiguous()? };
     if matches!(x.dtype(), DType::F16 | DType::BF16) {

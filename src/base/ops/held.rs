@@ -4,6 +4,8 @@ use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
 
+use super::composed::is_composed;
+
 /// A contiguous CPU tensor, held for reading.
 pub(super) struct Held<'a> {
     storage: Box<dyn Deref<Target = Storage> + 'a>,
@@ -42,5 +44,5 @@ pub(super) fn tensor<T: WithDType>(values: Vec<T>, shape: impl Into<Shape>) -> R
 
 /// Whether operations can read a weight where it is: on the CPU, contiguous, and of a type that they compute in.
 pub(super) fn is_held(weight: &Tensor) -> bool {
-    weight.device().is_cpu() && weight.is_contiguous() && matches!(weight.dtype(), DType::F32 | DType::F64)
+    !is_composed(weight) && weight.is_contiguous() && matches!(weight.dtype(), DType::F32 | DType::F64)
 }

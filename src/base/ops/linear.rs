@@ -1,7 +1,7 @@
 //! Linear maps.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor};
 
 use super::inner_map::InnerMap;
 
@@ -47,8 +47,29 @@ impl CustomOp1 for FrozenLinear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.product(x, layout, |weight| if let Storage::Cpu(weight) = weight { Some(weight) } else { None })
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.product(x, layout, |weight| if let Storage::Cuda(weight) = weight { Some(weight) } else { None })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (rows, out) = flat(grad)?;
+        Ok(Some(grad.reshape((rows, out))?.matmul(&self.weight)?.reshape(x.shape())?))
+    }
+}
+
+impl FrozenLinear {
+    /// On the device of `x`; `of` gives the weight there.
+    fn product<S: BackendStorage>(
+        &self,
+        x: &S,
+        layout: &Layout,
+        of: impl Fn(&Storage) -> Option<&S>,
+    ) -> Result<(S, Shape)> {
         let (weight, weight_layout) = self.weight.storage_and_layout();
-        let Storage::Cpu(weight) = &*weight else { candle_core::bail!("frozen-linear: the weight is not on the CPU") };
+        let Some(weight) = of(&weight) else { candle_core::bail!("frozen-linear: the weight is on another device") };
         let (out, width) = self.weight.dims2()?;
         let mut dims = layout.dims().to_vec();
         let Some(last) = dims.last_mut() else { candle_core::bail!("frozen-linear: the input has no dimension") };
@@ -60,11 +81,6 @@ impl CustomOp1 for FrozenLinear {
         let x_layout = Layout::contiguous_with_offset((rows, width), layout.start_offset());
         let y = x.matmul(weight, (1, rows, out, width), &x_layout, &weight_layout.transpose(0, 1)?)?;
         Ok((y, dims.into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (rows, out) = flat(grad)?;
-        Ok(Some(grad.reshape((rows, out))?.matmul(&self.weight)?.reshape(x.shape())?))
     }
 }
 

@@ -4,8 +4,10 @@
 //! softmax from elementwise steps. A frozen base needs only the gradient of the activations, so each operation here
 //! takes its weights as constants and returns that alone, in one pass over the rows. What is being trained
 //! ([`Tensor::track_op`](candle_core::Tensor::track_op)) is told on the way back (see [`backward`]); half types are composed.
+//! On other devices than the CPU each is composed of candle's own steps (see [`Composed`]).
 
 mod attention;
+mod composed;
 mod cross_entropy;
 mod dropout;
 mod elu;
@@ -24,6 +26,7 @@ mod rows;
 mod trained;
 
 pub use attention::{Visibility, attention, attention_packed};
+pub use composed::Composed;
 pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
 pub use dropout::dropout;
 pub use elu::elu;

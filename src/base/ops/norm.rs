@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::composed::{self, is_composed};
 use super::held::{Held, is_held, numbers, tensor};
 use super::inner_map::{Rows, column_sums};
 use super::real::{Real, sum, sum_pairs, vectorised};
@@ -38,14 +39,8 @@ impl NormWeights {
                 return x.contiguous()?.apply_op2(&token, TrainedNorm { norm: self.clone(), trained });
             }
         }
-        let y = if weight.track_op() {
-            let centred = match norm.kind {
-                NormKind::Rms => x.clone(),
-                NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
-            };
-            let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-            let normed = centred.broadcast_div(&(variance + norm.epsilon)?.sqrt()?)?;
-            normed.broadcast_mul(&(weight + norm.weight_offset)?)?
+        let y = if is_trained || is_composed(x) {
+            composed::norm(x, self)?
         } else {
             x.contiguous()?.apply_op1(RowNorm { weight: weight.contiguous()?, norm: *norm })?
         };

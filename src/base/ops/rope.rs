@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed::{self, is_composed};
 use super::real::Real;
 use super::rows::{RowKernel, last_dim, run_rows};
 
@@ -12,6 +13,9 @@ use super::rows::{RowKernel, last_dim, run_rows};
 /// # Errors
 /// When the shapes do not fit.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool) -> Result<Tensor> {
+    if is_composed(x) {
+        return composed::rope(x, cos, sin, interleaved);
+    }
     x.contiguous()?.apply_op1(Rope { cos: cos.contiguous()?, sin: sin.contiguous()?, interleaved, inverse: false })
 }
 

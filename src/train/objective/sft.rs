@@ -21,8 +21,8 @@ impl Objective for Sft {
     }
 
     fn loss(&self, decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> crate::base::Result<BatchLoss> {
-        let found = hidden_loss(decoder, hidden, &batch.labels)?;
-        Ok(BatchLoss { units: found.tokens(), sum: found.sum, figures: Vec::new() })
+        let found = label_losses(decoder, hidden, &batch.labels)?;
+        Ok(BatchLoss { units: found.targets.len(), sum: found.sum()?, figures: Vec::new() })
     }
 }
 
@@ -77,27 +77,31 @@ pub fn completion_loss(
     input: &Input,
     labels: &[i64],
 ) -> crate::base::Result<CompletionLoss> {
-    hidden_loss(decoder, &decoder.hidden_states(input, None, hook)?, labels)
-}
-
-/// The same from hidden states of `[batch, seq, hidden_size]`.
-fn hidden_loss(decoder: &Decoder, hidden: &Tensor, labels: &[i64]) -> crate::base::Result<CompletionLoss> {
-    let found = label_losses(decoder, hidden, labels)?;
-    let hits = found.rows.into_iter().zip(found.predicted.iter().zip(&found.targets).map(|(p, t)| p == t)).collect();
-    let sum = found.nll.to_dtype(DType::F64).and_then(|nll| nll.sum_all());
-    Ok(CompletionLoss { sum: sum.map_err(Error::candle("computing the loss"))?, hits, predicted: found.predicted })
+    let found = label_losses(decoder, &decoder.hidden_states(input, None, hook)?, labels)?;
+    let sum = found.sum()?;
+    let predicted = found.predicted.to_vec1::<u32>().map_err(Error::candle("reading predictions"))?;
+    let hits = found.rows.into_iter().zip(predicted.iter().zip(&found.targets).map(|(p, t)| p == t)).collect();
+    Ok(CompletionLoss { sum, hits, predicted })
 }
 
 /// The labels of a batch, and how likely they are.
 pub(super) struct Labelled {
     /// Negative log-likelihood of each label, `[labelled]`, differentiable.
     pub(super) nll: Tensor,
-    /// The greedy prediction at each.
-    pub(super) predicted: Vec<u32>,
+    /// The greedy prediction at each, u32.
+    pub(super) predicted: Tensor,
     /// The labels.
     pub(super) targets: Vec<u32>,
     /// The row of the batch that each belongs to.
     pub(super) rows: Vec<usize>,
+}
+
+impl Labelled {
+    /// Sum of the negative log-likelihoods, a float64 scalar.
+    fn sum(&self) -> crate::base::Result<Tensor> {
+        let sum = self.nll.to_dtype(DType::F64).and_then(|nll| nll.sum_all());
+        sum.map_err(Error::candle("computing the loss"))
+    }
 }
 
 /// Losses at the labelled positions, from hidden states of `[batch, seq, hidden_size]`.
