@@ -451,9 +451,8 @@ mod tests {
         let x = Var::from_tensor(&exact_x.to_dtype(DType::F32).unwrap()).unwrap();
         let found = label_loss(x.as_tensor(), &narrow, &targets).unwrap();
         assert!(max_difference(&found.nll.to_dtype(DType::F64).unwrap(), &exact.nll) < 1e-5);
-        let likeliest = [&found, &exact].map(|loss| {
-            label_loss(&exact_x, &exact_map, &loss.predicted.to_vec1::<u32>().unwrap()).unwrap().nll
-        });
+        let likeliest = [&found, &exact]
+            .map(|loss| label_loss(&exact_x, &exact_map, &loss.predicted.to_vec1::<u32>().unwrap()).unwrap().nll);
         assert!(max_difference(&likeliest[0], &likeliest[1]) < 1e-5);
         assert!(found.nll.sum_all().unwrap().backward().unwrap().get(&x).is_some());
     }
