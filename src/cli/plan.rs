@@ -180,10 +180,10 @@ mod tests {
     fn what_fits_a_full_gpu_is_a_smaller_batch_or_activations_computed_again() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/demo");
         let checkpoint = Checkpoint::open(&folder.join("model")).unwrap();
-        let format =
-            Format::new(&checkpoint.tokenizer().unwrap(), checkpoint.spec().vocab_size, FormatOptions::default());
+        let tokenizer = checkpoint.tokenizer().unwrap();
+        let format = Format::new(&tokenizer, checkpoint.spec().vocab_size, FormatOptions::default()).unwrap();
         let data = DataConfig { train: Some(Paths::from(folder.join("train.jsonl"))), ..DataConfig::default() };
-        let (training, _) = data.load(&format.unwrap(), 0, 256).unwrap();
+        let (training, _) = data.load(&format, 0, 256).unwrap();
         let adapter = AdapterConfig::prefix_plus(checkpoint.spec(), None);
         let prepared = Prepared { checkpoint, adapter, training, held_out: None };
         let mut config = RunConfig::default();
