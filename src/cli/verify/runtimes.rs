@@ -99,25 +99,23 @@ pub(super) fn chosen(context: &Context, graph: &Graph, options: &VerifyArgs) -> 
             Engine::Tract => {
                 all.push(Chosen { name: engine.name().into(), launch: launch.clone(), setup: Ok(Setup::Tract) });
             }
-            Engine::Ort => all.extend(ort(context, options, &launch)),
+            Engine::Ort => {
+                let providers = if options.provider.is_empty() { &[ProviderArg::Cpu][..] } else { &options.provider };
+                all.extend(ort(context, options, providers, &launch));
+            }
+            Engine::OrtCuda => all.extend(ort(context, options, &[ProviderArg::Cuda], &launch)),
         }
     }
     Ok(all)
 }
 
 /// ONNX Runtime, once for each library, level and provider.
-fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> {
+fn ort(context: &Context, options: &VerifyArgs, providers: &[ProviderArg], launch: &Launch) -> Vec<Chosen> {
     let named = context.global.ort_libs.iter().map(|path| Some(path.as_path()));
     let named: Vec<Option<&Path>> = if context.global.ort_libs.is_empty() { vec![None] } else { named.collect() };
     let levels = if options.ort_level.is_empty() { &[LevelArg::All][..] } else { &options.ort_level };
-    let providers = if options.provider.is_empty() { &[ProviderArg::Cpu][..] } else { &options.provider };
     let mut all = Vec::new();
     for (index, library) in named.iter().enumerate() {
-        let found = library::find(*library, &context.cache).map_err(|error| match error {
-            runtime::Error::NoLibrary { tried } => (tried, None),
-            runtime::Error::Library { path, reason } => (vec![reason], Some(path)),
-            error => (vec![error.to_string()], Some(library.unwrap_or(Path::new("")).to_owned())),
-        });
         for (level, provider) in levels.iter().flat_map(|level| providers.iter().map(move |p| (*level, *p))) {
             let optimization = match level {
                 LevelArg::Off => Optimization::Off,
@@ -129,6 +127,11 @@ fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> 
                 ProviderArg::Cuda => Provider::Cuda,
                 ProviderArg::Tensorrt => Provider::TensorRt,
             };
+            let found = library::find_with(*library, &context.cache, provider).map_err(|error| match error {
+                runtime::Error::NoLibrary { tried } | runtime::Error::NoProviderLibrary { tried, .. } => (tried, None),
+                runtime::Error::Library { path, reason } => (vec![reason], Some(path)),
+                error => (vec![error.to_string()], Some(library.unwrap_or(Path::new("")).to_owned())),
+            });
             let mut name = Engine::Ort.name().to_owned();
             if named.len() > 1 {
                 let version = found.as_ref().ok().and_then(|library| library::version_of(library));
@@ -148,7 +151,7 @@ fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> 
                 cpu_fallback: options.allow_cpu_fallback,
                 profile: true,
             };
-            let setup = found.clone().map(|library| Setup::Ort { library, options });
+            let setup = found.map(|library| Setup::Ort { library, options });
             all.push(Chosen { name, launch: launch.clone(), setup });
         }
     }
