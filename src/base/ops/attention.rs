@@ -98,6 +98,10 @@ pub fn attention(
     scale: f64,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes_attention([query, key, value]) {
+        return crate::cuda::attention([query, key, value], visibility, scale, softcap);
+    }
     if is_composed(query) {
         return composed::attention([query, key, value], visibility, scale, softcap);
     }

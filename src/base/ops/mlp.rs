@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Module, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::NormWeights;
@@ -83,6 +83,34 @@ impl MlpBlock {
     /// Whether [`GatedMlp::forward_block`] takes it.
     pub fn is_fused(&self) -> bool {
         self.norm.is_held()
+    }
+}
+
+/// `activation(gate) · up`, of what the maps of a gated block give.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes(gate) {
+        return crate::cuda::gated(activation, gate, up);
+    }
+    activation.forward(gate)? * up
+}
+
+impl Activation {
+    /// Of every number.
+    ///
+    /// # Errors
+    /// When candle fails.
+    pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        let activation = match self {
+            Self::Silu => candle_nn::Activation::Silu,
+            Self::Gelu => candle_nn::Activation::Gelu,
+            Self::GeluTanh => candle_nn::Activation::GeluPytorchTanh,
+            Self::Relu => candle_nn::Activation::Relu,
+        };
+        activation.forward(x)
     }
 }
 

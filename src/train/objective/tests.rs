@@ -126,8 +126,12 @@ fn the_sigmoid_is_stable_at_both_ends() {
 #[test]
 fn rows_without_labels_and_odd_rows_are_errors() {
     let nll = || Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
-    let labelled =
-        |rows: &[usize]| Labelled { nll: nll(), predicted: Tensor::zeros(3, DType::U32, &Device::Cpu).unwrap(), targets: vec![0; 3], rows: rows.to_vec() };
+    let labelled = |rows: &[usize]| Labelled {
+        nll: nll(),
+        predicted: Tensor::zeros(3, DType::U32, &Device::Cpu).unwrap(),
+        targets: vec![0; 3],
+        rows: rows.to_vec(),
+    };
     let error = sum_by_row(&labelled(&[0, 0, 2]), 3).err().unwrap().to_string();
     assert!(error.ends_with("row 1 of the batch carries no label"), "{error}");
     let odd = sum_by_row(&labelled(&[0, 1, 2]), 3).unwrap();
