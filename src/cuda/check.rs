@@ -144,7 +144,7 @@ fn norms(cases: &mut Vec<Case>) {
     let kinds = [
         ("RMS norm", NormKind::Rms, 0.0, vec![3, 5, 64], vec![64]),
         ("RMS norm, weight from one", NormKind::Rms, 1.0, vec![5, 1096], vec![1096]),
-        ("RMS norm of heads", NormKind::Rms, 0.0, vec![2, 3, 4, 20], vec![2, 20]),
+        ("RMS norm of heads", NormKind::Rms, 0.0, vec![2, 3, 4, 20], vec![4, 20]),
         ("layer norm", NormKind::Layer, 0.0, vec![7, 531], vec![531]),
     ];
     for (name, kind, weight_offset, x, weight) in kinds {
