@@ -60,19 +60,24 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--checkpoint-activations", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="f32", choices=["f32", "bf16", "f16"])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(True)
     config = transformers.AutoConfig.from_pretrained(arguments.model)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    model, parameters = trained(model, arguments.method)
+    device = torch.device(arguments.device)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[arguments.dtype]
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model, parameters = trained(model, arguments.method)
     model.config.use_cache = arguments.method == "prefix"
     if arguments.checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    ids = torch.randint(0, config.vocab_size, (arguments.batch, arguments.seq))
+    ids = torch.randint(0, config.vocab_size, (arguments.batch, arguments.seq), device=device)
     first = arguments.seq - min(max(round(arguments.labelled * arguments.seq), 1), arguments.seq - 1)
     labels = ids.clone()
     labels[:, :first] = -100
@@ -84,9 +89,13 @@ def main():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         if step >= arguments.warmup:
             seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     median = statistics.median(seconds)
     report = {
         "seconds": seconds,

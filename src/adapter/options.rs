@@ -1,6 +1,5 @@
 //! What a training run says of the adapter that it trains.
 
-use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -176,15 +175,26 @@ impl Adapter {
     pub fn start(config: AdapterConfig, base: &Base, seed: u64) -> Result<Self> {
         config.check()?;
         config.check_fits(base.checkpoint.spec())?;
-        let method = config.method.as_method();
-        let mut tensors = super::Tensors::new();
-        for (name, spec) in method.tensors(&config).into_iter().flatten() {
-            let tensor: Tensor = spec.tensor(&name, seed)?;
-            tensors.insert(name, tensor);
-        }
-        method.start(&config, base, &mut tensors)?;
+        let mut tensors = first_tensors(&config, seed)?;
+        config.method.as_method().start(&config, base, &mut tensors)?;
         let adapter = Self::new(config, tensors)?;
         adapter.check_fits(base.checkpoint.spec())?;
         Ok(adapter)
     }
+
+    /// The same for a method that reads nothing of the model: tensors of zeros, or random ones.
+    ///
+    /// # Errors
+    /// When the configuration contradicts itself, or the method needs tensors of the model.
+    pub fn without_base(config: AdapterConfig, seed: u64) -> Result<Self> {
+        config.check()?;
+        let tensors = first_tensors(&config, seed)?;
+        Self::new(config, tensors)
+    }
+}
+
+/// The tensors of an adapter before anything of the model is read.
+fn first_tensors(config: &AdapterConfig, seed: u64) -> Result<super::Tensors> {
+    let specs = config.method.as_method().tensors(config).into_iter().flatten();
+    specs.map(|(name, spec)| Ok((name.clone(), spec.tensor(&name, seed)?))).collect()
 }

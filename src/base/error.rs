@@ -18,6 +18,17 @@ pub enum Error {
         /// candle's reason.
         source: candle_core::Error,
     },
+    /// A device cannot be used.
+    #[error("{device} cannot be used: {why}")]
+    #[diagnostic(code(prefold::base::device), help("{help}"))]
+    Device {
+        /// The device that was asked for.
+        device: String,
+        /// Why.
+        why: String,
+        /// What to do.
+        help: String,
+    },
     /// The path holds no checkpoint.
     #[error("{} is not a checkpoint: {why}", path.display())]
     #[diagnostic(

@@ -8,6 +8,7 @@ mod cache;
 mod chat;
 mod checkpoint;
 mod decoder;
+mod device;
 mod error;
 pub mod family;
 pub mod fetch;
@@ -28,6 +29,12 @@ pub use cache::KvCache;
 pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
 pub use decoder::Decoder;
+#[cfg(feature = "cuda")]
+pub use device::cuda_stream;
+pub use device::{
+    DeviceChoice, DeviceMemory, MatmulPrecision, describe, device_memory, is_out_of_memory, reset_peak_memory,
+    set_matmul_precision,
+};
 pub use error::{Error, Result};
 pub use gguf::Gguf;
 pub use hook::{LinearMap, NoHook, Site, SiteHook};

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use candle_core::Device;
 use clap::Args;
 use miette::Result;
 
@@ -159,7 +158,8 @@ fn show_answers(context: &Context, config: &RunConfig, checkpoint: &Checkpoint, 
         return Ok(());
     };
     let prompt = format.classification_prompt(text)?;
-    let decoder = Decoder::load(checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
+    let device = config.train.device.open(0)?;
+    let decoder = Decoder::load(checkpoint, config.train.dtype.dtype(), &device)?;
     let before = greedy(&decoder, &NoHook, &prompt, 12, &tokenizer, &mut |_| Ok(()))?;
     let after = answer(context, graph, &tokenizer, &prompt)?;
     let show = |ids: &[u32]| Ok::<_, crate::base::Error>(tokenizer.decode(ids, true)?.trim().replace('\n', " "));

@@ -33,7 +33,7 @@ pub(super) struct ExportArgs {
     /// portable: standard operators, for ONNX Runtime and tract; ort: fused operators of com.microsoft
     #[arg(long, default_value = "portable")]
     dialect: Dialect,
-    /// Type of weights, activations and cache: f32 or f16
+    /// Type of weights, activations and cache: f32, f16, or bf16 for GPUs
     #[arg(long, default_value = "f32")]
     precision: Precision,
     /// Weights go into model.onnx.data where all together exceed this many MiB

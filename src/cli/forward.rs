@@ -10,6 +10,7 @@ use miette::{IntoDiagnostic, Result};
 use ndarray::Array2;
 
 use super::active::Active;
+use super::device::DeviceArgs;
 use super::verify::{Engine, open_given};
 use super::{Context, existing_graph, keep_apart, usage};
 use crate::base::{Decoder, Input, NoHook, SiteHook};
@@ -45,6 +46,8 @@ pub(super) struct Forward {
     /// Type that candle computes in: f64, f32, bf16 or f16
     #[arg(long, default_value = "f32")]
     dtype: ComputeType,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Runtime for --graph
     #[arg(long, default_value = "ort", value_enum)]
     runtime: Engine,
@@ -79,12 +82,13 @@ impl Forward {
     fn candle(&self, context: &Context, model: &str, given: &Given) -> Result<HashMap<String, Tensor>> {
         let (checkpoint, adapter) = context.checkpoint_with(model, self.adapter.as_deref())?;
         let dtype = self.dtype.dtype();
-        let mut decoder = Decoder::load(&checkpoint, dtype, &Device::Cpu)?;
+        let device = self.device.open()?;
+        let mut decoder = Decoder::load(&checkpoint, dtype, &device)?;
         let (adapter, vars) = match &adapter {
             // float64 gradients of a float64 model; float32 otherwise, as in training
             Some(adapter) => {
                 let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-                let (adapter, vars) = adapter.trainable(wide, &Device::Cpu)?;
+                let (adapter, vars) = adapter.trainable(wide, &device)?;
                 if self.grad
                     && let Some(own) = adapter.decoder(checkpoint.spec(), dtype)?
                 {
@@ -94,7 +98,7 @@ impl Forward {
             }
             None => (None, std::collections::BTreeMap::new()),
         };
-        let hook = adapter.map(|a| a.hook(checkpoint.spec(), &Device::Cpu)).transpose()?;
+        let hook = adapter.map(|a| a.hook(checkpoint.spec(), &device)).transpose()?;
         let hook: &dyn SiteHook = hook.as_deref().unwrap_or(&NoHook);
         let input = Input::new(given.batch, &given.ids, &given.mask, given.positions.as_deref())?;
         let logits = decoder.forward(&input, None, hook)?.detach();

@@ -4,11 +4,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use clap::Args;
 use miette::{IntoDiagnostic, Result};
 
 use super::active::Active;
+use super::device::DeviceArgs;
 use super::verify::{Engine, open_given};
 use super::{Context, existing_graph, usage};
 use crate::base::{Decoder, Input, KvCache, Message, NoHook, SiteHook, Tokenizer};
@@ -42,6 +43,8 @@ pub(super) struct Generate {
     /// Type that candle computes in: f64, f32, bf16 or f16
     #[arg(long, default_value = "f32")]
     dtype: ComputeType,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Runtime for --graph
     #[arg(long, default_value = "ort", value_enum)]
     runtime: Engine,
@@ -63,8 +66,9 @@ impl Generate {
     fn candle(&self, context: &Context, model: &str) -> Result<()> {
         let (checkpoint, adapter) = context.checkpoint_with(model, self.adapter.as_deref())?;
         let tokenizer = checkpoint.tokenizer()?;
-        let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?;
-        let hook = adapter.map(|a| a.hook(checkpoint.spec(), &Device::Cpu)).transpose()?;
+        let device = self.device.open()?;
+        let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &device)?;
+        let hook = adapter.map(|a| a.hook(checkpoint.spec(), &device)).transpose()?;
         let prompt = self.prompt_ids(&tokenizer)?;
         tokenizer.check_vocabulary(&self.prompt, &prompt, checkpoint.spec().vocab_size)?;
         let mut stream = tokenizer.stream(&prompt, true);

@@ -13,6 +13,7 @@ mod bench;
 mod compile;
 mod data;
 mod demo;
+mod device;
 mod export;
 mod fetch;
 mod fold;

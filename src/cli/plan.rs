@@ -6,8 +6,9 @@ use serde::Serialize;
 use super::memory::resident;
 use super::style;
 use super::train::{Prepared, RunConfig};
+use crate::base::DeviceMemory;
 use crate::data::{Dataset, Example};
-use crate::train::{MemoryEstimate, Workload, evaluated_groups};
+use crate::train::{MemoryEstimate, TrainConfig, Workload, evaluated_groups};
 
 /// A run before its start.
 #[derive(Debug, Serialize)]
@@ -62,6 +63,45 @@ impl Plan {
             evaluation,
             memory: MemoryEstimate::of(spec, adapter, options, [&workload, &evaluation], process),
         }
+    }
+
+    /// What to change so that a run fits a device whose memory was full.
+    pub(super) fn what_fits(&self, config: &RunConfig, prepared: &Prepared, device: Option<DeviceMemory>) -> String {
+        let estimated = format!("the run is estimated to need {}", style::bytes(self.memory.peak));
+        let Some(DeviceMemory { total, free, .. }) = device else {
+            return format!("{estimated}; lower --batch-size, or use --checkpoint-activations");
+        };
+        let device = format!("the GPU has {}, {} of it free now", style::bytes(total), style::bytes(free));
+        let estimate = |rows: usize, checkpoint_activations: bool| {
+            let options = TrainConfig { checkpoint_activations, ..config.train.clone() };
+            let part = |of: &Workload, rows: usize| {
+                let labelled = of.labelled / of.rows.max(1) * rows;
+                Workload { rows, labelled, ..*of }
+            };
+            let workloads = [part(&self.workload, rows), part(&self.evaluation, self.evaluation.rows.min(4 * rows))];
+            let [training, evaluation] = &workloads;
+            let spec = prepared.checkpoint.spec();
+            MemoryEstimate::of(spec, &prepared.adapter, &options, [training, evaluation], 0).peak
+        };
+        let batches = std::iter::successors(Some(config.train.batch_size), |rows| (*rows > 1).then(|| rows / 2));
+        let group = self.workload.rows / config.train.batch_size.max(1);
+        let fits = batches
+            .flat_map(|rows| [(rows, config.train.checkpoint_activations), (rows, true)])
+            .find(|(rows, checkpointed)| estimate(rows * group.max(1), *checkpointed) < total / 10 * 9);
+        let advice = match fits {
+            None => {
+                "no batch of this model fits: use --dtype bf16, a shorter --max-seq-len or a smaller model".to_owned()
+            }
+            Some((rows, checkpointed)) => {
+                let accumulation = config.train.batch_size.div_ceil(rows) * config.train.gradient_accumulation;
+                let more = if checkpointed { " --checkpoint-activations" } else { "" };
+                format!(
+                    "--batch-size {rows} --gradient-accumulation {accumulation}{more} should fit (about {})",
+                    style::bytes(estimate(rows * group.max(1), checkpointed))
+                )
+            }
+        };
+        format!("{estimated}; {device}; {advice}")
     }
 
     pub(super) fn memory(&self) -> &MemoryEstimate {

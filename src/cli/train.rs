@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::data::DataArgs;
+use super::device::{self, with_memory_help};
 use super::interrupt::Interrupt;
 use super::memory::peak_resident;
 use super::options::{self, Layer};
@@ -18,7 +19,7 @@ use super::plan::Plan;
 use super::progress::TrainingBar;
 use super::{Context, command_line, keep_apart, style, usage};
 use crate::adapter::{Adapter, AdapterConfig, AdapterOptions, CONFIG_NAME, MethodName, WEIGHTS_NAME};
-use crate::base::{Checkpoint, Decoder, Tokenizer};
+use crate::base::{Checkpoint, Decoder, DeviceChoice, Tokenizer, describe, device_memory};
 use crate::data::{DataConfig, Dataset, Format, Paths};
 use crate::files::Manifest;
 use crate::train::{
@@ -136,6 +137,12 @@ struct TrainingArgs {
     /// Type of the frozen model: f64, f32, bf16 or f16
     #[arg(long)]
     dtype: Option<ComputeType>,
+    /// Where it is computed: auto, cpu, cuda or cuda:N [default: auto]
+    #[arg(long)]
+    device: Option<DeviceChoice>,
+    /// Round the factors of float32 matrix products to TF32 on a GPU: faster, three decimal digits
+    #[arg(long)]
+    tf32: bool,
     /// What to train: prefix_plus, prefix, lora or full [default: prefix_plus]; their options are in --config
     #[arg(long)]
     method: Option<MethodName>,
@@ -228,6 +235,8 @@ impl Train {
             ("tensorboard", if training.tensorboard { json!(true) } else { Value::Null }),
             ("checkpoint_activations", if training.checkpoint_activations { json!(true) } else { Value::Null }),
             ("dtype", json!(training.dtype)),
+            ("device", json!(training.device)),
+            ("tf32", if training.tf32 { json!(true) } else { Value::Null }),
         ]);
         let adapter = given([("method", json!(training.method)), ("layers", json!(training.layers))]);
         given([
@@ -345,12 +354,12 @@ fn prepare(context: &Context, config: &RunConfig) -> Result<Prepared> {
 }
 
 /// The base model and the adapter at its start.
-fn load(checkpoint: &Checkpoint, config: &RunConfig) -> Result<(Decoder, Adapter)> {
-    let decoder = Decoder::load(checkpoint, config.train.dtype.dtype(), &Device::Cpu)?;
+fn load(checkpoint: &Checkpoint, config: &RunConfig, device: &Device) -> Result<(Decoder, Adapter)> {
+    let decoder = Decoder::load(checkpoint, config.train.dtype.dtype(), device)?;
     let adapter = config.adapter.start(checkpoint, &decoder, config.train.seed)?;
     // weights that are trained themselves are not held twice: the run trains these
     let adapter = match adapter.base_weights() {
-        Some(_) => adapter.into_trainable(DType::F32, &Device::Cpu)?.0,
+        Some(_) => adapter.into_trainable(DType::F32, device)?.0,
         None => adapter,
     };
     let own = adapter.decoder(checkpoint.spec(), decoder.dtype())?;
@@ -366,7 +375,9 @@ pub(super) fn train(
     interrupt: Option<&Interrupt>,
 ) -> Result<Trained> {
     // first, so that all hear of it at once when one of them fails
-    let group = Launch::from_env()?.map(|launch| Group::join(&launch)).transpose()?;
+    let launch = Launch::from_env()?;
+    let group = launch.as_ref().map(Group::join).transpose()?;
+    let device = device::open(config.train.device, config.train.tf32, launch.map_or(0, |launch| launch.local_rank))?;
     let prepared = prepare(context, config)?;
     let Some(out) = &config.out else { return Err(usage("--out is needed", "the folder of the run")) };
     let plan = Plan::of(config, &prepared, group.as_ref().map_or(1, Group::world_size));
@@ -376,9 +387,13 @@ pub(super) fn train(
     }
     if !context.global.quiet && leads {
         eprintln!("{}", plan.headline());
+        if !device.is_cpu() {
+            eprintln!("on {}", describe(&device));
+        }
     }
     // before an earlier run is removed: weights may be damaged
-    let model = load(&prepared.checkpoint, config)?;
+    let help = || plan.what_fits(config, &prepared, device_memory(&device));
+    let model = load(&prepared.checkpoint, config, &device).map_err(|error| with_memory_help(error, help))?;
     let folder = match (leads, resume) {
         (false, _) => RunFolder::follow(out),
         (true, false) => RunFolder::create(out, overwrite)?,
@@ -395,11 +410,12 @@ pub(super) fn train(
     if outcome.is_err() {
         folder.discard_without_checkpoint();
     }
+    let outcome = outcome.map_err(|error| with_memory_help(error, help))?;
     Ok(Trained {
         out: out.clone(),
-        outcome: outcome?,
+        outcome,
         exit_code: interrupt.map_or(0, Interrupt::exit_code),
-        memory: (plan.memory().peak, peak_resident()),
+        memory: (plan.memory().peak, device_memory(&device).map(|memory| memory.peak).or_else(peak_resident)),
         leads,
     })
 }

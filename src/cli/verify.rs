@@ -31,7 +31,7 @@ use self::subject::{Adapted, Subject, facts};
 use super::export::ExportArgs;
 use super::{Context, command_line, existing_graph, named_adapter, usage};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
-use crate::base::{Checkpoint, Decoder};
+use crate::base::{Checkpoint, Decoder, DeviceChoice};
 use crate::export::{Dialect, ExportOptions, Precision, export};
 use crate::files::{FileFact, Manifest};
 use crate::fold::{
@@ -114,6 +114,9 @@ pub(super) struct VerifyArgs {
     /// Type of the reference: f64, or f32 for a model that does not fit
     #[arg(long, default_value = "f64")]
     reference: ComputeType,
+    /// Where the reference is computed: auto, cpu, cuda or cuda:N; auto takes the CPU where the model does not fit a GPU
+    #[arg(long, default_value_t)]
+    device: DeviceChoice,
     /// Prompts to check, beside random ones: text that the model's tokenizer reads; may be repeated
     #[arg(long = "prompt")]
     prompts: Vec<String>,
@@ -341,6 +344,7 @@ impl Default for VerifyArgs {
             allow_cpu_fallback: false,
             timeout: 300.0,
             reference: ComputeType::F64,
+            device: DeviceChoice::Auto,
             prompts: Vec::new(),
             prompts_file: None,
             cases: Vec::new(),

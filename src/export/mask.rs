@@ -57,8 +57,12 @@ fn real_keys(graph: &mut GraphWriter) -> String {
 }
 
 fn select(graph: &mut GraphWriter, name: &str, visible: &str) -> Result<String> {
-    // half of float16's range, so that a sum with a score stays finite; its exponential is zero all the same
-    let lowest = if graph.data_type() == DataType::Float16 { -32752.0 } else { f64::from(f32::MIN) };
+    // half of a half type's range, so that a sum with a score stays finite; its exponential is zero all the same
+    let lowest = match graph.data_type() {
+        DataType::Float16 => -32752.0,
+        DataType::Bfloat16 => f64::from(half::bf16::MIN) / 2.0,
+        _ => f64::from(f32::MIN),
+    };
     let (zero, lowest) = (graph.number(0.0)?, graph.number(lowest)?);
     Ok(graph.node("Where", name, &[visible, &zero, &lowest]))
 }

@@ -85,6 +85,8 @@ pub enum Precision {
     F32,
     /// float16; rotary angles and norms are computed in float32.
     F16,
+    /// bfloat16, for GPUs: runtimes have few such operators on CPUs. Rotary angles and norms are computed in float32.
+    Bf16,
 }
 
 impl Precision {
@@ -93,6 +95,7 @@ impl Precision {
         match self {
             Self::F32 => DataType::Float,
             Self::F16 => DataType::Float16,
+            Self::Bf16 => DataType::Bfloat16,
         }
     }
 
@@ -101,6 +104,7 @@ impl Precision {
         match self {
             Self::F32 => candle_core::DType::F32,
             Self::F16 => candle_core::DType::F16,
+            Self::Bf16 => candle_core::DType::BF16,
         }
     }
 }
@@ -112,7 +116,8 @@ impl std::str::FromStr for Precision {
         match text {
             "f32" => Ok(Self::F32),
             "f16" => Ok(Self::F16),
-            other => Err(format!("`{other}` is neither f32 nor f16")),
+            "bf16" => Ok(Self::Bf16),
+            other => Err(format!("`{other}` is none of f32, f16, bf16")),
         }
     }
 }

@@ -238,6 +238,7 @@ fn write_bytes(tensor: &Tensor, out: &mut dyn Write) -> std::io::Result<()> {
     match &*storage {
         Storage::Cpu(CpuStorage::F32(v)) => write_values(v.get(range).ok_or_else(missing)?, |v| v.to_le_bytes(), out),
         Storage::Cpu(CpuStorage::F16(v)) => write_values(v.get(range).ok_or_else(missing)?, |v| v.to_le_bytes(), out),
+        Storage::Cpu(CpuStorage::BF16(v)) => write_values(v.get(range).ok_or_else(missing)?, |v| v.to_le_bytes(), out),
         _ => Err(missing()),
     }
 }

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{AdamWConfig, DpoConfig, Error, EvalBy, LrScheduler, ObjectiveKind, Result, Schedule, SimpoConfig};
+use crate::base::DeviceChoice;
 
 /// The options of a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -63,6 +64,10 @@ pub struct TrainConfig {
     pub tensorboard: bool,
     /// The type that the frozen model computes in. The adapter and the optimizer are float32.
     pub dtype: ComputeType,
+    /// Where it is computed: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU where this program can use one.
+    pub device: DeviceChoice,
+    /// Whether a GPU rounds the factors of float32 matrix products to TF32: faster, three decimal digits.
+    pub tf32: bool,
 }
 
 impl Default for TrainConfig {
@@ -94,6 +99,8 @@ impl Default for TrainConfig {
             min_delta: 0.0,
             tensorboard: false,
             dtype: ComputeType::F32,
+            device: DeviceChoice::Auto,
+            tf32: false,
         }
     }
 }

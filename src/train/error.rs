@@ -42,6 +42,16 @@ pub enum Error {
         help("all records were dropped: raise --max-seq-len, or look at the data")
     )]
     NoExamples,
+    /// The GPUs of a run's processes do not come together.
+    #[error("NCCL cannot sum the gradients: {why}")]
+    #[diagnostic(
+        code(prefold::train::nccl),
+        help("see that every process has a GPU of its own; a prefold built without the feature `nccl` sums over TCP")
+    )]
+    Nccl {
+        /// What NCCL says.
+        why: String,
+    },
     /// The loss or the gradient is no longer a number, or makes no sense any more.
     #[error("training diverged at step {step}: the {what} is {value}")]
     #[diagnostic(

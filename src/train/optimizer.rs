@@ -70,12 +70,10 @@ impl AdamW {
         let correction1 = 1.0 - beta1.powi(self.steps as i32);
         let correction2 = 1.0 - beta2.powi(self.steps as i32);
         for (name, var) in &self.vars {
-            let (Some(gradient), Some((first, second))) = (gradients.get(name), self.moments.get(name)) else {
+            let (Some(gradient), Some((first, second))) = (gradients.get(name), self.moments.get_mut(name)) else {
                 continue;
             };
             let gradient = gradient.contiguous()?;
-            first.inplace_op2(&gradient, &Decay::new(beta1, |g| g))?;
-            second.inplace_op2(&gradient, &Decay::new(beta2, |g| g * g))?;
             let decay = if var.rank() > 1 { weight_decay } else { 0.0 };
             let update = Update {
                 keep: (1.0 - rate * decay) as f32,
@@ -83,6 +81,15 @@ impl AdamW {
                 root: correction2.sqrt().recip() as f32,
                 epsilon: epsilon as f32,
             };
+            if !is_in_place(var) {
+                *first = decayed(first, &gradient, beta1)?;
+                *second = decayed(second, &gradient.sqr()?, beta2)?;
+                let value = update.composed(&var.as_detached_tensor().to_dtype(DType::F32)?, first, second)?;
+                var.set(&value.to_dtype(var.dtype())?)?;
+                continue;
+            }
+            first.inplace_op2(&gradient, &Decay::new(beta1, |g| g))?;
+            second.inplace_op2(&gradient, &Decay::new(beta2, |g| g * g))?;
             if var.dtype() == DType::F32 {
                 var.as_tensor().inplace_op3(first, second, &update)?;
             } else {
@@ -118,6 +125,16 @@ impl AdamW {
         self.steps = steps;
         Some(())
     }
+}
+
+/// Whether numbers are changed where they are: on the CPU.
+fn is_in_place(x: &Tensor) -> bool {
+    x.device().is_cpu()
+}
+
+/// `keep · moment + (1 − keep) · of`.
+fn decayed(moment: &Tensor, of: &Tensor, keep: f64) -> Result<Tensor> {
+    (moment * keep)? + (of * (1.0 - keep))?
 }
 
 /// Elements that a task works on.
@@ -174,6 +191,15 @@ struct Update {
     rate: f32,
     root: f32,
     epsilon: f32,
+}
+
+impl Update {
+    /// The new value, as a tensor of its own.
+    fn composed(&self, value: &Tensor, first: &Tensor, second: &Tensor) -> Result<Tensor> {
+        let [keep, rate, root, epsilon] = [self.keep, self.rate, self.root, self.epsilon].map(f64::from);
+        let slope = ((first * rate)? / second.sqrt()?.affine(root, epsilon)?)?;
+        (value * keep)? - slope
+    }
 }
 
 impl InplaceOp3 for Update {
@@ -245,7 +271,13 @@ pub(super) fn accumulate(
         // a gradient remembers the activations that it was computed from, and whatever sums it would keep them alive
         let gradient = gradient.detach().to_dtype(DType::F32)?.contiguous()?;
         match gathered.get(name) {
-            Some(so_far) if so_far.shape() == gradient.shape() => so_far.inplace_op2(&gradient, &Add)?,
+            Some(so_far) if so_far.shape() == gradient.shape() && is_in_place(so_far) => {
+                so_far.inplace_op2(&gradient, &Add)?;
+            }
+            Some(so_far) if so_far.shape() == gradient.shape() => {
+                let sum = (so_far + gradient)?;
+                gathered.insert(name.clone(), sum);
+            }
             Some(so_far) => {
                 candle_core::bail!("gradients of {name} are {:?} and {:?}", so_far.shape(), gradient.shape())
             }
@@ -263,18 +295,30 @@ pub(super) fn accumulate(
 /// When a gradient cannot be read.
 pub fn clip_gradients(gradients: &mut BTreeMap<String, Tensor>, max_norm: Option<f64>) -> Result<f64> {
     let mut squares = 0.0;
+    // those of another device are read together, once
+    let mut apart = Vec::new();
     for gradient in gradients.values_mut() {
         if !gradient.is_contiguous() {
             *gradient = gradient.contiguous()?;
         }
-        squares += sum_of_squares(gradient)?;
+        match is_in_place(gradient) {
+            true => squares += sum_of_squares(gradient)?,
+            false => apart.push(gradient.sqr()?.sum_all()?.to_dtype(DType::F64)?),
+        }
+    }
+    if !apart.is_empty() {
+        squares += Tensor::stack(&apart, 0)?.sum_all()?.to_scalar::<f64>()?;
     }
     let norm = squares.sqrt();
     if let Some(max_norm) = max_norm
         && norm > max_norm
     {
-        for gradient in gradients.values() {
-            gradient.inplace_op1(&Scale((max_norm / (norm + 1e-6)) as f32))?;
+        let factor = max_norm / (norm + 1e-6);
+        for gradient in gradients.values_mut() {
+            match is_in_place(gradient) {
+                true => gradient.inplace_op1(&Scale(factor as f32))?,
+                false => *gradient = (&*gradient * factor)?,
+            }
         }
     }
     Ok(norm)
@@ -323,6 +367,23 @@ mod tests {
         let found: Vec<f32> = var.flatten_all().unwrap().to_vec1().unwrap();
         for (found, expected) in found.iter().zip(expected) {
             assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} vs {expected}");
+        }
+    }
+
+    /// What another device computes is what is done in place.
+    #[test]
+    fn the_composed_update_is_that_in_place() {
+        let cpu = |values: [f32; 3]| Tensor::new(&values, &Device::Cpu).unwrap();
+        let (value, first, second) = (cpu([1.0, -2.0, 0.5]), cpu([0.1, 0.2, -0.3]), cpu([0.01, 0.5, 0.0]));
+        let gradient = cpu([0.3, -0.7, 1.1]);
+        let update = Update { keep: 0.99, rate: 0.05, root: 1.5, epsilon: 1e-3 };
+        let moved = decayed(&first, &gradient, 0.9).unwrap();
+        first.inplace_op2(&gradient, &Decay::new(0.9, |g| g)).unwrap();
+        let expected = update.composed(&value, &moved, &second).unwrap();
+        value.inplace_op3(&first, &second, &update).unwrap();
+        for (found, expected) in [(&first, &moved), (&value, &expected)] {
+            let difference = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(difference.to_scalar::<f32>().unwrap() < 1e-6);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use candle_core::DType;
 use serde::Serialize;
 
 use super::parallel::sum_gradients;
@@ -43,7 +44,7 @@ impl Trainer<'_> {
         let units: usize = batches.iter().map(|batch| self.objective.units(batch)).sum();
         let mut gradients = BTreeMap::new();
         let mut figures = BTreeMap::<String, f64>::new();
-        let mut loss = 0.0;
+        let mut losses = Vec::with_capacity(own);
         for (at, batch) in batches.iter().enumerate().skip(rank * own).take(own) {
             self.hook.begin_pass(self.pass_number(step, at, batches.len()));
             let of = BatchGradients {
@@ -55,11 +56,17 @@ impl Trainer<'_> {
             };
             // the mean over all units of the step, however they fall into micro-batches
             let found = batch_gradients(&of, batch, 1.0 / units as f64, &mut gradients)?;
-            loss += found.value().map_err(Error::candle("reading the loss"))? / units as f64;
+            losses.push(found.sum);
             for (name, sum) in &found.figures {
                 *figures.entry((*name).into()).or_default() += sum / units as f64;
             }
         }
+        // after the last of them, so that none waits for the device
+        let sum = losses
+            .iter()
+            .map(|loss| Ok(loss.to_dtype(DType::F64)?.to_scalar::<f64>()? / units as f64))
+            .sum::<candle_core::Result<f64>>();
+        let mut loss = sum.map_err(Error::candle("reading the loss"))?;
         if let Some(group) = self.group {
             let mut numbers: Vec<f64> = std::iter::once(loss).chain(figures.values().copied()).collect();
             group.sum_f64(&mut numbers)?;

@@ -463,6 +463,6 @@ fn check_processes(saved: &Saved, processes: usize) -> Result<()> {
     Err(Error::Resume { path: saved.path.clone(), why })
 }
 
-/// Options that change when something is written or measured, not what is computed. Those of the evaluation decide what is
+/// Options that change when something is written or measured, and where it is computed, not what. Those of the evaluation decide what is
 /// computed where the best adapter is looked for.
-const PACE_ONLY: [&str; 5] = ["eval_every", "eval_by", "save_every", "save_limit", "tensorboard"];
+const PACE_ONLY: [&str; 6] = ["eval_every", "eval_by", "save_every", "save_limit", "tensorboard", "device"];

@@ -1,8 +1,12 @@
 //! `prefold forward --grad` against PyTorch's gradients and losses.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor};
+use prefold::adapter::Adapter;
+use prefold::base::ops::Composed;
+use prefold::base::{Checkpoint, Decoder};
+use prefold::train::{BatchGradients, Sft, batch_gradients};
 
 use crate::oracles::{Case, every_family};
 use crate::support::{arg, prefold_ok};
@@ -32,11 +36,14 @@ fn expected(oracle: &std::path::Path, case: &Case) -> (f64, HashMap<String, Tens
     (meta["grad"]["loss"].as_f64().unwrap(), gradients)
 }
 
+/// The cases that gradients are stored of.
+fn judged(oracle: &std::path::Path) -> impl Iterator<Item = Case> {
+    let has_loss = |case: &Case| case.name == "left" || case.tensors.contains_key(&format!("{}_loss", case.name));
+    Case::all(oracle).into_iter().filter(has_loss)
+}
+
 fn check(oracle: &std::path::Path) {
-    let cases = Case::all(oracle)
-        .into_iter()
-        .filter(|case| case.name == "left" || case.tensors.contains_key(&format!("{}_loss", case.name)));
-    cases.for_each(|case| check_case(oracle, &case));
+    judged(oracle).for_each(|case| check_case(oracle, &case));
 }
 
 fn check_case(oracle: &std::path::Path, case: &Case) {
@@ -62,6 +69,37 @@ fn check_case(oracle: &std::path::Path, case: &Case) {
             let oracle = oracle.file_name().unwrap().to_string_lossy();
             eprintln!("{oracle} {} {dtype} {name}: {distance:.1e}", case.name);
             assert!(distance < 1e-5);
+        }
+    }
+}
+
+/// As a training step takes them, composed as on a device without kernels of prefold's own, of a whole pass and of one that
+/// keeps only the inputs of layers.
+#[test]
+fn composed_gradients_are_pytorch_s() {
+    let _composed = Composed::on_this_thread();
+    for oracle in every_family() {
+        let checkpoint = Checkpoint::open(&oracle).unwrap();
+        let decoder = Decoder::load(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+        let adapter = Adapter::open(&oracle.join("adapter.safetensors")).unwrap();
+        let (adapter, vars) = adapter.trainable(DType::F32, &Device::Cpu).unwrap();
+        let hook = adapter.hook(checkpoint.spec(), &Device::Cpu).unwrap();
+        for case in judged(&oracle) {
+            let (_, expected) = expected(&oracle, &case);
+            let batch = case.batch();
+            // nothing predicts the first token of a row
+            let learnt = batch.labels.iter().enumerate().filter(|(at, label)| **label != -100 && at % batch.seq != 0);
+            let factor = 1.0 / learnt.count() as f64;
+            for checkpoint_activations in [false, true] {
+                let (decoder, hook, vars, objective) = (&decoder, &*hook, &vars, &Sft);
+                let of = BatchGradients { decoder, hook, vars, objective, checkpoint_activations };
+                let mut gradients = BTreeMap::new();
+                batch_gradients(&of, &batch, factor, &mut gradients).unwrap();
+                for (name, expected) in &expected {
+                    let distance = relative(&gradients[name], expected);
+                    assert!(distance < 1e-5, "{} {} {name}: {distance:.1e}", oracle.display(), case.name);
+                }
+            }
         }
     }
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use prefold::adapter::Adapter;
+use prefold::base::ops::Composed;
 use prefold::base::{Checkpoint, Decoder, Input, KvCache, LongContext, NoHook, SiteHook};
+use prefold::data::Batch;
 
 use crate::support::{fixture, shared};
 
@@ -49,6 +51,27 @@ impl Case {
         Input::new(self.batch, &self.ids, &self.mask, None).unwrap()
     }
 
+    /// The case as a batch of training.
+    pub fn batch(&self) -> Batch {
+        let (batch, seq) = (self.batch, self.ids.len() / self.batch);
+        let positions = self.mask.chunks(seq).flat_map(|row| {
+            row.iter().scan(0, |seen, real| {
+                *seen += real;
+                Some((*seen - 1).max(0))
+            })
+        });
+        let labels = self.tensors[&format!("{}_labels", self.name)].flatten_all().unwrap().to_vec1().unwrap();
+        Batch {
+            input_ids: self.ids.clone(),
+            attention_mask: self.mask.clone(),
+            position_ids: positions.collect(),
+            labels,
+            segments: None,
+            batch,
+            seq,
+        }
+    }
+
     /// Largest difference to the stored logits where the mask is 1.
     pub fn distance(&self, logits: &Tensor, stored: &str) -> f32 {
         let vocab = logits.dim(2).unwrap();
@@ -66,6 +89,17 @@ impl Case {
 
 #[test]
 fn logits_are_pytorch_s() {
+    check_logits();
+}
+
+/// The twin on the CPU of what a GPU computes without kernels of its own.
+#[test]
+fn composed_logits_are_pytorch_s() {
+    let _composed = Composed::on_this_thread();
+    check_logits();
+}
+
+fn check_logits() {
     for folder in every_family() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let checkpoint = Checkpoint::open(&folder).unwrap();

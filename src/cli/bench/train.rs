@@ -11,11 +11,12 @@ use miette::{IntoDiagnostic, Result};
 use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
+use super::super::device::DeviceArgs;
 use super::super::memory::peak_resident;
 use super::super::{Context, usage};
 use super::median;
-use crate::adapter::{Adapter, AdapterOptions, MethodName};
-use crate::base::{Checkpoint, Decoder, DecoderSpec, WeightRole, family};
+use crate::adapter::{Adapter, AdapterConfig, AdapterOptions, MethodName};
+use crate::base::{Checkpoint, Decoder, DecoderSpec, WeightRole, WeightShape, describe, device_memory, family};
 use crate::data::{Batch, IGNORED};
 use crate::files;
 use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Sft, batch_gradients, clip_gradients};
@@ -53,6 +54,8 @@ pub(super) struct BenchTrain {
     /// Keep only the inputs of layers and compute the rest again in the backward pass
     #[arg(long)]
     checkpoint_activations: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -64,6 +67,7 @@ struct Report {
     model: String,
     method: MethodName,
     dtype: String,
+    device: String,
     parameters: usize,
     trained_parameters: usize,
     batch: usize,
@@ -81,7 +85,7 @@ struct Report {
     matmul_operations_per_second: f64,
     /// The step's time if it did these operations at the rate of that product, over its real time.
     efficiency: f64,
-    /// Highest resident memory of the process in bytes, where the system tells.
+    /// The most that tensors took on a GPU, else the highest resident memory of the process, in bytes, where it is known.
     peak_memory: Option<u64>,
     loss: f64,
 }
@@ -133,6 +137,7 @@ impl BenchTrain {
         let mut optimizer = AdamW::new(AdamWConfig::default(), vars).into_diagnostic()?;
         let mut seconds = Vec::new();
         let mut loss = f64::NAN;
+        let device = decoder.device().clone();
         for step in 0..self.warmup + self.steps {
             let started = Instant::now();
             let of = BatchGradients {
@@ -147,21 +152,23 @@ impl BenchTrain {
             let found = batch_gradients(&of, &batch, factor, &mut gradients)?.value().into_diagnostic()? * factor;
             clip_gradients(&mut gradients, Some(1.0)).into_diagnostic()?;
             optimizer.step(&gradients, 1e-4).into_diagnostic()?;
+            device.synchronize().into_diagnostic()?;
             loss = found;
             if step >= self.warmup {
                 seconds.push(started.elapsed().as_secs_f64());
             }
         }
-        let peak_memory = peak_resident();
+        let peak_memory = device_memory(&device).map(|memory| memory.peak).or_else(peak_resident);
         let labelled_tokens = batch.labelled();
         let median_seconds = median(&seconds);
         let tokens = (self.batch * self.seq) as f64;
         let operations = operations(spec, self.batch, self.seq, labelled_tokens);
-        let matmul = matmul_rate(spec, labelled_tokens)?;
+        let matmul = matmul_rate(spec, (decoder.dtype(), &device), labelled_tokens)?;
         Ok(Report {
             model: name,
             method: self.method,
             dtype: decoder.dtype().as_str().into(),
+            device: describe(&device),
             parameters: spec.num_parameters(),
             trained_parameters: adapter.num_parameters(),
             batch: self.batch,
@@ -186,20 +193,48 @@ impl BenchTrain {
         let config = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
         let holds_weights = path.is_dir() && Checkpoint::open(path).is_ok();
         let options = AdapterOptions { method: self.method, ..AdapterOptions::default() };
+        let device = self.device.open()?;
         if config.is_file() && config.extension().is_some_and(|e| e == "json") && !holds_weights {
             let spec = family::spec_from_config(&config, &files::read_json(&config, "a model configuration")?)?;
-            let folder = tempfile::tempdir().into_diagnostic()?;
-            std::fs::copy(&config, folder.path().join("config.json")).into_diagnostic()?;
-            write_random_weights(&spec, &folder.path().join("model.safetensors"))?;
-            let checkpoint = Checkpoint::open(folder.path())?;
-            let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?;
-            let adapter = options.start(&checkpoint, &decoder, 0)?;
+            let adapter = options.config(&spec, None)?;
+            let (decoder, adapter) = self.random(&spec, adapter, &device).into_diagnostic()??;
             return Ok((decoder, adapter, self.model.clone()));
         }
         let checkpoint = context.checkpoint(&self.model)?;
-        let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &Device::Cpu)?;
+        let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &device)?;
         let adapter = options.start(&checkpoint, &decoder, 0)?;
         Ok((decoder, adapter, checkpoint.display_name()))
+    }
+
+    /// A model of random weights, made where it is: normal with standard deviation 0.02, norms of one.
+    fn random(
+        &self,
+        spec: &DecoderSpec,
+        adapter: AdapterConfig,
+        device: &Device,
+    ) -> candle_core::Result<Result<(Decoder, Adapter)>> {
+        let is_full = self.method == MethodName::Full;
+        let mut weights = BTreeMap::new();
+        for WeightShape { role, name, shape } in spec.weights() {
+            let weight = match role {
+                WeightRole::Norm(..) | WeightRole::FinalNorm => Tensor::ones(shape, DType::F32, device)?,
+                _ => Tensor::randn(0f32, 0.02, shape, device)?,
+            };
+            weights.insert(name, weight.to_dtype(self.dtype.dtype())?);
+        }
+        let weight = |weight: &WeightShape| match weights.get(&weight.name) {
+            Some(weight) => Ok(weight.clone()),
+            None => Err(crate::base::Error::candle("making random weights")(candle_core::Error::msg(&weight.name))),
+        };
+        let adapted = || -> Result<(Decoder, Adapter)> {
+            let decoder = Decoder::from_weights(spec, weight)?;
+            let adapter = match is_full {
+                true => Adapter::new(adapter, weights.clone())?,
+                false => Adapter::without_base(adapter, 0)?,
+            };
+            Ok((decoder, adapter))
+        };
+        Ok(adapted())
     }
 
     fn batch(&self, spec: &DecoderSpec) -> Batch {
@@ -220,21 +255,6 @@ impl BenchTrain {
     }
 }
 
-/// A checkpoint of random weights, normal with standard deviation 0.02, norms of one.
-fn write_random_weights(spec: &DecoderSpec, path: &Path) -> Result<()> {
-    let mut tensors = std::collections::HashMap::new();
-    for weight in spec.weights() {
-        for (name, shape) in spec.names.source(weight.role).tensors(&weight.shape) {
-            let tensor = match weight.role {
-                WeightRole::Norm(..) | WeightRole::FinalNorm => Tensor::ones(shape, DType::F32, &Device::Cpu),
-                _ => Tensor::randn(0f32, 0.02, shape, &Device::Cpu),
-            };
-            tensors.insert(name, tensor.into_diagnostic()?);
-        }
-    }
-    candle_core::safetensors::save(&tensors, path).into_diagnostic()
-}
-
 /// Two operations for each product: every linear map forward and for the gradient of its input (frozen weights need no
 /// other), causal attention at half of its square, forward and twice that backward, the head at labelled positions, and
 /// Prefix-Tuning+'s product forward and for both of its gradients.
@@ -251,16 +271,19 @@ fn operations(spec: &DecoderSpec, batch: usize, seq: usize, labelled: usize) -> 
 }
 
 /// Operations per second of the head's matrix product, the best of a few.
-fn matmul_rate(spec: &DecoderSpec, rows: usize) -> Result<f64> {
-    let (rows, columns) = (rows.clamp(64, 1024), spec.vocab_size.min(32_768));
+fn matmul_rate(spec: &DecoderSpec, (dtype, device): (DType, &Device), rows: usize) -> Result<f64> {
+    let most = if device.is_cpu() { (1024, 32_768) } else { (8192, 131_072) };
+    let (rows, columns) = (rows.clamp(64, most.0), spec.vocab_size.min(most.1));
     let width = spec.hidden_size;
     let product = || -> candle_core::Result<f64> {
-        let a = Tensor::randn(0f32, 1.0, (rows, width), &Device::Cpu)?;
-        let b = Tensor::randn(0f32, 1.0, (columns, width), &Device::Cpu)?;
+        let a = Tensor::randn(0f32, 1.0, (rows, width), device)?.to_dtype(dtype)?;
+        let b = Tensor::randn(0f32, 1.0, (columns, width), device)?.to_dtype(dtype)?;
         let mut best = f64::INFINITY;
         for _ in 0..5 {
+            device.synchronize()?;
             let started = Instant::now();
             a.matmul(&b.t()?)?;
+            device.synchronize()?;
             best = best.min(started.elapsed().as_secs_f64());
         }
         Ok(2.0 * (rows * width * columns) as f64 / best)

@@ -122,10 +122,14 @@ impl Lineup {
     }
 
     /// What acts at the sites, by model.
-    pub(super) fn hooks(&self, adapters: &[Adapted], spec: &crate::base::DecoderSpec) -> Result<Vec<Together>> {
-        let hook = |place: &usize| {
-            Ok(adapters.get(*place).map(|adapter| adapter.adapter.hook(spec, &Device::Cpu)).transpose()?)
-        };
+    pub(super) fn hooks(
+        &self,
+        adapters: &[Adapted],
+        spec: &crate::base::DecoderSpec,
+        device: &Device,
+    ) -> Result<Vec<Together>> {
+        let hook =
+            |place: &usize| Ok(adapters.get(*place).map(|adapter| adapter.adapter.hook(spec, device)).transpose()?);
         let together = |set: &Vec<usize>| {
             Ok(Together::new(set.iter().filter_map(|place| hook(place).transpose()).collect::<Result<_>>()?))
         };

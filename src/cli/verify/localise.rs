@@ -52,7 +52,7 @@ fn try_localise(
     options: &VerifyArgs,
 ) -> Result<()> {
     let precision = precision_of(judged.graph);
-    let hooks = judged.lineup.hooks(judged.adapters, checkpoint.spec())?;
+    let hooks = judged.lineup.hooks(judged.adapters, checkpoint.spec(), &Device::Cpu)?;
     let load = |dtype| Decoder::load(checkpoint, dtype, &Device::Cpu);
     let reference = load(options.reference.dtype())?;
     let own = (precision != options.reference.dtype()).then(|| load(precision)).transpose()?;

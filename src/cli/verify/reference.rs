@@ -1,6 +1,8 @@
 //! What a graph is judged by: the reference's logits, and candle's own distance at the graph's precision.
 
 use super::*;
+use crate::base::{DeviceChoice, is_out_of_memory};
+use crate::cli::device::{self, with_memory_help};
 use crate::parity::Together;
 
 /// The check by thresholds where they are stated, without judgement where they should be.
@@ -73,14 +75,28 @@ fn compute(
     options: &VerifyArgs,
     cases: Vec<Case>,
 ) -> Result<(Reference, Vec<Array2<f64>>)> {
-    let hooks = lineup.hooks(adapters, checkpoint.spec())?;
-    let reference = {
-        let decoder = Decoder::load(checkpoint, options.reference.dtype(), &Device::Cpu)?;
-        Reference::compute_each(&models(&decoder, &hooks), cases)?
+    let device = device::open(options.device, false, 0)?;
+    let on = |device: &Device, cases: Vec<Case>| -> Result<(Reference, Vec<Array2<f64>>)> {
+        let hooks = lineup.hooks(adapters, checkpoint.spec(), device)?;
+        let reference = {
+            let decoder = Decoder::load(checkpoint, options.reference.dtype(), device)?;
+            Reference::compute_each(&models(&decoder, &hooks), cases)?
+        };
+        let decoder = Decoder::load(checkpoint, precision, device)?;
+        let own = reference.replay_each(&models(&decoder, &hooks))?;
+        Ok((reference, own))
     };
-    let decoder = Decoder::load(checkpoint, precision, &Device::Cpu)?;
-    let own = reference.replay_each(&models(&decoder, &hooks))?;
-    Ok((reference, own))
+    if device.is_cpu() {
+        return on(&device, cases);
+    }
+    on(&device, cases.clone()).or_else(|error| match is_out_of_memory(error.as_ref()) {
+        true if options.device == DeviceChoice::Auto => {
+            tracing::warn!("the reference does not fit the GPU: it is computed on the CPU");
+            on(&Device::Cpu, cases)
+        }
+        true => Err(with_memory_help(error, || "use --device cpu, or --reference f32".into())),
+        false => Err(error),
+    })
 }
 
 /// Looks for the cause of a failure, by the models that a graph may be in the checkpoint's place.
@@ -90,7 +106,7 @@ pub(super) fn explain(
     (lineup, adapters): (&Lineup, &[Adapted]),
     options: &VerifyArgs,
 ) -> Result<()> {
-    let hooks = lineup.hooks(adapters, checkpoint.spec())?;
+    let hooks = lineup.hooks(adapters, checkpoint.spec(), &Device::Cpu)?;
     let dtype = options.reference.dtype();
     check.explain(|reference, suspect, cases| {
         let weight = |weight: &crate::base::WeightShape| {

@@ -26,6 +26,8 @@ pub struct Group {
     world_size: usize,
     /// At process 0 the connections to all others by rank, elsewhere the one to process 0.
     links: Mutex<Vec<Link>>,
+    #[cfg(feature = "nccl")]
+    ring: std::sync::OnceLock<super::nccl::Ring>,
 }
 
 #[derive(Debug)]
@@ -87,7 +89,23 @@ impl Group {
             let ready = link.stream.set_nodelay(true).and_then(|()| link.stream.set_read_timeout(Some(SILENCE)));
             ready.map_err(|source| Error::Peer { rank: link.peer, source })?;
         }
-        Ok(Self { rank: launch.rank, world_size: launch.world_size, links: Mutex::new(links) })
+        Ok(Self {
+            rank: launch.rank,
+            world_size: launch.world_size,
+            links: Mutex::new(links),
+            #[cfg(feature = "nccl")]
+            ring: std::sync::OnceLock::new(),
+        })
+    }
+
+    /// The GPUs of the processes, joined when first asked for.
+    #[cfg(feature = "nccl")]
+    pub(super) fn ring(&self, device: &candle_core::Device) -> Result<&super::nccl::Ring> {
+        if let Some(ring) = self.ring.get() {
+            return Ok(ring);
+        }
+        let ring = super::nccl::Ring::join(self, device)?;
+        Ok(self.ring.get_or_init(|| ring))
     }
 
     /// Number of this process, from 0.
