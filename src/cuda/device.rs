@@ -57,7 +57,7 @@ fn compiled(call: &Call, device: &CudaDevice) -> Result<Arc<str>> {
         return Ok(ptx.clone());
     }
     let architecture = format!("--gpu-architecture=compute_{}", capability(device)?);
-    let options = vec![architecture, "--std=c++17".into(), "--device-as-default-execution-space".into()];
+    let options = vec![architecture, "--std=c++17".into()];
     let options = CompileOptions { options, ..CompileOptions::default() };
     let ptx = compile_ptx_with_opts(call.source.text(call.real)?, options).map_err(|why| call.error(why))?;
     let ptx: Arc<str> = ptx.to_src().into();

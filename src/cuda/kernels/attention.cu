@@ -205,7 +205,7 @@ __device__ inline void range_of(const int* ranges, int batch, int seq, int query
 
 // `out` of [batch, seq, heads, WIDTH]; `logs` of [batch, heads, seq]: the logarithm to the base 2 of each query's denominator,
 // infinite where it sees no key. The grid is [query tiles, heads, batch].
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_forward(const real* q, const real* k, const real* v, real* out, float* logs, const int* ranges, const int* tiles,
                       const u8* hidden, int heads, int kv_heads, int seq, int total, i64 q_batch, i64 q_head, i64 q_row,
                       i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row, float scale, float cap,
@@ -309,7 +309,7 @@ extern "C" __global__ void attention_dots(const real* out, const real* grad, flo
 }
 
 // The gradient of the queries, dense [batch, seq, heads, WIDTH], as `grad`. The grid is [query tiles, heads, batch].
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_queries(const real* q, const real* k, const real* v, const real* grad, const float* logs, const float* dots,
                       real* dq, const int* ranges, const int* tiles, const u8* hidden, int heads, int kv_heads, int seq,
                       int total, i64 q_batch, i64 q_head, i64 q_row, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch,
@@ -489,7 +489,7 @@ __device__ inline void keys_and_values(const real* q, const real* k, const real*
 }
 
 // The grid is [key tiles, kv_heads, batch · PARTS].
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_keys(const real* q, const real* k, const real* v, const real* grad, const float* logs, const float* dots, real* dk,
                    real* dv, const int* ranges, const int* tiles, const u8* hidden, int heads, int kv_heads, int seq, int total,
                    i64 q_batch, i64 q_head, i64 q_row, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row,
