@@ -37,6 +37,7 @@ pub(super) const GRAIN: usize = 32;
 
 impl Source {
     /// Its kernels.
+    #[cfg(test)]
     pub(super) fn entries(self) -> &'static [&'static str] {
         match self {
             Self::Norm => &["norm_forward", "norm_backward"],
