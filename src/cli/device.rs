@@ -37,3 +37,21 @@ pub(super) fn with_memory_help(report: miette::Report, help: impl FnOnce() -> St
     }
     miette::miette!(code = "prefold::device::memory", help = help(), "the memory of the GPU is full: {report}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_memory_comes_with_help_and_another_failure_as_it_is() {
+        let failed = |text: &str| {
+            let source = candle_core::Error::Cuda(text.into());
+            miette::Report::new(crate::base::Error::Candle { action: "running a layer", source })
+        };
+        let full = with_memory_help(failed("DriverError(CUDA_ERROR_OUT_OF_MEMORY)"), || "a smaller batch".into());
+        assert!(full.to_string().starts_with("the memory of the GPU is full"), "{full}");
+        assert_eq!(full.help().unwrap().to_string(), "a smaller batch");
+        let other = with_memory_help(failed("an illegal address"), String::new);
+        assert!(other.to_string().contains("an illegal address"), "{other}");
+    }
+}

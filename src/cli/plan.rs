@@ -168,3 +168,40 @@ fn workload_of_examples(dataset: &Dataset, groups: usize) -> Workload {
     let rows = groups.saturating_mul(group).min(examples.len());
     Workload { rows, seq: largest(Example::len), labelled: rows * largest(Example::labelled) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::AdapterConfig;
+    use crate::base::Checkpoint;
+    use crate::data::{DataConfig, Format, FormatOptions, Paths};
+
+    #[test]
+    fn what_fits_a_full_gpu_is_a_smaller_batch_or_activations_computed_again() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/demo");
+        let checkpoint = Checkpoint::open(&folder.join("model")).unwrap();
+        let tokenizer = checkpoint.tokenizer().unwrap();
+        let format = Format::new(&tokenizer, checkpoint.spec().vocab_size, FormatOptions::default()).unwrap();
+        let data = DataConfig { train: Some(Paths::from(folder.join("train.jsonl"))), ..DataConfig::default() };
+        let (training, _) = data.load(&format, 0, 256).unwrap();
+        let adapter = AdapterConfig::prefix_plus(checkpoint.spec(), None);
+        let prepared = Prepared { checkpoint, adapter, training, held_out: None };
+        let mut config = RunConfig::default();
+        config.train.batch_size = 64;
+        let plan = Plan::of(&config, &prepared, 1);
+        let fits = |total: u64| {
+            let memory = DeviceMemory { total, free: total / 2, peak: total };
+            plan.what_fits(&config, &prepared, Some(memory))
+        };
+        let needed = plan.memory().peak;
+        assert!(
+            fits(4 * needed).contains("--batch-size 64 --gradient-accumulation 1 should fit"),
+            "{}",
+            fits(4 * needed)
+        );
+        let tight = fits(needed / 2);
+        assert!(tight.contains("--checkpoint-activations should fit") || tight.contains("--batch-size 32"), "{tight}");
+        assert!(fits(1 << 20).contains("no batch of this model fits"), "{}", fits(1 << 20));
+        assert!(plan.what_fits(&config, &prepared, None).contains("lower --batch-size"));
+    }
+}
