@@ -92,14 +92,63 @@ pub(crate) fn attention(
     let seen = Seen::of(visibility, query.device())?;
     let of = Attention { sizes, seen, scale: scale as f32, cap: softcap.unwrap_or(0.0) as f32 };
     let (made, logs) = of.forward([query, key, value])?;
-    let y = computed::of_three(
-        [query, key, value],
-        "attention",
-        made,
-        (batch, seq, heads, width),
-        move |inputs, out, grad| of.backward(inputs, out, &grad.contiguous()?, &logs),
-    )?;
+    let shape = (batch, seq, heads, width);
+    let y = computed::of_three([query, key, value], "attention", made, shape, move |inputs, out, grad| {
+        let grad = grad.contiguous()?;
+        let dots = of.dots(out, &grad)?;
+        let given = [&grad, &logs, &dots];
+        let [mut by_query, mut by_key, mut by_value] = [const { None }; 3];
+        if inputs[0].track_op() {
+            let output = (of.sizes.real, batch * seq * heads * width);
+            let [dq] = of.queries(inputs, given, 0, heads * width)?.run([output])?;
+            by_query = Some(tensor(dq, shape).transpose(1, 2)?);
+        }
+        if inputs[1].track_op() || inputs[2].track_op() {
+            let outputs = [(Argument::Output(0), 0), (Argument::Output(1), 0)];
+            let output = (of.sizes.real, batch * total * kv_heads * width);
+            let [dk, dv] = of.keys(inputs, given, outputs, kv_heads * width)?.run([output, output])?;
+            let gradient = |storage| tensor(storage, (batch, total, kv_heads, width)).transpose(1, 2);
+            (by_key, by_value) = (Some(gradient(dk)?), Some(gradient(dv)?));
+        }
+        Ok([by_query, by_key, by_value])
+    })?;
     y.transpose(1, 2)
+}
+
+/// See [`attention_packed`](crate::base::ops::attention_packed()).
+pub(crate) fn attention_packed(
+    qkv: &Tensor,
+    kv_heads: usize,
+    visibility: &Arc<Visibility>,
+    scale: f64,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    let (batch, seq, all, width) = qkv.dims4()?;
+    let heads = all.saturating_sub(2 * kv_heads);
+    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) || visibility.sizes() != [batch, seq, seq] {
+        candle_core::bail!("attention: {:?} of {kv_heads} key heads does not fit the visibility", qkv.dims());
+    }
+    let qkv = qkv.contiguous()?;
+    let sizes = Sizes { batch, heads, kv_heads, seq, total: seq, width, real: qkv.dtype() };
+    let seen = Seen::of(visibility, qkv.device())?;
+    let of = Attention { sizes, seen, scale: scale as f32, cap: softcap.unwrap_or(0.0) as f32 };
+    let split = move |qkv: &Tensor| -> Result<[Tensor; 3]> {
+        let part = |start, count| qkv.detach().narrow(2, start, count)?.transpose(1, 2);
+        Ok([part(0, heads)?, part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?])
+    };
+    let parts = split(&qkv)?;
+    let (made, logs) = of.forward([&parts[0], &parts[1], &parts[2]])?;
+    drop(parts);
+    computed::of_one(&qkv, "attention", made, (batch, seq, heads, width), move |[qkv], out, grad| {
+        let (grad, [q, k, v]) = (grad.contiguous()?, split(qkv)?);
+        let dots = of.dots(out, &grad)?;
+        let (inputs, given) = ([&q, &k, &v], [&grad, &logs, &dots]);
+        let output = (of.sizes.real, batch * seq * all * width);
+        let [mut by_qkv] = of.queries(inputs, given, 0, all * width)?.run([output])?;
+        let outputs = [heads, heads + kv_heads].map(|first| (Argument::Output(0), first * width));
+        of.keys(inputs, given, outputs, all * width)?.run_on(&mut by_qkv)?;
+        Ok([Some(tensor(by_qkv, qkv.shape()))])
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -153,43 +202,49 @@ impl Attention {
         Ok((out, tensor(logs, (batch, heads, seq))))
     }
 
-    /// Gradients of those inputs that depend on something.
-    fn backward(
-        &self,
-        inputs: [&Tensor; 3],
-        out: &Tensor,
-        grad: &Tensor,
-        logs: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
-        let Sizes { batch, heads, kv_heads, seq, total, width, real } = self.sizes;
-        let (rows, tiling) = (batch * seq * heads, Tiling::of(real, width));
+    /// `Σ out · grad` of each query.
+    fn dots(&self, out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let Sizes { batch, heads, seq, .. } = self.sizes;
+        let rows = batch * seq * heads;
         let mut arguments = vec![Argument::Input(out), Argument::Input(grad), Argument::Output(0)];
         arguments.extend([int(heads)?, int(seq)?, int(rows)?]);
-        let [dots] =
-            self.call("attention_dots", [rows.div_ceil(THREADS / 32), 1, 1], 0, arguments).run([(DType::F32, rows)])?;
-        let dots = tensor(dots, (batch, heads, seq));
-        let first: Vec<Argument> = inputs.into_iter().chain([grad, logs, &dots]).map(Argument::Input).collect();
-        let [mut by_query, mut by_key, mut by_value] = [const { None }; 3];
-        if inputs[0].track_op() {
-            let mut arguments = first.clone();
-            arguments.push(Argument::Output(0));
-            arguments.extend(self.common(inputs)?);
-            let grid = [seq.div_ceil(ROWS), heads, batch];
-            let [dq] =
-                self.call("attention_queries", grid, tiling.queries(real), arguments).run([(real, rows * width)])?;
-            by_query = Some(tensor(dq, (batch, seq, heads, width)).transpose(1, 2)?);
-        }
-        if inputs[1].track_op() || inputs[2].track_op() {
-            let mut arguments = first;
-            arguments.extend([Argument::Output(0), Argument::Output(1)]);
-            arguments.extend(self.common(inputs)?);
-            let grid = [total.div_ceil(ROWS), kv_heads, batch * tiling.parts];
-            let output = (real, batch * total * kv_heads * width);
-            let [dk, dv] = self.call("attention_keys", grid, tiling.keys(real), arguments).run([output, output])?;
-            let gradient = |storage| tensor(storage, (batch, total, kv_heads, width)).transpose(1, 2);
-            (by_key, by_value) = (Some(gradient(dk)?), Some(gradient(dv)?));
-        }
-        Ok([by_query, by_key, by_value])
+        let call = self.call("attention_dots", [rows.div_ceil(THREADS / 32), 1, 1], 0, arguments);
+        let [dots] = call.run([(DType::F32, rows)])?;
+        Ok(tensor(dots, (batch, heads, seq)))
+    }
+
+    /// The gradient of the queries, from `start` on in positions of `row` numbers. `given` are the gradient of the result, the
+    /// logarithms of the denominators, and [`dots`](Self::dots).
+    fn queries<'a>(
+        &'a self,
+        inputs: [&'a Tensor; 3],
+        given: [&'a Tensor; 3],
+        start: usize,
+        row: usize,
+    ) -> Result<Call<'a>> {
+        let Sizes { batch, heads, seq, width, real, .. } = self.sizes;
+        let mut arguments: Vec<Argument> = inputs.into_iter().chain(given).map(Argument::Input).collect();
+        arguments.extend([Argument::Output(0), long(start), long(row)]);
+        arguments.extend(self.common(inputs)?);
+        let shared = Tiling::of(real, width).queries(real);
+        Ok(self.call("attention_queries", [seq.div_ceil(ROWS), heads, batch], shared, arguments))
+    }
+
+    /// The gradients of keys and values, each in its output from its start on.
+    fn keys<'a>(
+        &'a self,
+        inputs: [&'a Tensor; 3],
+        given: [&'a Tensor; 3],
+        [keys, values]: [(Argument<'a>, usize); 2],
+        row: usize,
+    ) -> Result<Call<'a>> {
+        let Sizes { batch, kv_heads, total, width, real, .. } = self.sizes;
+        let tiling = Tiling::of(real, width);
+        let mut arguments: Vec<Argument> = inputs.into_iter().chain(given).map(Argument::Input).collect();
+        arguments.extend([keys.0, values.0, long(keys.1), long(values.1), long(row)]);
+        arguments.extend(self.common(inputs)?);
+        let grid = [total.div_ceil(ROWS), kv_heads, batch * tiling.parts];
+        Ok(self.call("attention_keys", grid, tiling.keys(real), arguments))
     }
 }
 

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::ops::{
-    Composed, LogitMap, NormWeights, Visibility, attention, elu, gated, label_loss, logits_loss, rope,
+    Composed, LogitMap, NormWeights, Visibility, attention, attention_packed, elu, gated, label_loss, logits_loss, rope,
 };
 use crate::base::{Activation, Norm, NormKind};
 
@@ -52,9 +52,14 @@ struct Case {
 /// # Errors
 /// When an operation fails.
 pub fn self_check(device: &Device) -> Result<Vec<Row>> {
+    check(device, &[DType::F32, DType::BF16, DType::F16], |_| true)
+}
+
+/// Those of some types and names.
+pub(super) fn check(device: &Device, dtypes: &[DType], is_asked: impl Fn(&str) -> bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for dtype in [DType::F32, DType::BF16, DType::F16] {
-        for case in cases()? {
+    for dtype in dtypes.iter().copied() {
+        for case in cases()?.into_iter().filter(|case| is_asked(&case.name)) {
             rows.extend(case.check(device, dtype)?);
         }
     }
@@ -139,6 +144,9 @@ fn cases() -> Result<Vec<Case>> {
     losses(&mut cases);
     for shape in Scores::all() {
         cases.push(shape.case()?);
+        if shape.past == 0 && shape.seq < 100 {
+            cases.push(shape.packed()?);
+        }
     }
     Ok(cases)
 }
@@ -316,5 +324,15 @@ impl Scores {
             roundings: 8.0,
             operation: Box::new(operation),
         })
+    }
+
+    /// Of queries, keys and values that lie beside each other.
+    fn packed(self) -> Result<Case> {
+        let Self { batch, heads, kv_heads, seq, width, softcap, .. } = self;
+        let visibility = Arc::new(self.visibility()?);
+        let scale = 2.0 / (width as f64).sqrt();
+        let operation = move |given: &[Tensor]| attention_packed(&given[0], kv_heads, &visibility, scale, softcap);
+        let (name, inputs) = ("attention, packed".into(), vec![vec![batch, seq, heads + 2 * kv_heads, width]]);
+        Ok(Case { name, inputs, trained: vec![0], roundings: 8.0, operation: Box::new(operation) })
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Result, Storage};
 use half::{bf16, f16};
 use sha2::{Digest, Sha256};
@@ -17,6 +18,7 @@ const HEADER: &str = include_str!("../../tests/cuda/emulator.h");
 thread_local! {
     static ACTIVE: Cell<bool> = const { Cell::new(false) };
     static BACKWARDS: Cell<bool> = const { Cell::new(false) };
+    static MUTANT: Cell<Option<[&'static str; 2]>> = const { Cell::new(None) };
 }
 
 /// While it lives, operations of its thread on CPU tensors are kernels in the emulator.
@@ -38,12 +40,18 @@ impl Emulated {
     pub(crate) fn backwards(&self, is_so: bool) {
         BACKWARDS.set(is_so);
     }
+
+    /// Runs kernels whose source has the second text in the place of the first.
+    pub(crate) fn mutant(&self, change: [&'static str; 2]) {
+        MUTANT.set(Some(change));
+    }
 }
 
 impl Drop for Emulated {
     fn drop(&mut self) {
         ACTIVE.set(false);
         BACKWARDS.set(false);
+        MUTANT.set(None);
     }
 }
 
@@ -60,7 +68,10 @@ fn program(source: Source, real: DType) -> PathBuf {
     static COMPILING: Mutex<()> = Mutex::new(());
     let _one = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
     let entries: String = source.entries().iter().map(|entry| format!("ENTRY({entry}), ")).collect();
-    let text = source.text(real).unwrap();
+    let mut text = source.text(real).unwrap();
+    if let Some([from, to]) = MUTANT.get() {
+        text = text.replace(from, to);
+    }
     let (real, rest) = text.split_once('\n').unwrap();
     let main = format!(
         "static const emulator::Entry entries[] = {{{entries}}};\nint main() {{ return emulator::serve(entries, sizeof(entries) / \
@@ -115,8 +126,18 @@ pub(super) fn run(call: &Call, outputs: &[(DType, usize)]) -> Result<Vec<Storage
     Ok(launch(call, new)?.into_iter().map(Storage::Cpu).collect())
 }
 
+/// Runs a call on an output that exists.
+pub(super) fn run_on(call: &Call, output: &mut CpuStorage) -> Result<()> {
+    let given = vec![(output.dtype(), bytes(output).len(), Some(output.clone()))];
+    match launch(call, given)?.pop() {
+        Some(made) => *output = made,
+        None => return Err(call.error("no output")),
+    }
+    Ok(())
+}
+
 /// Runs a call on outputs of a type, a length in bytes and, where they are given, their numbers.
-pub(super) fn launch(call: &Call, outputs: Vec<(DType, usize, Option<CpuStorage>)>) -> Result<Vec<CpuStorage>> {
+fn launch(call: &Call, outputs: Vec<(DType, usize, Option<CpuStorage>)>) -> Result<Vec<CpuStorage>> {
     let mut request: Vec<u8> = Vec::new();
     let word = |request: &mut Vec<u8>, word: u64| request.extend(word.to_le_bytes());
     word(&mut request, call.entry.len() as u64);

@@ -42,7 +42,7 @@ impl Source {
         match self {
             Self::Norm => &["norm_forward", "norm_backward"],
             Self::Rope => &["rope"],
-            Self::Gate => &["gate_forward", "gate_backward", "elu_forward", "elu_backward"],
+            Self::Gate => &["gate_forward", "gate_backward", "elu_forward", "elu_backward", "add_scaled"],
             Self::Loss => &["loss_forward", "loss_backward"],
             Self::Attention(_) => &["attention_forward", "attention_dots", "attention_queries", "attention_keys"],
         }
@@ -156,6 +156,23 @@ impl Call<'_> {
         match <[Storage; N]>::try_from(storages) {
             Ok(storages) => Ok(storages),
             Err(_) => candle_core::bail!("{}: another number of outputs", self.entry),
+        }
+    }
+
+    /// Runs it on an output that exists, of which it writes a part.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(super) fn run_on(&self, output: &mut Storage) -> Result<()> {
+        match output {
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(output) => {
+                let device = output.device.clone();
+                super::device::launch(self, &mut [output], &device)
+            }
+            #[cfg(test)]
+            Storage::Cpu(output) => super::emulator::run_on(self, output),
+            _ => candle_core::bail!("{}: the output is on no device that has kernels", self.entry),
         }
     }
 

@@ -12,6 +12,8 @@ mod check;
 #[cfg(any(test, feature = "cuda"))]
 mod attention;
 #[cfg(any(test, feature = "cuda"))]
+mod block;
+#[cfg(any(test, feature = "cuda"))]
 mod computed;
 #[cfg(feature = "cuda")]
 mod device;
@@ -34,7 +36,8 @@ pub use check::{Row, self_check};
 
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) use {
-    attention::{attention, takes_attention},
+    attention::{attention, attention_packed, takes_attention},
+    block::{mlp, output, qkv, takes_map},
     gate::{elu, gated},
     loss::{label_loss, logits_loss},
     norm::{norm, takes_norm},

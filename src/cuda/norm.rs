@@ -15,23 +15,40 @@ pub(crate) fn takes_norm(x: &Tensor, weights: &NormWeights) -> bool {
 
 /// See [`NormWeights::forward`].
 pub(crate) fn norm(x: &Tensor, weights: &NormWeights) -> Result<Tensor> {
-    let (x, weight) = (x.contiguous()?, weights.weight.contiguous()?);
-    let bias = weights.bias.as_ref().map(Tensor::contiguous).transpose()?;
-    let made = run(&x, &weight, bias.as_ref(), None, &weights.norm)?;
-    let norm = weights.norm;
+    let x = x.contiguous()?;
+    let made = forward(&x, weights)?;
+    let weights = weights.clone();
     computed::of_one(&x, "norm", made, x.shape(), move |[x], _, grad| {
         let grad = grad.contiguous()?;
-        Ok([Some(tensor(run(x, &weight, None, Some(&grad), &norm)?, x.shape()))])
+        Ok([Some(tensor(backward(x, &grad, &weights, None)?, x.shape()))])
     })
 }
 
-/// The normalised rows, or the gradient of `x` where that of the rows is given.
-fn run(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, grad: Option<&Tensor>, norm: &Norm) -> Result<Storage> {
+/// The normalised rows of a contiguous `x`.
+pub(super) fn forward(x: &Tensor, weights: &NormWeights) -> Result<Storage> {
+    let bias = weights.bias.as_ref().map(Tensor::contiguous).transpose()?;
+    run(x, &weights.weight.contiguous()?, bias.as_ref(), None, &weights.norm)
+}
+
+/// The gradient of a contiguous `x`, given that of the normalised rows, and `more` added to it.
+pub(super) fn backward(x: &Tensor, grad: &Tensor, weights: &NormWeights, more: Option<&Tensor>) -> Result<Storage> {
+    run(x, &weights.weight.contiguous()?, None, Some((grad, more)), &weights.norm)
+}
+
+/// The normalised rows, or the gradient of `x` where that of the rows is given, with what is added to it.
+fn run(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    grad: Option<(&Tensor, Option<&Tensor>)>,
+    norm: &Norm,
+) -> Result<Storage> {
     let width = x.dim(D::Minus1)?;
     let rows = x.elem_count().checked_div(width).unwrap_or(0);
     let mut tensors = vec![x, weight];
     tensors.extend(bias);
-    tensors.extend(grad);
+    tensors.extend(grad.map(|(grad, _)| grad));
+    tensors.extend(grad.and_then(|(_, more)| more));
     let is_vector = is_vector(&tensors, &[width]);
     // a warp for short rows, several rows to a block; a block for long ones
     let chunks = width.div_ceil(16 / x.dtype().size_in_bytes());
@@ -41,7 +58,7 @@ fn run(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, grad: Option<&Tensor>
     };
     let mut arguments = vec![Argument::Input(x)];
     match grad {
-        Some(grad) => arguments.extend([Argument::Input(grad), Argument::Input(weight)]),
+        Some((grad, more)) => arguments.extend([Argument::Input(grad), Argument::Input(weight), more.into()]),
         None => arguments.extend([Argument::Input(weight), bias.into()]),
     }
     arguments.extend([Argument::Output(0), int(rows)?, int(width)?]);

@@ -14,14 +14,22 @@ pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool) ->
         candle_core::bail!("rope: angles {:?} do not fit input {:?}", cos.dims(), x.dims());
     }
     let x = if x.stride().last() == Some(&1) { x.clone() } else { x.contiguous()? };
-    let made = turn(&x, &cos, &sin, interleaved, false)?;
+    let rotated = x.dim(2)?;
+    let made = turn(&x, [&cos, &sin], rotated, interleaved, false)?;
     computed::of_one(&x, "rope", made, x.shape(), move |[x], _, grad| {
         let grad = if grad.stride().last() == Some(&1) { grad.clone() } else { grad.contiguous()? };
-        Ok([Some(tensor(turn(&grad, &cos, &sin, interleaved, true)?, x.shape()))])
+        Ok([Some(tensor(turn(&grad, [&cos, &sin], rotated, interleaved, true)?, x.shape()))])
     })
 }
 
-fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool, inverse: bool) -> Result<Storage> {
+/// Turns the first heads of `x`, whose rows are dense, by contiguous angles of its type.
+pub(super) fn turn(
+    x: &Tensor,
+    [cos, sin]: [&Tensor; 2],
+    rotated: usize,
+    interleaved: bool,
+    inverse: bool,
+) -> Result<Storage> {
     let ((_, seq, heads, width), half) = (x.dims4()?, cos.dim(2)?);
     let is_vector = is_vector(&[x, cos, sin], &[half, width - 2 * half]);
     let step = if is_vector { 16 / x.dtype().size_in_bytes() } else { 1 };
@@ -35,6 +43,7 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool, inverse: bool
         long(units),
         int(seq)?,
         int(heads)?,
+        int(rotated)?,
         int(width)?,
         int(half)?,
         long(strides[0]),

@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use super::attention::tilings;
+use super::check::check;
 use super::emulator::Emulated;
 use super::launch::Source;
 use super::{Row, self_check};
@@ -45,6 +46,35 @@ fn kernels_do_not_depend_on_the_order_of_threads() {
     let rows = self_check(&Device::Cpu).unwrap();
     emulated.backwards(true);
     assert_eq!(self_check(&Device::Cpu).unwrap(), rows);
+}
+
+/// A kernel that is wrong in one place is told from a right one: the check sees it, or the emulator stops.
+#[test]
+fn kernels_with_a_mistake_are_found() {
+    let Some(emulated) = Emulated::on_this_thread() else { return };
+    let mistakes = [
+        ("RMS", ["sum / width + epsilon", "sum + epsilon"]),
+        ("layer norm", ["x = 0;\n    for (int warp = 0", "x *= 1;\n    for (int warp = 1"]),
+        ("rotary", ["second[k] = b * c[k] + a * s[k];", "second[k] = b * c[k] - a * s[k];"]),
+        ("ReGLU", ["u[i] = d[i] * f.value", "u[i] = d[i] * f.slope"]),
+        ("logits loss", ["__syncthreads();\n    if (threadIdx.x != 0) return;", "if (threadIdx.x != 0) return;"]),
+        ("attention", ["wait_for_copies();\n        __syncthreads();", "wait_for_copies();"]),
+        ("attention", ["        wait_for_copies();\n        __syncthreads();", "        __syncthreads();"]),
+        ("attention", ["totals[half] *= shrink;", ""]),
+        ("attention", ["column < to[j / 2]", "column <= to[j / 2]"]),
+        ("attention", ["(d[i][j] - of->dot[i * 8 + pair + j % 2])", "d[i][j]"]),
+        ("attention", ["*slope = 1 - t * t;", "*slope = 1;"]),
+        ("attention", ["stage = 1 - stage;", ""]),
+        (
+            "attention",
+            ["matrix % 2 * 8 + row) * STRIDE + matrix / 2 * 8", "matrix / 2 * 8 + row) * STRIDE + matrix % 2 * 8"],
+        ),
+    ];
+    for (name, mistake) in mistakes {
+        emulated.mutant(mistake);
+        let found = check(&Device::Cpu, &[DType::BF16], |case| case.starts_with(name));
+        assert!(!found.is_ok_and(|rows| rows.iter().all(Row::holds)), "{name}: {mistake:?} is not found");
+    }
 }
 
 /// Decoders of several families, as training on a device runs them.

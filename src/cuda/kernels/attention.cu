@@ -308,10 +308,10 @@ extern "C" __global__ void attention_dots(const real* out, const real* grad, flo
     if (threadIdx.x % 32 == 0) dots[((i64)batch * heads + head) * seq + query] = sum;
 }
 
-// The gradient of the queries, dense [batch, seq, heads, WIDTH], as `grad`. The grid is [query tiles, heads, batch].
+// The gradient of the queries, [batch, seq, heads, WIDTH] from `to_start` on with positions `to_row` apart; `grad` is dense. The grid is [query tiles, heads, batch].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_queries(const real* q, const real* k, const real* v, const real* grad, const float* logs, const float* dots,
-                      real* dq, const int* ranges, const int* tiles, const u8* hidden, int heads, int kv_heads, int seq,
+                      real* dq, i64 to_start, i64 to_row, const int* ranges, const int* tiles, const u8* hidden, int heads, int kv_heads, int seq,
                       int total, i64 q_batch, i64 q_head, i64 q_row, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch,
                       i64 v_head, i64 v_row, float scale, float cap, int vector) {
     enum { N = QUERY_KEYS, TILE = N * STRIDE };
@@ -375,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         if (STAGES == 1) __syncthreads();
     }
     wait_for_copies();
-    store_rows(dq + dense, dense_row, first + warp * 16, seq, sum, scale, scale);
+    store_rows(dq + to_start + (i64)batch * seq * to_row + head * WIDTH, to_row, first + warp * 16, seq, sum, scale, scale);
 }
 
 // What a tile of queries brings along for the gradients of keys and values.
@@ -396,11 +396,12 @@ __device__ inline void load_queries(Queries<N>* to, const float* logs, const flo
     }
 }
 
-// The gradients of keys and values, dense [batch, total, kv_heads, WIDTH]: both, or one of them. Every key-value head gathers the
+// The gradients of keys and values, [batch, total, kv_heads, WIDTH] from their starts on with positions `to_row` apart: both, or one. Every key-value head gathers the
 // gradients from its query heads in their order.
 template <bool OF_KEYS, bool OF_VALUES>
 __device__ inline void keys_and_values(const real* q, const real* k, const real* v, const real* grad, const float* logs,
-                                       const float* dots, real* dk, real* dv, const int* ranges, const int* tiles,
+                                       const float* dots, real* dk, real* dv, i64 dk_start, i64 dv_start, i64 to_row,
+                                       const int* ranges, const int* tiles,
                                        const u8* hidden, int heads, int kv_heads, int seq, int total, i64 q_batch, i64 q_head,
                                        i64 q_row, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row,
                                        float scale, float cap, int vector, int batch) {
@@ -483,21 +484,21 @@ __device__ inline void keys_and_values(const real* q, const real* k, const real*
         if (STAGES == 1) __syncthreads();
     }
     wait_for_copies();
-    const i64 dense = ((i64)batch * total * kv_heads + kv_head) * WIDTH;
-    if constexpr (OF_KEYS) store_rows(dk + dense, (i64)kv_heads * WIDTH, first + warp * 16, total, k_sum, scale, scale);
-    if constexpr (OF_VALUES) store_rows(dv + dense, (i64)kv_heads * WIDTH, first + warp * 16, total, v_sum, 1, 1);
+    const i64 at = (i64)batch * total * to_row + kv_head * WIDTH;
+    if constexpr (OF_KEYS) store_rows(dk + dk_start + at, to_row, first + warp * 16, total, k_sum, scale, scale);
+    if constexpr (OF_VALUES) store_rows(dv + dv_start + at, to_row, first + warp * 16, total, v_sum, 1, 1);
 }
 
 // The grid is [key tiles, kv_heads, batch · PARTS].
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention_keys(const real* q, const real* k, const real* v, const real* grad, const float* logs, const float* dots, real* dk,
-                   real* dv, const int* ranges, const int* tiles, const u8* hidden, int heads, int kv_heads, int seq, int total,
+                   real* dv, i64 dk_start, i64 dv_start, i64 to_row, const int* ranges, const int* tiles, const u8* hidden, int heads, int kv_heads, int seq, int total,
                    i64 q_batch, i64 q_head, i64 q_row, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row,
                    float scale, float cap, int vector) {
     const int batch = blockIdx.z / PARTS;
 #define ARGUMENTS                                                                                                           \
-    q, k, v, grad, logs, dots, dk, dv, ranges, tiles, hidden, heads, kv_heads, seq, total, q_batch, q_head, q_row, k_batch, \
-        k_head, k_row, v_batch, v_head, v_row, scale, cap, vector, batch
+    q, k, v, grad, logs, dots, dk, dv, dk_start, dv_start, to_row, ranges, tiles, hidden, heads, kv_heads, seq, total, q_batch, \
+        q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, scale, cap, vector, batch
     if (PARTS == 1) {
         keys_and_values<true, true>(ARGUMENTS);
     } else if (blockIdx.z % PARTS == 0) {

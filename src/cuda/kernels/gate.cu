@@ -1,4 +1,4 @@
-// Gated activations, y = f(gate) · up, and ELU; arrays of `count` numbers.
+// Gated activations, y = f(gate) · up, ELU, and what is added to the residual stream; arrays of `count` numbers.
 
 enum { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
@@ -81,5 +81,28 @@ extern "C" __global__ void elu_backward(const real* x, const real* grad, real* d
 #pragma unroll
         for (int i = 0; i < LANES; i++) g[i] *= part[i] > 0 ? (acc)1 : exp(part[i]);
         store(dx + at, g, rest, whole);
+    }
+}
+
+// x + scale · (y + bias), of rows of `width`; without x or bias where they are not given.
+extern "C" __global__ void add_scaled(const real* x, const real* y, const real* bias, real* sum, i64 count, int width,
+                                      double scale, int vector) {
+    acc part[LANES], other[LANES];
+    for (i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * LANES; at < count; at += (i64)gridDim.x * blockDim.x * LANES) {
+        const int rest = count - at < LANES ? (int)(count - at) : LANES;
+        const bool whole = vector && rest == LANES;
+        load(part, y + at, rest, whole);
+        if (bias) {
+#pragma unroll
+            for (int i = 0; i < LANES; i++) part[i] += wide(bias[(at + i) % width]);
+        }
+#pragma unroll
+        for (int i = 0; i < LANES; i++) part[i] *= (acc)scale;
+        if (x) {
+            load(other, x + at, rest, whole);
+#pragma unroll
+            for (int i = 0; i < LANES; i++) part[i] += other[i];
+        }
+        store(sum + at, part, rest, whole);
     }
 }

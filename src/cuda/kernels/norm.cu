@@ -52,9 +52,9 @@ extern "C" __global__ void norm_forward(const real* x, const real* weight, const
 }
 
 // With x̂ the normalised row and g = grad · (weight + offset): dx = factor · (g − mean(g) − x̂ · mean(g·x̂)), without mean(g)
-// where the mean is not taken off.
-extern "C" __global__ void norm_backward(const real* x, const real* grad, const real* weight, real* dx, int rows, int width,
-                                         int weight_rows, int is_layer, double epsilon, double offset, int vector) {
+// where the mean is not taken off; and `more`, where it is given, on top.
+extern "C" __global__ void norm_backward(const real* x, const real* grad, const real* weight, const real* more, real* dx, int rows,
+                                         int width, int weight_rows, int is_layer, double epsilon, double offset, int vector) {
     __shared__ acc scratch[32];
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
@@ -85,6 +85,11 @@ extern "C" __global__ void norm_backward(const real* x, const real* grad, const 
 #pragma unroll
         for (int i = 0; i < LANES; i++)
             g[i] = m.factor * (g[i] * (w[i] + (acc)offset) - shift - (part[i] - m.mean) * shrink);
+        if (more) {
+            load(part, more + (i64)row * width + at, width - at, vector);
+#pragma unroll
+            for (int i = 0; i < LANES; i++) g[i] += part[i];
+        }
         store(dx + at, g, width - at, vector);
     }
 }

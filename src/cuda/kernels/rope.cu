@@ -1,8 +1,8 @@
 // Rotary position embedding of [batch, seq, heads, width] with given strides; y is dense. `cos` and `sin` are [batch, seq, half].
-// A unit is a pair, or as many pairs as a vector holds, or as much of what comes after the pairs.
+// Heads from `rotated` on stay as they are. A unit is a pair, or as many pairs as a vector holds, or as much of what comes after the pairs.
 
 extern "C" __global__ void rope(const real* x, const real* cos, const real* sin, real* y, i64 units, int seq, int heads,
-                                int width, int half, i64 by_batch, i64 by_row, i64 by_head, int interleaved, int inverse,
+                                int rotated, int width, int half, i64 by_batch, i64 by_row, i64 by_head, int interleaved, int inverse,
                                 int vector) {
     const int step = vector ? LANES : 1, turning = half / step, per_head = turning + (width - 2 * half) / step;
     for (i64 unit = (i64)blockIdx.x * blockDim.x + threadIdx.x; unit < units; unit += (i64)gridDim.x * blockDim.x) {
@@ -19,8 +19,16 @@ extern "C" __global__ void rope(const real* x, const real* cos, const real* sin,
             continue;
         }
         const int i = part * step;
-        load(c, cos + position * half + i, 1, vector);
-        load(s, sin + position * half + i, 1, vector);
+        if (head < rotated) {
+            load(c, cos + position * half + i, 1, vector);
+            load(s, sin + position * half + i, 1, vector);
+        } else {
+#pragma unroll
+            for (int k = 0; k < LANES; k++) {
+                c[k] = 1;
+                s[k] = 0;
+            }
+        }
         // of interleaved pairs, a unit takes two vectors side by side
         const int one = interleaved ? 2 * i : i, other = interleaved ? 2 * i + step : i + half;
         load(first, from + one, 1, vector);
