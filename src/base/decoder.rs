@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::fused::{FusedLayer, Weights, fuse};
 use super::hook::{LinearMap, Site, SiteHook};
@@ -13,7 +13,7 @@ use super::ops::{
     lookup, rope,
 };
 use super::{
-    Activation, Checkpoint, DecoderSpec, Error, Input, KvCache, Linear, Norm, NormSite, QkNormOver, Result, WeightRole,
+    Checkpoint, DecoderSpec, Error, Input, KvCache, Linear, Norm, NormSite, QkNormOver, Result, WeightRole,
     WeightShape, Wiring, ops,
 };
 
@@ -541,14 +541,9 @@ impl Decoder {
             return mlp.clone().with(beside).forward(x);
         }
         let linear = |linear, x: &Tensor| self.linear(index, layer, linear, x, pass.hook);
-        let activation = match self.spec.mlp.activation {
-            Activation::Silu => candle_nn::Activation::Silu,
-            Activation::Gelu => candle_nn::Activation::Gelu,
-            Activation::GeluTanh => candle_nn::Activation::GeluPytorchTanh,
-            Activation::Relu => candle_nn::Activation::Relu,
-        };
+        let activation = self.spec.mlp.activation;
         let inner = if self.spec.mlp.gated {
-            (activation.forward(&linear(Linear::Gate, x)?)? * linear(Linear::Up, x)?)?
+            ops::gated(activation, &linear(Linear::Gate, x)?, &linear(Linear::Up, x)?)?
         } else {
             activation.forward(&linear(Linear::Up, x)?)?
         };

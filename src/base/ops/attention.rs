@@ -98,6 +98,10 @@ pub fn attention(
     scale: f64,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes_attention([query, key, value]) {
+        return crate::cuda::attention([query, key, value], visibility, scale, softcap);
+    }
     if is_composed(query) {
         return composed::attention([query, key, value], visibility, scale, softcap);
     }
@@ -114,8 +118,8 @@ pub fn attention(
     mixed.transpose(1, 2)
 }
 
-/// [`attention`] of queries, keys and values that lie beside each other: `qkv` of `[batch, seq, num_heads + 2 · kv_heads, width]`
-/// in float32 or float64, on the CPU. Returns `[batch, seq, num_heads, width]`.
+/// [`attention`] of queries, keys and values that lie beside each other: `qkv` of `[batch, seq, num_heads + 2 · kv_heads, width]`.
+/// Returns `[batch, seq, num_heads, width]`.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -126,7 +130,11 @@ pub fn attention_packed(
     scale: f64,
     softcap: Option<f64>,
 ) -> Result<Tensor> {
-    if is_composed(qkv) {
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes_attention([qkv; 3]) {
+        return crate::cuda::attention_packed(qkv, kv_heads, visibility, scale, softcap);
+    }
+    if is_composed(qkv) || matches!(qkv.dtype(), DType::F16 | DType::BF16) {
         let heads = qkv.dim(2)?.saturating_sub(2 * kv_heads);
         let part = |start, count| qkv.narrow(2, start, count)?.transpose(1, 2);
         let (query, key) = (part(0, heads)?, part(heads, kv_heads)?);

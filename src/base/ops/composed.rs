@@ -35,7 +35,7 @@ impl Drop for Composed {
 }
 
 /// Whether operations on CPU tensors are composed as well.
-pub(super) fn is_forced() -> bool {
+pub(crate) fn is_forced() -> bool {
     FORCED.get()
 }
 
@@ -186,11 +186,11 @@ impl LogitMap {
 }
 
 /// A value for each row of its input, and its gradient by that row, both made already.
-struct Tangent {
+pub(crate) struct Tangent {
     /// `[rows]`.
-    value: Tensor,
+    pub(crate) value: Tensor,
     /// Like the input.
-    slope: Tensor,
+    pub(crate) slope: Tensor,
 }
 
 impl Tangent {

@@ -65,6 +65,11 @@ pub fn label_loss(hidden: &Tensor, map: &LogitMap, targets: &[u32]) -> Result<La
     if rows != targets.len() || targets.iter().any(|target| *target as usize >= vocab) {
         candle_core::bail!("label-loss: {} targets below {vocab} for {rows} rows", targets.len());
     }
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes(hidden) && map.tensors().all(|tensor| !tensor.track_op() && tensor.dtype() == hidden.dtype())
+    {
+        return crate::cuda::label_loss(hidden, map, targets);
+    }
     let is_fused = map.weight.dtype() == hidden.dtype() && map.tensors().all(is_held);
     if is_fused {
         let predicted = Arc::new(Mutex::new(Vec::new()));
@@ -100,6 +105,10 @@ pub fn logits_loss(logits: &Tensor, targets: &[u32]) -> Result<LabelLoss> {
     let (rows, vocab) = logits.dims2()?;
     if rows != targets.len() || targets.iter().any(|target| *target as usize >= vocab) {
         candle_core::bail!("label-loss: {} targets below {vocab} for {rows} rows", targets.len());
+    }
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes(logits) {
+        return crate::cuda::logits_loss(logits, targets);
     }
     if is_composed(logits) {
         return composed::logits_loss(logits, targets);

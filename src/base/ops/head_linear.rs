@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, W
 use rayon::prelude::*;
 
 use super::composed::is_composed;
-use super::elu::{elu_of, elu_slope};
+use super::elu::{elu, elu_of, elu_slope};
 use super::held::{Held, numbers, tensor};
 use super::matmul::{Matrix, Target, Threads, multiply};
 use super::real::{Real, vectorised};
@@ -26,7 +26,7 @@ pub enum Feature {
 /// When the shapes do not fit.
 pub fn head_linear(x: &Tensor, m: &Tensor, feature: Feature) -> Result<Tensor> {
     if is_composed(x) {
-        let features = if feature == Feature::Elu { x.elu(1.0)? } else { x.clone() };
+        let features = if feature == Feature::Elu { elu(x)? } else { x.clone() };
         let ((batch, heads, seq, width), out) = (x.dims4()?, m.dim(2)?);
         let rows = features.transpose(0, 1)?.reshape((heads, batch * seq, width))?;
         return rows.matmul(&m.contiguous()?)?.reshape((heads, batch, seq, out))?.transpose(0, 1);

@@ -106,7 +106,7 @@ impl InnerMap {
     }
 
     /// Whether the gradient of something of it is computed from its input.
-    pub(super) fn is_trained(&self) -> bool {
+    pub(crate) fn is_trained(&self) -> bool {
         self.tensors().any(Tensor::track_op)
     }
 

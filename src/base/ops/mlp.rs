@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Module, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::NormWeights;
@@ -35,8 +35,13 @@ pub struct MlpBlock {
 }
 
 impl GatedMlp {
-    /// Whether it is computed as one operation: float weights on the CPU and an activation that it knows.
+    /// Whether it is computed as one operation: float weights on the CPU and an activation that it knows, or
+    /// weights on a device with kernels.
     pub fn is_fused(&self) -> bool {
+        #[cfg(any(test, feature = "cuda"))]
+        if [&self.gate, &self.up, &self.down].into_iter().all(crate::cuda::takes_map) {
+            return true;
+        }
         self.activation != Activation::Gelu && [&self.gate, &self.up, &self.down].into_iter().all(InnerMap::is_held)
     }
 
@@ -66,6 +71,10 @@ impl GatedMlp {
     }
 
     fn run(&self, x: &Tensor, block: Option<MlpBlock>) -> Result<Tensor> {
+        #[cfg(any(test, feature = "cuda"))]
+        if crate::cuda::takes(x) {
+            return crate::cuda::mlp(x, self, block.as_ref());
+        }
         let norm = block.as_ref().map(|block| &block.norm);
         let maps = [&self.gate, &self.up, &self.down].into_iter().flat_map(InnerMap::tensors);
         let trained = Trained::of(norm.into_iter().flat_map(NormWeights::tensors).chain(maps))?;
@@ -82,7 +91,39 @@ impl GatedMlp {
 impl MlpBlock {
     /// Whether [`GatedMlp::forward_block`] takes it.
     pub fn is_fused(&self) -> bool {
+        #[cfg(any(test, feature = "cuda"))]
+        if crate::cuda::takes(&self.norm.weight) {
+            return true;
+        }
         self.norm.is_held()
+    }
+}
+
+/// `activation(gate) · up`, of what the maps of a gated block give.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes(gate) {
+        return crate::cuda::gated(activation, gate, up);
+    }
+    activation.forward(gate)? * up
+}
+
+impl Activation {
+    /// Of every number.
+    ///
+    /// # Errors
+    /// When candle fails.
+    pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        let activation = match self {
+            Self::Silu => candle_nn::Activation::Silu,
+            Self::Gelu => candle_nn::Activation::Gelu,
+            Self::GeluTanh => candle_nn::Activation::GeluPytorchTanh,
+            Self::Relu => candle_nn::Activation::Relu,
+        };
+        activation.forward(x)
     }
 }
 

@@ -27,6 +27,8 @@ mod trained;
 
 pub use attention::{Visibility, attention, attention_packed};
 pub use composed::Composed;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) use composed::{Tangent, is_forced};
 pub use cross_entropy::{LabelLoss, LogitMap, label_loss, logits_loss};
 pub use dropout::dropout;
 pub use elu::elu;
@@ -34,7 +36,7 @@ pub use head_linear::{Feature, head_linear};
 pub use inner_map::{InnerMap, LowRank};
 pub use linear::linear;
 pub use lookup::lookup;
-pub use mlp::{GatedMlp, MlpBlock};
+pub use mlp::{GatedMlp, MlpBlock, gated};
 pub use norm::NormWeights;
 pub use projection::{OutputProjection, QkvProjection, Rotation};
 pub use rope::rope;

@@ -32,6 +32,10 @@ impl NormWeights {
         if x.dim(D::Minus1)? != weight.dim(D::Minus1)? {
             candle_core::bail!("norm: input {:?} does not fit weight {:?}", x.dims(), weight.dims());
         }
+        #[cfg(any(test, feature = "cuda"))]
+        if crate::cuda::takes_norm(x, self) {
+            return crate::cuda::norm(x, self);
+        }
         let is_trained = self.tensors().any(Tensor::track_op);
         if is_trained && self.is_held() && x.dtype() == weight.dtype() {
             let trained = Trained::of(self.tensors())?;

@@ -38,8 +38,12 @@ pub struct Rotation {
 }
 
 impl QkvProjection {
-    /// Whether [`forward`](Self::forward) computes it: float weights on the CPU.
+    /// Whether [`forward`](Self::forward) computes it: float weights on the CPU, or weights on a device with kernels.
     pub fn is_fused(&self) -> bool {
+        #[cfg(any(test, feature = "cuda"))]
+        if crate::cuda::takes(&self.norm.weight) && self.maps.iter().all(crate::cuda::takes_map) {
+            return true;
+        }
         self.norm.is_held() && self.maps.iter().all(InnerMap::is_held)
     }
 
@@ -88,6 +92,10 @@ impl QkvProjection {
         let rotated = self.rotated_heads * self.head_dim;
         if hidden != weight_in || !width.is_multiple_of(self.head_dim.max(1)) || rotated > width || !angles_fit {
             candle_core::bail!("qkv-projection: input {:?}, weight [{width}, {weight_in}]", x.dims());
+        }
+        #[cfg(any(test, feature = "cuda"))]
+        if crate::cuda::takes(x) {
+            return crate::cuda::qkv(x, self, rotation.as_ref());
         }
         let trained = Trained::of(self.tensors())?;
         let token = trained.token().cloned();
@@ -228,8 +236,12 @@ pub struct OutputProjection {
 }
 
 impl OutputProjection {
-    /// Whether [`forward`](Self::forward) computes it: float weights on the CPU.
+    /// Whether [`forward`](Self::forward) computes it: float weights on the CPU, or weights on a device with kernels.
     pub fn is_fused(&self) -> bool {
+        #[cfg(any(test, feature = "cuda"))]
+        if crate::cuda::takes_map(&self.map) {
+            return true;
+        }
         self.map.is_held()
     }
 
@@ -253,6 +265,10 @@ impl OutputProjection {
             && term.is_none_or(|term| term.dims() == mixed.dims());
         if !fits {
             candle_core::bail!("output-projection: {:?} does not fit {:?}", mixed.dims(), self.map.weight.dims());
+        }
+        #[cfg(any(test, feature = "cuda"))]
+        if crate::cuda::takes(mixed) {
+            return crate::cuda::output(mixed, term, residual, self);
         }
         let trained = Trained::of(self.map.tensors())?;
         let token = trained.token().cloned();
