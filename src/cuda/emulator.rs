@@ -103,7 +103,7 @@ fn bytes(storage: &CpuStorage) -> Vec<u8> {
         CpuStorage::F64(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
         CpuStorage::BF16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
         CpuStorage::F16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        other => unreachable!("{other:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -116,7 +116,7 @@ fn storage(dtype: DType, bytes: &[u8]) -> CpuStorage {
         DType::F64 => CpuStorage::F64(numbers(bytes, f64::from_le_bytes)),
         DType::BF16 => CpuStorage::BF16(numbers(bytes, bf16::from_le_bytes)),
         DType::F16 => CpuStorage::F16(numbers(bytes, f16::from_le_bytes)),
-        other => unreachable!("{other:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
