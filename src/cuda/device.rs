@@ -15,6 +15,9 @@ use candle_core::{CudaStorage, DType, Error, Layout, Result, Storage};
 
 use super::launch::{Argument, Call, Source};
 
+/// The compute capability that has all instructions of the kernels: 8.0.
+const OLDEST: i32 = 80;
+
 /// Shared memory that a kernel has without being allowed more.
 const SHARED: usize = 48 << 10;
 
@@ -27,8 +30,30 @@ fn failed(doing: &str) -> impl Fn(&dyn Display) -> Error {
     move |why| Error::msg(format!("{doing}: {why}"))
 }
 
+/// Whether the device can have kernels: it is new enough, and the compiler is there. Where it is not, says so once.
+pub(super) fn has_kernels(device: &CudaDevice) -> bool {
+    static KNOWN: Mutex<Vec<(DeviceId, bool)>> = Mutex::new(Vec::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, has)) = known.iter().find(|(id, _)| *id == device.id()) {
+        return *has;
+    }
+    let tried = capability(device).and_then(|capability| {
+        if capability < OLDEST {
+            candle_core::bail!("it has compute capability {capability}, the kernels begin with {OLDEST}");
+        }
+        compiled(Source::Norm, DType::F32, device)
+    });
+    if let Err(why) = &tried {
+        tracing::warn!(
+            "the GPU computes with candle's operations, slower and with more memory than with kernels: {why}"
+        );
+    }
+    known.push((device.id(), tried.is_ok()));
+    tried.is_ok()
+}
+
 /// The device's compute capability, as 90 for 9.0.
-pub(super) fn capability(device: &CudaDevice) -> Result<i32> {
+fn capability(device: &CudaDevice) -> Result<i32> {
     let (major, minor) = device
         .cuda_stream()
         .context()
@@ -48,18 +73,19 @@ pub(super) fn shared_limit(device: &CudaDevice) -> Result<usize> {
     Ok(limit.max(0) as usize)
 }
 
-/// The call's file as PTX for the device.
-fn compiled(call: &Call, device: &CudaDevice) -> Result<Arc<str>> {
+/// A file as PTX for the device.
+fn compiled(source: Source, real: DType, device: &CudaDevice) -> Result<Arc<str>> {
     let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
     let compiled = compiled.get_or_insert_default();
-    let key = (device.id(), call.source, call.real);
+    let key = (device.id(), source, real);
     if let Some(ptx) = compiled.get(&key) {
         return Ok(ptx.clone());
     }
     let architecture = format!("--gpu-architecture=compute_{}", capability(device)?);
     let options = vec![architecture, "--std=c++17".into()];
     let options = CompileOptions { options, ..CompileOptions::default() };
-    let ptx = compile_ptx_with_opts(call.source.text(call.real)?, options).map_err(|why| call.error(why))?;
+    let ptx = compile_ptx_with_opts(source.text(real)?, options)
+        .map_err(|why| Error::msg(format!("compiling the kernels {source:?} of {real:?} (NVRTC): {why}")))?;
     let ptx: Arc<str> = ptx.to_src().into();
     compiled.insert(key, ptx.clone());
     Ok(ptx)
@@ -134,7 +160,7 @@ fn pointer_mut<'a>(storage: &'a mut CudaStorage, stream: &'a CudaStream) -> Resu
 
 /// Calls a kernel with outputs that exist.
 pub(super) fn launch(call: &Call, outputs: &mut [&mut CudaStorage], device: &CudaDevice) -> Result<()> {
-    let ptx = compiled(call, device)?;
+    let ptx = compiled(call.source, call.real, device)?;
     let module = format!("prefold-{:?}-{:?}", call.source, call.real);
     let function = device.get_or_load_custom_func(call.entry, &module, &ptx)?;
     if call.shared > SHARED {

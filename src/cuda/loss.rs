@@ -121,11 +121,7 @@ impl Of {
         arguments.extend([Argument::F64(self.scale), Argument::F64(self.cap), is_vector.into()]);
         let blocks = vocab.div_ceil(THREADS * 4 * 16 / real.size_in_bytes());
         let (source, entry, block) = (Source::Loss, "loss_backward", [THREADS, 1]);
-        // a grid's second and third side end at 65,535
-        if rows > 65_535 {
-            candle_core::bail!("label-loss: {rows} rows at a time are more than the kernel takes");
-        }
-        Ok(Call { source, real, entry, grid: [blocks, rows, 1], block, shared: 0, arguments })
+        Ok(Call { source, real, entry, grid: [rows, blocks, 1], block, shared: 0, arguments })
     }
 }
 

@@ -50,7 +50,7 @@ pub(crate) fn takes(x: &candle_core::Tensor) -> bool {
     use candle_core::{DType, Device};
     let is_here = match x.device() {
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => device::capability(device).is_ok_and(|capability| capability >= 80),
+        Device::Cuda(device) => device::has_kernels(device),
         #[cfg(test)]
         Device::Cpu => emulator::is_active(),
         _ => false,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use rayon::prelude::*;
 
 use super::attention::tilings;
@@ -13,7 +13,10 @@ use super::emulator::Emulated;
 use super::launch::Source;
 use super::{Row, self_check};
 use crate::adapter::Adapter;
-use crate::base::{Checkpoint, Decoder};
+use crate::base::ops::{
+    GatedMlp, InnerMap, LowRank, MlpBlock, NormWeights, OutputProjection, QkvProjection, Rotation, backward,
+};
+use crate::base::{Activation, Checkpoint, Decoder, Norm, NormKind};
 use crate::data::Batch;
 use crate::train::{BatchGradients, Sft, batch_gradients};
 
@@ -122,6 +125,58 @@ fn gradients_of_decoders_are_pytorch_s() {
                 let error = most((found - &expected).unwrap()) / most(expected);
                 assert!(error < 1e-5, "{family} {case} {name}: {error:.1e}");
             }
+        }
+    }
+}
+
+/// Pieces of a layer of which something is trained, against those of the CPU in float64.
+#[test]
+fn pieces_with_trained_parts_are_those_of_the_cpu() {
+    let Some(_emulated) = Emulated::on_this_thread() else { return };
+    let norm = Norm { kind: NormKind::Rms, epsilon: 1e-5, weight_offset: 0.0, bias: false };
+    // inputs: x, norm, three maps, two low-rank products, a term
+    let shapes: [&[usize]; 10] =
+        [&[2, 3, 16], &[16], &[24, 16], &[24, 16], &[16, 24], &[2, 16], &[8, 2], &[2, 24], &[16, 2], &[2, 3, 4, 6]];
+    let numbers = |shape: &[usize], seed: usize| {
+        let count: usize = shape.iter().product();
+        let values: Vec<f64> = (0..count).map(|i| (0.7 + seed as f64 + i as f64 * 1.618_033).sin()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    };
+    let pieces = |given: &[Tensor], with_products: bool| {
+        let map = |at: usize| InnerMap::new(&given[at], None);
+        let low = |at: usize| LowRank { a: given[at].clone(), b: given[at + 1].clone(), scale: 0.7 };
+        let low = |at: usize| with_products.then(|| low(at));
+        let norm = NormWeights { norm, weight: given[1].clone(), bias: None };
+        let mlp = GatedMlp { gate: map(2), up: map(3), down: map(4), activation: Activation::Silu };
+        let block = MlpBlock { norm: norm.clone(), scale: 0.5 };
+        let x = mlp.with([None, None, low(7)]).forward_block(&given[0], &block).unwrap();
+        let angles = numbers(&[2, 3, 2], 40).to_dtype(x.dtype()).unwrap();
+        let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
+        let rotation = Some(Rotation { cos, sin, interleaved: false });
+        let qkv = QkvProjection { norm, maps: vec![map(2)], rotated_heads: 3, head_dim: 6 };
+        let heads = qkv.with(6, low(5)).unwrap().forward(&x, rotation).unwrap();
+        let output = OutputProjection { map: map(4), scale: 0.5 }.with(low(7));
+        output.forward(&heads, Some(&given[9]), &x).unwrap()
+    };
+    for (trained, with_products) in
+        [(vec![0], false), (vec![0, 9], false), (vec![0, 5, 6, 7, 8, 9], true), (vec![0, 1, 2, 4], true)]
+    {
+        let run = |dtype: DType| {
+            let tensor = |(at, shape): (usize, &&[usize])| numbers(shape, at).to_dtype(dtype).unwrap();
+            let mut given: Vec<Tensor> = shapes.iter().enumerate().map(tensor).collect();
+            let variables: Vec<Var> = trained.iter().map(|at| Var::from_tensor(&given[*at]).unwrap()).collect();
+            trained.iter().zip(&variables).for_each(|(at, variable)| given[*at] = variable.as_tensor().clone());
+            let y = pieces(&given, with_products);
+            let weights = numbers(y.dims(), 50).to_dtype(dtype).unwrap();
+            let store = backward(&(&y * weights).unwrap().sum_all().unwrap()).unwrap();
+            let gradients = variables.iter().map(|variable| store.get(variable).unwrap().clone());
+            let results: Vec<Tensor> = std::iter::once(y.detach()).chain(gradients).collect();
+            results.iter().map(|x| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap()).collect::<Vec<_>>()
+        };
+        for (at, (found, truth)) in run(DType::F32).into_iter().zip(run(DType::F64)).enumerate() {
+            let most = |x: Tensor| -> f64 { x.abs().unwrap().max(0).unwrap().to_scalar().unwrap() };
+            let error = most((found - &truth).unwrap()) / most(truth);
+            assert!(error < 1e-5, "{trained:?}, result {at}: {error:.1e}");
         }
     }
 }

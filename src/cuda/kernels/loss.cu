@@ -71,13 +71,13 @@ extern "C" __global__ void loss_forward(const real* logits, const real* bias, co
 extern "C" __global__ void loss_backward(const real* logits, const real* bias, const u32* targets, const acc* found,
                                          const acc* factors, real* grad, int rows, int vocab, double scale, double cap,
                                          int vector) {
-    const int row = blockIdx.y;
+    const int row = blockIdx.x;
     logits += (i64)row * vocab;
     grad += (i64)row * vocab;
     const acc total = found[rows + row], factor = (factors ? factors[row] : (acc)1) * (acc)scale;
     const int target = (int)targets[row];
     acc part[LANES];
-    for (int at = (blockIdx.x * blockDim.x + threadIdx.x) * LANES; at < vocab; at += gridDim.x * blockDim.x * LANES) {
+    for (int at = (blockIdx.y * blockDim.x + threadIdx.x) * LANES; at < vocab; at += gridDim.y * blockDim.x * LANES) {
         load(part, logits + at, vocab - at, vector);
 #pragma unroll
         for (int i = 0; i < LANES; i++) {
