@@ -7,6 +7,7 @@ mod copy;
 mod hash;
 mod manifest;
 mod map;
+mod shared_objects;
 mod staged;
 mod wheel;
 
@@ -17,6 +18,7 @@ pub use copy::{Carried, copy_file, link_file};
 pub use hash::{sha256_bytes, sha256_file, sha256_pieces};
 pub use manifest::{FileFact, MANIFEST_NAME, Manifest};
 pub use map::MappedFile;
+pub use shared_objects::{load_libraries, load_needs};
 pub use staged::{StagedFolder, sync};
 pub use wheel::{Member, Wheel, run_python};
 

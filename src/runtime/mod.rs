@@ -15,7 +15,6 @@ mod profile;
 mod serve;
 mod session;
 mod setup;
-mod shared_objects;
 mod tensor;
 #[cfg(test)]
 mod testing;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::guard::guarded;
 use super::profile::Profile;
 use super::session::order_feeds;
-use super::{DType, Dim, Error, Port, Result, RuntimeInfo, Session, Tensor, Value, library, shared_objects};
+use super::{DType, Dim, Error, Port, Result, RuntimeInfo, Session, Tensor, Value, library};
 
 const NAME: &str = "ONNX Runtime";
 
@@ -183,7 +183,7 @@ fn load_needs(library: &Path, provider: Provider) -> std::result::Result<(), Str
     let Some(own) = library::provider_library(library, provider) else {
         return if provider == Provider::Cpu { Ok(()) } else { Err("its library is not beside the main one".into()) };
     };
-    let missing = shared_objects::preload(&own);
+    let missing = crate::files::load_needs(&own);
     if missing.is_empty() {
         return Ok(());
     }

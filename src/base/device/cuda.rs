@@ -15,6 +15,7 @@ const BUILT_FOR: Option<&str> = option_env!("CUDA_COMPUTE_CAP");
 pub(super) fn open(number: usize) -> Result<Device> {
     let device = format!("cuda:{number}");
     let fail = |why: String, help: String| Error::Device { device: device.clone(), why, help };
+    let missing = load_libraries();
     let count = CudaContext::device_count().map_err(|error| {
         let (why, help) = why_no_driver(error);
         fail(why, help)
@@ -27,11 +28,14 @@ pub(super) fn open(number: usize) -> Result<Device> {
         };
         return Err(fail(why, "look at `nvidia-smi -L` and CUDA_VISIBLE_DEVICES, or use --device cpu".into()));
     }
+    if !missing.is_empty() {
+        let help = "they are looked for on LD_LIBRARY_PATH, in a toolkit (CUDA_HOME) and in Python's nvidia packages: install \
+                    one of these, or use --device cpu";
+        return Err(fail(format!("{} cannot be loaded", missing.join(", ")), help.into()));
+    }
     check_capability(number).map_err(|(why, help)| fail(why, help))?;
-    let opened = Device::new_cuda(number).map_err(|error| {
-        let (why, help) = why_not_opened(&error.to_string());
-        fail(why, help)
-    })?;
+    let opened = Device::new_cuda(number)
+        .map_err(|error| fail(format!("the GPU cannot be used: {error}"), format!("see `nvidia-smi`, {USE_CPU}")))?;
     keep_memory(&opened);
     let probe = || Tensor::ones(2, DType::F32, &opened)?.affine(2.0, 1.0)?.to_vec1::<f32>();
     match probe() {
@@ -112,24 +116,12 @@ fn check_capability(number: usize) -> std::result::Result<(), (String, String)> 
     ))
 }
 
-fn why_not_opened(error: &str) -> (String, String) {
+/// Loads CUDA's libraries from where they lie; gives back the names of those that are not there.
+fn load_libraries() -> Vec<String> {
     let major = built_with().0;
-    let libraries = |names: &str| {
-        (
-            format!("{names} cannot be loaded"),
-            format!(
-                "put the folder that holds them on LD_LIBRARY_PATH: a toolkit's lib64, or nvidia/*/lib among Python's \
-                 packages (CUDA_LAZY_DEBUG=1 says what the loader said), {USE_CPU}"
-            ),
-        )
-    };
-    if error.contains("CublasError") || error.contains("CUBLAS") {
-        libraries(&format!("libcublas.so.{major} or libcublasLt.so.{major}"))
-    } else if error.contains("Curand") || error.contains("CURAND") {
-        libraries("libcurand.so.10")
-    } else {
-        (format!("the GPU cannot be used: {error}"), format!("see `nvidia-smi`, {USE_CPU}"))
-    }
+    let names = ["cublasLt", "cublas", "nvrtc"].map(|name| format!("lib{name}.so.{major}"));
+    let names = names.iter().map(String::as_str).chain(["libcurand.so.10"]);
+    crate::files::load_libraries(&names.collect::<Vec<_>>())
 }
 
 fn why_no_kernel(error: &str) -> (String, String) {

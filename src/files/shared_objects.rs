@@ -1,13 +1,14 @@
-//! The shared libraries that an execution provider of ONNX Runtime needs: where they are, and loading them.
+//! The shared libraries of CUDA: where they are, and loading them.
 //!
-//! A provider's library names CUDA's among its needs, and the loader looks for these in the system's folders alone. They
-//! are as often inside Python's packages or a toolkit, so each is loaded by its path first: the loader takes one that is
-//! there already.
+//! The loader looks for what a program or library names in the system's folders and `LD_LIBRARY_PATH` alone. CUDA's are as
+//! often inside Python's packages or a toolkit, so each is loaded by its path before it is asked for: the loader takes one
+//! that is there already.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use crate::files;
+use super::MappedFile;
 
 /// Asks Python where the packages of NVIDIA lie, without importing one.
 const FIND_PACKAGES: &str = "import sys; sys.path = [p for p in sys.path if p]\n\
@@ -21,7 +22,7 @@ const OPENED_LATER: [&str; 2] = ["libcudnn.so.9", "libcufft.so.12"];
 
 /// Folders that may hold CUDA's libraries, in the order in which they are looked in: `LD_LIBRARY_PATH`, a toolkit, Python's
 /// packages.
-pub(super) fn folders() -> Vec<PathBuf> {
+fn folders() -> Vec<PathBuf> {
     let listed = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     let listed = std::env::split_paths(&listed).filter(|path| !path.as_os_str().is_empty());
     let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
@@ -36,7 +37,7 @@ pub(super) fn folders() -> Vec<PathBuf> {
 /// `nvidia/*/lib` and `tensorrt_libs` of the Python on the path.
 fn packages() -> Vec<PathBuf> {
     // no Python is no error: it is one place less
-    let Ok(output) = files::run_python(["-c".as_ref(), FIND_PACKAGES.as_ref()]) else { return Vec::new() };
+    let Ok(output) = super::run_python(["-c".as_ref(), FIND_PACKAGES.as_ref()]) else { return Vec::new() };
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let roots = text.lines().filter(|line| !line.is_empty()).map(PathBuf::from);
     roots.flat_map(|root| libraries_below(&root)).collect()
@@ -101,19 +102,25 @@ fn is_sought(name: &str) -> bool {
     ["libcu", "libnv", "libnccl"].iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Loads what a provider's library needs of NVIDIA's, what these need first. Gives back the names of what is not there.
-pub(super) fn preload(library: &Path) -> Vec<String> {
-    let (mut state, folders) = (Loading::default(), folders());
-    for name in needs_of(library) {
-        state.load(&name, &folders);
-    }
+/// Loads what a provider of ONNX Runtime needs of NVIDIA's libraries, what these need first. Gives back the names of what is
+/// not there.
+pub fn load_needs(library: &Path) -> Vec<String> {
+    let mut state = Loading::default();
+    needs_of(library).iter().for_each(|name| state.load(name));
     let missing = state.missing.clone();
-    OPENED_LATER.iter().for_each(|name| state.load(name, &folders));
+    OPENED_LATER.iter().for_each(|name| state.load(name));
     missing.into_iter().collect()
 }
 
+/// Loads libraries of NVIDIA's by their names. Gives back those that are not there.
+pub fn load_libraries(names: &[&str]) -> Vec<String> {
+    let mut state = Loading::default();
+    names.iter().for_each(|name| state.load(name));
+    state.missing.into_iter().collect()
+}
+
 fn needs_of(library: &Path) -> Vec<String> {
-    let needs = files::MappedFile::open(library).ok().and_then(|file| needs(file.bytes()));
+    let needs = MappedFile::open(library).ok().and_then(|file| needs(file.bytes()));
     needs.unwrap_or_default().into_iter().filter(|name| is_sought(name)).collect()
 }
 
@@ -121,22 +128,22 @@ fn needs_of(library: &Path) -> Vec<String> {
 struct Loading {
     seen: BTreeSet<String>,
     missing: BTreeSet<String>,
+    /// Where the loader does not look; asked for when it has not found something.
+    folders: OnceCell<Vec<PathBuf>>,
 }
 
 impl Loading {
-    fn load(&mut self, name: &str, folders: &[PathBuf]) {
-        if !self.seen.insert(name.to_owned()) {
+    fn load(&mut self, name: &str) {
+        if !self.seen.insert(name.to_owned()) || open(name.as_ref()) {
             return;
         }
-        let found = folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
+        let found =
+            self.folders.get_or_init(folders).iter().map(|folder| folder.join(name)).find(|path| path.is_file());
         let needs = found.as_deref().map(needs_of).unwrap_or_default();
         for need in &needs {
-            self.load(need, folders);
+            self.load(need);
         }
-        let loaded = match &found {
-            Some(path) => open(path.as_os_str()) || open(name.as_ref()),
-            None => open(name.as_ref()),
-        };
+        let loaded = found.is_some_and(|path| open(path.as_os_str()));
         // of one that lacks another only the other is named
         if !loaded && !needs.iter().any(|need| self.missing.contains(need)) {
             self.missing.insert(name.to_owned());
@@ -169,7 +176,7 @@ mod tests {
     #[cfg(all(target_os = "linux", target_pointer_width = "64", target_endian = "little"))]
     #[test]
     fn the_needs_of_a_program_are_read() {
-        let own = files::MappedFile::open(&std::env::current_exe().unwrap()).unwrap();
+        let own = MappedFile::open(&std::env::current_exe().unwrap()).unwrap();
         let needs = needs(own.bytes()).unwrap();
         assert!(needs.iter().any(|name| name.starts_with("libc.so")), "{needs:?}");
     }
@@ -185,11 +192,14 @@ mod tests {
         }
     }
 
+    #[cfg(unix)]
     #[test]
     fn a_library_that_is_nowhere_is_named() {
         let mut state = Loading::default();
-        state.load("libcuda_of_no_machine.so.99", &[PathBuf::from("/nowhere")]);
+        state.load("libcuda_of_no_machine.so.99");
         assert_eq!(state.missing.into_iter().collect::<Vec<_>>(), ["libcuda_of_no_machine.so.99"]);
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        assert_eq!(load_libraries(&["libc.so.6", "libcu_none.so.1"]), ["libcu_none.so.1"]);
         assert!(is_sought("libcudart.so.13") && is_sought("libnvinfer.so.10") && !is_sought("libstdc++.so.6"));
     }
 
