@@ -43,7 +43,9 @@ use crate::parity::{
     ReferenceStore, Report, Thresholds, Verdict, adapter_cases, generated_prompts, length_cases, named_cases,
     select_cases, standard_cases,
 };
-use crate::runtime::{self, Given, OrtOptions, OrtSession, Session, TractOptions, TractSession, WithGiven, library};
+use crate::runtime::{
+    self, Given, OrtOptions, OrtSession, Provider, Session, TractOptions, TractSession, WithGiven, library,
+};
 use crate::train::ComputeType;
 
 /// The exit code of what could not be told.
@@ -183,6 +185,8 @@ impl Side {
 pub(super) enum Engine {
     /// ONNX Runtime on the CPU.
     Ort,
+    /// ONNX Runtime on a GPU by its CUDA provider: no TF32, nothing on the CPU.
+    OrtCuda,
     /// tract, embedded.
     Tract,
 }
@@ -190,7 +194,7 @@ pub(super) enum Engine {
 impl Engine {
     fn name(self) -> &'static str {
         match self {
-            Self::Ort => "onnxruntime",
+            Self::Ort | Self::OrtCuda => "onnxruntime",
             Self::Tract => "tract",
         }
     }
@@ -201,6 +205,18 @@ pub(super) fn open_session(context: &Context, engine: Engine, graph: &Path) -> r
     open_given(context, engine, graph, Vec::new())
 }
 
+/// Opens a graph in ONNX Runtime, on the CPU or a GPU.
+pub(super) fn open_ort(
+    context: &Context,
+    engine: Engine,
+    graph: &Path,
+    threads: Option<usize>,
+) -> runtime::Result<OrtSession> {
+    let provider = if engine == Engine::OrtCuda { Provider::Cuda } else { Provider::Cpu };
+    let library = library::find_with(context.ort_lib(), &context.cache, provider)?;
+    OrtSession::open(&library, graph, OrtOptions { threads, provider, ..OrtOptions::default() })
+}
+
 /// Opens a graph in a runtime, with inputs that are given with every run.
 pub(super) fn open_given(
     context: &Context,
@@ -209,10 +225,7 @@ pub(super) fn open_given(
     given: Vec<(String, Given)>,
 ) -> runtime::Result<Box<dyn Session>> {
     let session: Box<dyn Session> = match engine {
-        Engine::Ort => {
-            let library = library::find(context.ort_lib(), &context.cache)?;
-            Box::new(OrtSession::open(&library, graph, OrtOptions::default())?)
-        }
+        Engine::Ort | Engine::OrtCuda => Box::new(open_ort(context, engine, graph, None)?),
         Engine::Tract => {
             let fed: Vec<String> = given.iter().map(|(name, _)| name.clone()).collect();
             Box::new(TractSession::open_fed(graph, &fed, TractOptions::default())?)

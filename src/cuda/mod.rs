@@ -1,6 +1,6 @@
 //! Kernels for CUDA devices.
 //!
-//! Each stands for an operation of [`base::ops`](crate::base::ops), which calls it where [`takes`] says so: on a device of compute
+//! Each stands for an operation of [`base::ops`](crate::base::ops), which calls it where `takes` says so: on a device of compute
 //! capability 8.0 or later, in float32, bfloat16 and float16, computed in float32. `kernels/` holds their sources, which the
 //! device's owner compiles at the first call (NVRTC). Without the feature `cuda` only [`self_check`] is here, and has the
 //! operations of the CPU to check.

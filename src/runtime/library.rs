@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use super::{Error, Result};
+use super::{Error, Provider, Result};
 use crate::files::{self, Member, Wheel};
 
 /// The version that [`install`] gets.
@@ -59,6 +59,14 @@ pub struct Candidate {
 }
 
 impl Candidate {
+    /// The execution providers whose libraries stand beside this one; the CPU is in it.
+    pub fn providers(&self) -> Vec<Provider> {
+        match &self.problem {
+            None => providers(&self.path),
+            Some(_) => Vec::new(),
+        }
+    }
+
     fn at(source: Source, path: PathBuf) -> Self {
         let library = if path.is_dir() { library_in(&path) } else { path.is_file().then(|| path.clone()) };
         let Some(library) = library else {
@@ -119,17 +127,68 @@ fn choose(candidates: Vec<Candidate>) -> Result<PathBuf> {
     Err(Error::NoLibrary { tried })
 }
 
-/// Gets the pinned `onnxruntime` wheel with pip and unpacks its libraries into `<cache>/onnxruntime/<version>`. When they
-/// are there already nothing is done.
+/// The library to use for an execution provider: as [`find`], but among those that have it. For the CPU one without others
+/// comes first.
 ///
 /// # Errors
-/// When Python, pip or the package index cannot be had, or the wheel's content is not what its record says.
-pub fn install(cache: &Path) -> Result<PathBuf> {
-    let target = cache.join("onnxruntime").join(PINNED_VERSION);
+/// When none is usable, with every place that was tried.
+pub fn find_with(argument: Option<&Path>, cache: &Path, provider: Provider) -> Result<PathBuf> {
+    if provider == Provider::Cpu {
+        return find(argument, cache);
+    }
+    let lacks = |mut candidate: Candidate| {
+        if candidate.problem.is_none() && !candidate.providers().contains(&provider) {
+            let file = file_of(provider).unwrap_or_default();
+            candidate.problem = Some(format!("there is no {file} beside it"));
+        }
+        candidate
+    };
+    choose(list(argument, cache).into_iter().map(lacks).collect()).map_err(|error| match error {
+        Error::NoLibrary { tried } => Error::NoProviderLibrary { provider: provider.name(), tried },
+        other => other,
+    })
+}
+
+/// The provider's own library, beside the main one.
+fn file_of(provider: Provider) -> Option<String> {
+    let name = match provider {
+        Provider::Cpu => return None,
+        Provider::Cuda => "onnxruntime_providers_cuda",
+        Provider::TensorRt => "onnxruntime_providers_tensorrt",
+    };
+    let (prefix, suffix) = (std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    Some(format!("{prefix}{name}{suffix}"))
+}
+
+/// Where a provider's own library is; none of the CPU, and where it is not.
+pub(super) fn provider_library(library: &Path, provider: Provider) -> Option<PathBuf> {
+    let real = library.canonicalize().ok()?;
+    Some(real.parent()?.join(file_of(provider)?)).filter(|path| path.is_file())
+}
+
+/// The execution providers whose libraries stand beside a main one; the CPU is in it.
+pub fn providers(library: &Path) -> Vec<Provider> {
+    let beside = [Provider::Cuda, Provider::TensorRt].into_iter();
+    let beside = beside.filter(|provider| provider_library(library, *provider).is_some());
+    std::iter::once(Provider::Cpu).chain(beside).collect()
+}
+
+/// Packages that hold ONNX Runtime, and the cache's folders of them.
+const PACKAGES: [&str; 2] = ["onnxruntime", "onnxruntime-gpu"];
+
+/// Gets the pinned wheel with pip, `onnxruntime-gpu` with `cuda`, and unpacks its libraries into `<cache>/<package>/<version>`.
+/// When they are there already nothing is done.
+///
+/// # Errors
+/// When Python, pip or the package index cannot be had, there is no such wheel for this platform, or the wheel's content is
+/// not what its record says.
+pub fn install(cache: &Path, cuda: bool) -> Result<PathBuf> {
+    let package = PACKAGES[usize::from(cuda)];
+    let target = cache.join(package).join(PINNED_VERSION);
     if let Some(library) = library_in(&target) {
         return Ok(library);
     }
-    let requirement = format!("onnxruntime=={PINNED_VERSION}");
+    let requirement = format!("{package}=={PINNED_VERSION}");
     // The library inside does not depend on Python's version; an interpreter that is too old or too new for the package
     // can still download the wheel of another one.
     let mut wheel = match Wheel::download(&requirement, &[], cache) {
@@ -221,13 +280,16 @@ fn is_main_library(name: &str) -> bool {
     unix || name == "onnxruntime.dll"
 }
 
-/// The cache's version folders, newest first.
+/// The cache's version folders, newest first, those with CUDA last.
 fn cached_folders(cache: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(cache.join("onnxruntime")) else { return Vec::new() };
-    let mut folders: Vec<PathBuf> = entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect();
-    folders.retain(|folder| folder.is_dir());
-    folders.sort_by_key(|folder| std::cmp::Reverse(folder.file_name().and_then(|name| minor(name.to_str()?))));
-    folders
+    let of = |package: &&str| {
+        let entries = std::fs::read_dir(cache.join(package)).into_iter().flatten();
+        let mut folders: Vec<PathBuf> = entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect();
+        folders.retain(|folder| folder.is_dir());
+        folders.sort_by_key(|folder| std::cmp::Reverse(folder.file_name().and_then(|name| minor(name.to_str()?))));
+        folders
+    };
+    PACKAGES.iter().flat_map(of).collect()
 }
 
 fn python_packages() -> Vec<PathBuf> {
@@ -294,6 +356,24 @@ mod tests {
     }
 
     #[test]
+    fn a_provider_is_looked_for_beside_the_library() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = root.path().join("cache");
+        place(&cache.join("onnxruntime/1.31.1"), "libonnxruntime.so.1.31.1");
+        let refused = find_with(None, &cache, Provider::TensorRt).unwrap_err();
+        assert!(refused.is_unavailable());
+        let with_cuda = place(&cache.join("onnxruntime-gpu/1.30.0"), "libonnxruntime.so.1.30.0");
+        place(&cache.join("onnxruntime-gpu/1.30.0"), &file_of(Provider::Cuda).unwrap());
+        let listed = list_with(None, None, &cache, Vec::new);
+        let had: Vec<Vec<Provider>> = listed.iter().map(Candidate::providers).collect();
+        assert_eq!(had, [vec![Provider::Cpu], vec![Provider::Cpu, Provider::Cuda]]);
+        assert_eq!(providers(&with_cuda), [Provider::Cpu, Provider::Cuda]);
+        let argument = cache.join("onnxruntime/1.31.1");
+        let refused = find_with(Some(&argument), &cache, Provider::Cuda).unwrap_err();
+        assert!(refused.to_string().contains("providers_cuda"), "{refused}");
+    }
+
+    #[test]
     fn a_file_that_is_no_library_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let fake = place(root.path(), "libonnxruntime.so.1.31.1");
@@ -306,9 +386,9 @@ mod tests {
     #[ignore = "downloads the onnxruntime wheel with pip"]
     fn installs_the_pinned_library() {
         let cache = files::cache_folder().unwrap();
-        let path = install(&cache).unwrap();
+        let path = install(&cache, false).unwrap();
         assert_eq!(version_of(&path).as_deref(), Some(PINNED_VERSION));
-        assert_eq!(install(&cache).unwrap(), path, "a second time finds it there");
+        assert_eq!(install(&cache, false).unwrap(), path, "a second time finds it there");
         assert_eq!(load(&path).map(|_| ()).map_err(|error| error.to_string()), Ok(()));
         let candidates = list(None, &cache);
         assert!(candidates.iter().any(|candidate| candidate.source == Source::Cache && candidate.path == path));

@@ -15,6 +15,7 @@ mod profile;
 mod serve;
 mod session;
 mod setup;
+mod shared_objects;
 mod tensor;
 #[cfg(test)]
 mod testing;
@@ -51,6 +52,20 @@ pub enum Error {
         )
     )]
     NoLibrary {
+        /// What was looked at, and why each was not usable.
+        tried: Vec<String>,
+    },
+    /// No ONNX Runtime library with the execution provider was found.
+    #[error("no ONNX Runtime library with the execution provider {provider} was found{}", list(tried))]
+    #[diagnostic(
+        code(prefold::runtime::no_provider_library),
+        help(
+            "run `prefold runtime install --cuda`, or name a library that stands beside the provider's with --ort-lib"
+        )
+    )]
+    NoProviderLibrary {
+        /// The provider.
+        provider: &'static str,
         /// What was looked at, and why each was not usable.
         tried: Vec<String>,
     },
@@ -105,7 +120,10 @@ pub enum Error {
     #[error("ONNX Runtime cannot use the execution provider {provider}: {reason}")]
     #[diagnostic(
         code(prefold::runtime::provider),
-        help("name a library that is built with it (--ort-lib), beside the provider's own libraries")
+        help(
+            "`prefold runtime list` says of every provider whether it loads; CUDA's libraries are looked for in LD_LIBRARY_PATH, \
+             a toolkit (CUDA_HOME) and Python's nvidia packages"
+        )
     )]
     Provider {
         /// The provider.
@@ -218,7 +236,11 @@ impl Error {
     /// Whether the runtime is not there at all, so that nothing is known about the graph.
     pub fn is_unavailable(&self) -> bool {
         match self {
-            Self::NoLibrary { .. } | Self::Library { .. } | Self::LibraryLoaded { .. } | Self::Provider { .. } => true,
+            Self::NoLibrary { .. }
+            | Self::NoProviderLibrary { .. }
+            | Self::Library { .. }
+            | Self::LibraryLoaded { .. }
+            | Self::Provider { .. } => true,
             Self::Remote { unavailable, .. } => *unavailable,
             _ => false,
         }

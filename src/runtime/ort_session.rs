@@ -4,16 +4,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ort::ep::{CUDA, TensorRT};
-
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Adapter, RunOptions, Session as InnerSession, SessionInputValue};
-use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, Tensor as OrtTensor, TensorElementType, ValueType};
+use ort::value::{
+    DynTensorValueType, DynValue, Outlet, PrimitiveTensorElementType, Tensor as OrtTensor, TensorElementType, ValueType,
+};
 use serde::{Deserialize, Serialize};
 
 use super::guard::guarded;
 use super::profile::Profile;
 use super::session::order_feeds;
-use super::{DType, Dim, Error, Port, Result, RuntimeInfo, Session, Tensor, Value, library};
+use super::{DType, Dim, Error, Port, Result, RuntimeInfo, Session, Tensor, Value, library, shared_objects};
 
 const NAME: &str = "ONNX Runtime";
 
@@ -118,6 +120,7 @@ impl OrtSession {
         let profile = options.profile.then(Profile::new).transpose()?;
         let refused = |reason: String| Error::Load { runtime: NAME, path: graph.into(), reason };
         let missing = |reason: String| Error::Provider { provider: options.provider.name(), reason };
+        load_needs(library, options.provider).map_err(missing)?;
         let builder = guarded(|| with_provider(SessionBuilder::new(&environment)?, options)).map_err(missing)?;
         let open = || configure(builder, options, profile.as_ref())?.commit_from_file(graph);
         let inner = guarded(open).map_err(refused)?;
@@ -147,6 +150,25 @@ impl OrtSession {
         Ok(())
     }
 
+    /// Runs with outputs that stay in the GPU's memory until they are read: a cache goes from step to step without a copy.
+    fn run_on_device(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        let mut binding = self.inner.create_binding().map_err(run_error)?;
+        for (name, tensor) in feeds {
+            binding.bind_input(name, &tensor.into_ort()?).map_err(run_error)?;
+        }
+        let memory = MemoryInfo::new(AllocationDevice::CUDA, 0, AllocatorType::Device, MemoryType::Default);
+        let memory = memory.map_err(run_error)?;
+        for port in &self.outputs {
+            binding.bind_output_to_device(port.name.as_str(), &memory).map_err(run_error)?;
+        }
+        let outputs = match &self.adapter {
+            Some(Active(options)) => self.inner.run_binding_with_options(&binding, options),
+            None => self.inner.run_binding(&binding),
+        };
+        let outputs = outputs.map_err(run_error)?;
+        Ok(outputs.into_iter().map(|(name, value)| (name.to_owned(), Tensor::ort(value))).collect())
+    }
+
     /// Ends the profile, after the first run.
     fn end_profile(&mut self) -> Result<()> {
         let Some(profile) = self.profile.take() else { return Ok(()) };
@@ -154,6 +176,23 @@ impl OrtSession {
         self.nodes = Some(profile.nodes(Path::new(&path))?);
         Ok(())
     }
+}
+
+/// Loads the libraries that the provider's own one needs, which lie in many places.
+fn load_needs(library: &Path, provider: Provider) -> std::result::Result<(), String> {
+    let Some(own) = library::provider_library(library, provider) else {
+        return if provider == Provider::Cpu { Ok(()) } else { Err("its library is not beside the main one".into()) };
+    };
+    let missing = shared_objects::preload(&own);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let driver = if missing.iter().any(|name| name == "libcuda.so.1") {
+        "; libcuda.so.1 is the NVIDIA driver's: without it there is no GPU"
+    } else {
+        ""
+    };
+    Err(format!("{} cannot be loaded{driver}", missing.join(", ")))
 }
 
 /// Asks for the execution provider, which fails where the library lacks it.
@@ -217,6 +256,11 @@ impl Session for OrtSession {
 
     fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
         let feeds = order_feeds(&self.inputs, &self.optional, feeds)?;
+        if self.options.provider != Provider::Cpu {
+            let outputs = self.run_on_device(feeds);
+            self.end_profile()?;
+            return outputs;
+        }
         let feeds = feeds.into_iter().map(|(name, tensor)| Ok((name, SessionInputValue::from(tensor.into_ort()?))));
         let feeds = feeds.collect::<Result<Vec<_>>>()?;
         let outputs = match &self.adapter {
@@ -277,6 +321,12 @@ pub(super) fn shape(found: &ValueType) -> Vec<usize> {
 }
 
 pub(super) fn to_value(value: &DynValue) -> Result<Value> {
+    let tensor = value.view().downcast::<DynTensorValueType>().map_err(run_error)?;
+    if !tensor.memory_info().is_cpu_accessible() {
+        let copy = tensor.to(AllocationDevice::CPU, 0).map_err(run_error)?;
+        return to_value(&copy.into_dyn());
+    }
+    drop(tensor);
     fn copy<T: PrimitiveTensorElementType + Clone>(value: &DynValue) -> Result<Value>
     where
         ndarray::ArrayD<T>: Into<Value>,

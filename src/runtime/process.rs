@@ -15,6 +15,8 @@ use super::{DType, Error, Port, Result, RuntimeInfo, Session, Setup, Tensor, Val
 
 /// How much of what a process prints is kept: its last words.
 const LAST_WORDS: usize = 600;
+/// How long the last words of a process that has ended may take; another one may hold its standard error open.
+const WORDS: Duration = Duration::from_secs(2);
 /// How long a process may take to end.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -56,6 +58,8 @@ struct Link {
     requests: Option<mpsc::Sender<(Request, Vec<u8>)>>,
     answers: mpsc::Receiver<Answer>,
     last_words: Arc<Mutex<Vec<u8>>>,
+    /// Closed when all of them are there.
+    silent: mpsc::Receiver<()>,
     released: Vec<u64>,
     /// How the process ended.
     ended: Option<String>,
@@ -180,9 +184,13 @@ impl Link {
         command.args(&launch.arguments).stderr(Stdio::piped()).envs(setup.environment());
         let (mut child, requests, answers) = connect(command).map_err(failed)?;
         let last_words = Arc::new(Mutex::new(Vec::new()));
+        let (speaks, silent) = mpsc::channel();
         if let Some(stderr) = child.stderr.take() {
             let last_words = Arc::clone(&last_words);
-            std::thread::spawn(move || listen(stderr, &last_words));
+            std::thread::spawn(move || {
+                listen(stderr, &last_words);
+                drop(speaks);
+            });
         }
         let (runtime, timeout) = (setup.name(), launch.timeout);
         Ok(Self {
@@ -192,6 +200,7 @@ impl Link {
             requests: Some(requests),
             answers,
             last_words,
+            silent,
             released: Vec::new(),
             ended: None,
         })
@@ -236,7 +245,9 @@ impl Link {
         let _ = self.child.wait();
     }
 
+    /// Of a process that has ended; what it said last may still be on its way.
     fn with_last_words(&self, reason: String) -> String {
+        let _ = self.silent.recv_timeout(WORDS);
         let words = lock(&self.last_words);
         let words = String::from_utf8_lossy(&words);
         let words = words.trim();

@@ -1,6 +1,7 @@
 //! `prefold bench`: one file for each thing that is measured.
 
 mod graph;
+mod kernels;
 mod train;
 
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ pub(super) struct Bench {
 enum What {
     Train(train::BenchTrain),
     Graph(graph::BenchGraph),
+    Kernels(kernels::BenchKernels),
 }
 
 impl Bench {
@@ -28,6 +30,7 @@ impl Bench {
         match self.what {
             What::Train(command) => command.run(context),
             What::Graph(command) => command.run(context),
+            What::Kernels(command) => command.run(),
         }
     }
 }

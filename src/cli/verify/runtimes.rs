@@ -33,8 +33,34 @@ pub(super) enum ProviderArg {
 pub(super) struct Chosen {
     pub(super) name: String,
     launch: Launch,
-    /// Why there is no such runtime, in an error that is made anew for each use.
-    setup: std::result::Result<Setup, (Vec<String>, Option<PathBuf>)>,
+    setup: std::result::Result<Setup, Missing>,
+}
+
+/// Why there is no such runtime: an error that is made anew for each use.
+#[derive(Clone)]
+enum Missing {
+    Library(Vec<String>),
+    Provider(&'static str, Vec<String>),
+    Named(PathBuf, String),
+}
+
+impl Missing {
+    fn of(error: runtime::Error, named: Option<&Path>) -> Self {
+        match error {
+            runtime::Error::NoLibrary { tried } => Self::Library(tried),
+            runtime::Error::NoProviderLibrary { provider, tried } => Self::Provider(provider, tried),
+            runtime::Error::Library { path, reason } => Self::Named(path, reason),
+            error => Self::Named(named.unwrap_or(Path::new("")).to_owned(), error.to_string()),
+        }
+    }
+
+    fn error(&self) -> runtime::Error {
+        match self.clone() {
+            Self::Library(tried) => runtime::Error::NoLibrary { tried },
+            Self::Provider(provider, tried) => runtime::Error::NoProviderLibrary { provider, tried },
+            Self::Named(path, reason) => runtime::Error::Library { path, reason },
+        }
+    }
 }
 
 impl Chosen {
@@ -57,8 +83,7 @@ impl Chosen {
     pub(super) fn open_fed(&self, graph: &Path, fed: &[String]) -> runtime::Result<Box<dyn Session>> {
         match &self.setup {
             Ok(setup) => Ok(Box::new(ProcessSession::open(&self.launch, setup, graph, fed)?)),
-            Err((tried, None)) => Err(runtime::Error::NoLibrary { tried: tried.clone() }),
-            Err((reason, Some(path))) => Err(runtime::Error::Library { path: path.clone(), reason: reason.concat() }),
+            Err(missing) => Err(missing.error()),
         }
     }
 }
@@ -99,25 +124,23 @@ pub(super) fn chosen(context: &Context, graph: &Graph, options: &VerifyArgs) -> 
             Engine::Tract => {
                 all.push(Chosen { name: engine.name().into(), launch: launch.clone(), setup: Ok(Setup::Tract) });
             }
-            Engine::Ort => all.extend(ort(context, options, &launch)),
+            Engine::Ort => {
+                let providers = if options.provider.is_empty() { &[ProviderArg::Cpu][..] } else { &options.provider };
+                all.extend(ort(context, options, providers, &launch));
+            }
+            Engine::OrtCuda => all.extend(ort(context, options, &[ProviderArg::Cuda], &launch)),
         }
     }
     Ok(all)
 }
 
 /// ONNX Runtime, once for each library, level and provider.
-fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> {
+fn ort(context: &Context, options: &VerifyArgs, providers: &[ProviderArg], launch: &Launch) -> Vec<Chosen> {
     let named = context.global.ort_libs.iter().map(|path| Some(path.as_path()));
     let named: Vec<Option<&Path>> = if context.global.ort_libs.is_empty() { vec![None] } else { named.collect() };
     let levels = if options.ort_level.is_empty() { &[LevelArg::All][..] } else { &options.ort_level };
-    let providers = if options.provider.is_empty() { &[ProviderArg::Cpu][..] } else { &options.provider };
     let mut all = Vec::new();
     for (index, library) in named.iter().enumerate() {
-        let found = library::find(*library, &context.cache).map_err(|error| match error {
-            runtime::Error::NoLibrary { tried } => (tried, None),
-            runtime::Error::Library { path, reason } => (vec![reason], Some(path)),
-            error => (vec![error.to_string()], Some(library.unwrap_or(Path::new("")).to_owned())),
-        });
         for (level, provider) in levels.iter().flat_map(|level| providers.iter().map(move |p| (*level, *p))) {
             let optimization = match level {
                 LevelArg::Off => Optimization::Off,
@@ -129,6 +152,8 @@ fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> 
                 ProviderArg::Cuda => Provider::Cuda,
                 ProviderArg::Tensorrt => Provider::TensorRt,
             };
+            let found = library::find_with(*library, &context.cache, provider);
+            let found = found.map_err(|error| Missing::of(error, *library));
             let mut name = Engine::Ort.name().to_owned();
             if named.len() > 1 {
                 let version = found.as_ref().ok().and_then(|library| library::version_of(library));
@@ -148,7 +173,7 @@ fn ort(context: &Context, options: &VerifyArgs, launch: &Launch) -> Vec<Chosen> 
                 cpu_fallback: options.allow_cpu_fallback,
                 profile: true,
             };
-            let setup = found.clone().map(|library| Setup::Ort { library, options });
+            let setup = found.map(|library| Setup::Ort { library, options });
             all.push(Chosen { name, launch: launch.clone(), setup });
         }
     }
