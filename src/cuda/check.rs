@@ -7,7 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::ops::{
-    Composed, LogitMap, NormWeights, Visibility, attention, attention_packed, elu, gated, label_loss, logits_loss, rope,
+    Composed, Feature, LogitMap, NormWeights, Visibility, attention, attention_packed, elu, gated, head_linear,
+    label_loss, logits_loss, rope,
 };
 use crate::base::{Activation, Norm, NormKind};
 
@@ -83,8 +84,8 @@ fn tolerance(dtype: DType, roundings: f64) -> f64 {
 }
 
 impl Case {
-    /// The value and the gradients of `Σ value · c`.
-    fn run(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    /// The value and the gradients of `Σ value · c`, with a `c` that is exact in `dtype`.
+    fn run(&self, inputs: &[Tensor], dtype: DType) -> Result<Vec<Tensor>> {
         let mut given = inputs.to_vec();
         let mut variables = Vec::new();
         for at in &self.trained {
@@ -93,7 +94,7 @@ impl Case {
             variables.push(variable);
         }
         let value = (self.operation)(&given)?;
-        let weights = numbers(value.dims(), 77)?.to_dtype(inputs[0].dtype())?;
+        let weights = numbers(value.dims(), 77)?.to_dtype(dtype)?;
         let weights = weights.to_dtype(value.dtype())?.to_device(value.device())?;
         let store = (&value * weights)?.sum_all()?.backward()?;
         let mut results = vec![value.detach()];
@@ -112,9 +113,9 @@ impl Case {
         let wide = inputs.iter().map(|x| x.to_dtype(DType::F64)).collect::<Result<Vec<_>>>()?;
         let truth = {
             let _composed = Composed::on_this_thread();
-            self.run(&wide)?
+            self.run(&wide, dtype)?
         };
-        let found = self.run(&inputs.iter().map(|x| x.to_device(device)).collect::<Result<Vec<_>>>()?)?;
+        let found = self.run(&inputs.iter().map(|x| x.to_device(device)).collect::<Result<Vec<_>>>()?, dtype)?;
         let names = std::iter::once(self.name.clone())
             .chain(self.trained.iter().map(|at| format!("gradient of {}, input {at}", self.name)));
         let row = |(kernel, (truth, found)): (String, (&Tensor, &Tensor))| {
@@ -141,6 +142,7 @@ fn cases() -> Result<Vec<Case>> {
     norms(&mut cases);
     rotations(&mut cases);
     activations(&mut cases);
+    matrices(&mut cases);
     losses(&mut cases);
     for shape in Scores::all() {
         cases.push(shape.case()?);
@@ -170,7 +172,7 @@ fn norms(cases: &mut Vec<Case>) {
             name: name.into(),
             inputs,
             trained: vec![0],
-            roundings: 3.0,
+            roundings: 2.0,
             operation: Box::new(operation),
         });
     }
@@ -185,7 +187,7 @@ fn rotations(cases: &mut Vec<Case>) {
             name: name.into(),
             inputs,
             trained: vec![0],
-            roundings: 3.0,
+            roundings: 2.0,
             operation: Box::new(operation),
         });
     }
@@ -205,7 +207,7 @@ fn activations(cases: &mut Vec<Case>) {
             name: name.into(),
             inputs,
             trained: vec![0, 1],
-            roundings: 4.0,
+            roundings: 3.0,
             operation: Box::new(operation),
         });
     }
@@ -214,9 +216,26 @@ fn activations(cases: &mut Vec<Case>) {
         name: "ELU".into(),
         inputs: vec![vec![9, 33]],
         trained: vec![0],
-        roundings: 4.0,
+        roundings: 3.0,
         operation: Box::new(operation),
     });
+}
+
+fn matrices(cases: &mut Vec<Case>) {
+    for (name, feature, width) in [
+        ("matrix of a head, of ELU", Feature::Elu, 32),
+        ("matrix of a head, of ELU", Feature::Elu, 7),
+        ("matrix of a head", Feature::Identity, 16),
+    ] {
+        let operation = move |given: &[Tensor]| {
+            // queries lie beside keys and values
+            let queries = (given[0].narrow(2, 0, 3)? * 2.0)?.transpose(1, 2)?;
+            head_linear(&queries, &given[1], feature)
+        };
+        let inputs = vec![vec![2, 9, 5, width], vec![3, width, 24]];
+        let (trained, roundings) = (vec![0, 1], 2.0);
+        cases.push(Case { name: name.into(), inputs, trained, roundings, operation: Box::new(operation) });
+    }
 }
 
 fn losses(cases: &mut Vec<Case>) {
@@ -233,7 +252,7 @@ fn losses(cases: &mut Vec<Case>) {
             name: name.into(),
             inputs,
             trained: vec![0],
-            roundings: 6.0,
+            roundings: 3.0,
             operation: Box::new(operation),
         });
     }
@@ -243,7 +262,7 @@ fn losses(cases: &mut Vec<Case>) {
         name: "logits loss".into(),
         inputs,
         trained: vec![0],
-        roundings: 6.0,
+        roundings: 3.0,
         operation: Box::new(operation),
     });
 }
@@ -321,7 +340,7 @@ impl Scores {
             name: "attention".into(),
             inputs,
             trained: vec![0, 1, 2],
-            roundings: 8.0,
+            roundings: 4.0,
             operation: Box::new(operation),
         })
     }
@@ -333,6 +352,6 @@ impl Scores {
         let scale = 2.0 / (width as f64).sqrt();
         let operation = move |given: &[Tensor]| attention_packed(&given[0], kv_heads, &visibility, scale, softcap);
         let (name, inputs) = ("attention, packed".into(), vec![vec![batch, seq, heads + 2 * kv_heads, width]]);
-        Ok(Case { name, inputs, trained: vec![0], roundings: 8.0, operation: Box::new(operation) })
+        Ok(Case { name, inputs, trained: vec![0], roundings: 4.0, operation: Box::new(operation) })
     }
 }

@@ -17,6 +17,8 @@ pub(super) enum Source {
     Gate,
     /// Likelihoods of labels.
     Loss,
+    /// Orders of heads.
+    Heads,
     /// Attention of one head size.
     Attention(Tiling),
 }
@@ -43,6 +45,7 @@ impl Source {
             Self::Norm => &["norm_forward", "norm_backward"],
             Self::Rope => &["rope"],
             Self::Gate => &["gate_forward", "gate_backward", "elu_forward", "elu_backward", "add_scaled"],
+            Self::Heads => &["rearrange"],
             Self::Loss => &["loss_forward", "loss_backward"],
             Self::Attention(_) => &["attention_forward", "attention_dots", "attention_queries", "attention_keys"],
         }
@@ -53,6 +56,7 @@ impl Source {
             Self::Norm => include_str!("kernels/norm.cu"),
             Self::Rope => include_str!("kernels/rope.cu"),
             Self::Gate => include_str!("kernels/gate.cu"),
+            Self::Heads => include_str!("kernels/heads.cu"),
             Self::Loss => include_str!("kernels/loss.cu"),
             Self::Attention(_) => include_str!("kernels/attention.cu"),
         }

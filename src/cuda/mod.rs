@@ -22,6 +22,8 @@ mod emulator;
 #[cfg(any(test, feature = "cuda"))]
 mod gate;
 #[cfg(any(test, feature = "cuda"))]
+mod heads;
+#[cfg(any(test, feature = "cuda"))]
 mod launch;
 #[cfg(any(test, feature = "cuda"))]
 mod loss;
@@ -39,6 +41,7 @@ pub(crate) use {
     attention::{attention, attention_packed, takes_attention},
     block::{mlp, output, qkv, takes_map},
     gate::{elu, gated},
+    heads::{head_linear, takes_heads},
     loss::{label_loss, logits_loss},
     norm::{norm, takes_norm},
     rope::rope,

@@ -185,7 +185,9 @@ fn pieces_with_trained_parts_are_those_of_the_cpu() {
 fn sources() -> Vec<(Source, DType)> {
     let mut sources = Vec::new();
     for real in [DType::F32, DType::BF16, DType::F16] {
-        sources.extend([Source::Norm, Source::Rope, Source::Gate, Source::Loss].map(|source| (source, real)));
+        sources.extend(
+            [Source::Norm, Source::Rope, Source::Gate, Source::Loss, Source::Heads].map(|source| (source, real)),
+        );
         // both half types are compiled alike
         let attention = tilings(real).filter(|tiling| real != DType::F16 || tiling.width == 128);
         sources.extend(attention.map(|tiling| (Source::Attention(tiling), real)));

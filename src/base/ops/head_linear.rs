@@ -25,6 +25,10 @@ pub enum Feature {
 /// # Errors
 /// When the shapes do not fit.
 pub fn head_linear(x: &Tensor, m: &Tensor, feature: Feature) -> Result<Tensor> {
+    #[cfg(any(test, feature = "cuda"))]
+    if crate::cuda::takes_heads(x, m) {
+        return crate::cuda::head_linear(x, m, feature);
+    }
     if is_composed(x) {
         let features = if feature == Feature::Elu { elu(x)? } else { x.clone() };
         let ((batch, heads, seq, width), out) = (x.dims4()?, m.dim(2)?);
