@@ -82,6 +82,8 @@ def main():
     labels = ids.clone()
     labels[:, :first] = -100
     seconds = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for step in range(arguments.warmup + arguments.steps):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)

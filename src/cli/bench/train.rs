@@ -16,7 +16,9 @@ use super::super::memory::peak_resident;
 use super::super::{Context, usage};
 use super::median;
 use crate::adapter::{Adapter, AdapterConfig, AdapterOptions, MethodName};
-use crate::base::{Checkpoint, Decoder, DecoderSpec, WeightRole, WeightShape, describe, device_memory, family};
+use crate::base::{
+    Checkpoint, Decoder, DecoderSpec, WeightRole, WeightShape, describe, device_memory, family, reset_peak_memory,
+};
 use crate::data::{Batch, IGNORED};
 use crate::files;
 use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Sft, batch_gradients, clip_gradients};
@@ -138,6 +140,7 @@ impl BenchTrain {
         let mut seconds = Vec::new();
         let mut loss = f64::NAN;
         let device = decoder.device().clone();
+        reset_peak_memory(&device);
         for step in 0..self.warmup + self.steps {
             let started = Instant::now();
             let of = BatchGradients {
