@@ -116,12 +116,15 @@ fn check_capability(number: usize) -> std::result::Result<(), (String, String)> 
     ))
 }
 
-/// Loads CUDA's libraries from where they lie; gives back the names of those that are not there.
+/// Loads CUDA's libraries from where they lie; gives back the names of those that are needed and not there. Without the
+/// compiler candle's own operations serve.
 fn load_libraries() -> Vec<String> {
     let major = built_with().0;
     let names = ["cublasLt", "cublas", "nvrtc"].map(|name| format!("lib{name}.so.{major}"));
     let names = names.iter().map(String::as_str).chain(["libcurand.so.10"]);
-    crate::files::load_libraries(&names.collect::<Vec<_>>())
+    let mut missing = crate::files::load_libraries(&names.collect::<Vec<_>>());
+    missing.retain(|name| !name.starts_with("libnvrtc"));
+    missing
 }
 
 fn why_no_kernel(error: &str) -> (String, String) {
