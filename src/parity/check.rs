@@ -336,7 +336,7 @@ fn too_far(figures: &Figures, allowed: f64) -> Option<String> {
     let (distance, worst) = (figures.max_abs, figures.worst);
     (distance > allowed).then(|| {
         format!(
-            "the logits are up to {distance:.3e} away from the reference, {allowed:.3e} is allowed; the worst is {} for {} \
+            "the logits are up to {distance:.3e} away from the reference, {allowed:.3e} is allowed; the worst is {:.6} for {:.6} \
              for token {} at row {}, column {}",
             worst.run, worst.reference, worst.token, worst.spot.row, worst.spot.column
         )

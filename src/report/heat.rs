@@ -29,7 +29,10 @@ pub struct Bar {
 }
 
 const WIDTH: f64 = 760.0;
-const LEFT: f64 = 170.0;
+/// Of a letter of a label, about.
+const LETTER: f64 = 6.1;
+/// Longer labels lose their beginning.
+const LONGEST: usize = 48;
 const ROW: f64 = 16.0;
 /// Wider grids are drawn by the largest of neighbouring columns.
 const MOST_COLUMNS: usize = 256;
@@ -40,7 +43,8 @@ impl HeatMap {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0).max(1);
         let group = columns.div_ceil(MOST_COLUMNS);
         let drawn = columns.div_ceil(group);
-        let width = (WIDTH - LEFT) / drawn as f64;
+        let left = room(self.labels.iter().map(String::as_str));
+        let width = (WIDTH - left) / drawn as f64;
         let height = ROW * self.rows.len() as f64 + 4.0;
         let mut out =
             format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">\n", escape(&self.title));
@@ -49,13 +53,13 @@ impl HeatMap {
             let y = ROW * index as f64;
             out += &format!(
                 "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
-                LEFT - 6.0,
+                left - 6.0,
                 y + 11.5,
-                escape(label)
+                escape(&shown(label))
             );
             for (column, cells) in row.chunks(group).enumerate() {
                 let Some(value) = cells.iter().flatten().copied().reduce(f64::max) else { continue };
-                let x = LEFT + width * column as f64;
+                let x = left + width * column as f64;
                 out += &format!(
                     "<rect x=\"{x:.2}\" y=\"{y:.1}\" width=\"{:.2}\" height=\"{}\" fill=\"{}\"><title>{value:.3e}</title></rect>\n",
                     width + 0.05,
@@ -77,11 +81,24 @@ fn colour(value: f64, middle: f64) -> String {
     format!("rgb({:.0},{:.0},{:.0})", fade(r), fade(g), fade(b))
 }
 
+/// Room for labels at the left.
+fn room<'a>(labels: impl Iterator<Item = &'a str>) -> f64 {
+    let longest = labels.map(|label| shown(label).chars().count()).max().unwrap_or(0);
+    12.0 + LETTER * longest as f64
+}
+
+/// A label as it is drawn: the end of a long one tells more.
+fn shown(label: &str) -> String {
+    let surplus = label.chars().count().saturating_sub(LONGEST);
+    if surplus == 0 { label.to_owned() } else { format!("…{}", label.chars().skip(surplus + 1).collect::<String>()) }
+}
+
 /// Bars on one logarithmic axis over four decades below and above what is allowed, which is a line at their middle.
 pub fn bars(title: &str, bars: &[Bar]) -> String {
     let height = ROW * bars.len() as f64 + 20.0;
     let mut out = format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">\n", escape(title));
-    let middle = f64::midpoint(LEFT, WIDTH);
+    let left = room(bars.iter().map(|bar| bar.label.as_str()));
+    let middle = f64::midpoint(left, WIDTH);
     for (index, bar) in bars.iter().enumerate() {
         let y = ROW * index as f64;
         let decades = if bar.value > 0.0 && bar.allowed > 0.0 { (bar.value / bar.allowed).log10() } else { -4.0 };
@@ -89,15 +106,15 @@ pub fn bars(title: &str, bars: &[Bar]) -> String {
         let colour = if bar.passes { 3 } else { 2 };
         out += &format!(
             "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
-            LEFT - 6.0,
+            left - 6.0,
             y + 11.5,
-            escape(&bar.label)
+            escape(&shown(&bar.label))
         );
         out += &format!(
-            "<rect x=\"{LEFT}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{}\" style=\"fill: var(--s{colour})\">\
+            "<rect x=\"{left}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{}\" style=\"fill: var(--s{colour})\">\
              <title>{:.3e} of {:.3e}</title></rect>\n",
             y + 2.0,
-            (end - LEFT).max(1.0),
+            (end - left).max(1.0),
             ROW - 5.0,
             bar.value,
             bar.allowed
@@ -116,6 +133,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn labels_have_room_and_long_ones_lose_their_beginning() {
+        assert_eq!(shown("layer 3"), "layer 3");
+        let long = format!("{}the end", "x".repeat(80));
+        assert!(shown(&long).starts_with('…') && shown(&long).ends_with("the end"));
+        assert_eq!(shown(&long).chars().count(), LONGEST);
+        assert!(room(["a", long.as_str()].into_iter()) < WIDTH / 2.0);
+    }
+
+    #[test]
     fn cells_are_coloured_by_their_distance_from_the_middle() {
         assert_eq!(colour(1.0, 1.0), "rgb(245,245,245)");
         assert_eq!(colour(1e9, 1.0), "rgb(178,24,43)");
@@ -132,10 +158,10 @@ mod tests {
     fn a_bar_ends_at_the_line_where_all_of_the_allowance_is_used() {
         let bar = |value| Bar { label: "l".into(), value, allowed: 2.0, passes: value <= 2.0 };
         let svg = bars("t", &[bar(2.0), bar(2e9), bar(0.0)]);
-        let middle = f64::midpoint(LEFT, WIDTH) - LEFT;
-        assert!(
-            svg.contains(&format!("width=\"{middle:.1}\"")) && svg.contains(&format!("width=\"{:.1}\"", WIDTH - LEFT))
-        );
+        let left = room(std::iter::once("l"));
+        let half = f64::midpoint(left, WIDTH) - left;
+        assert!(svg.contains(&format!("width=\"{half:.1}\"")), "{svg}");
+        assert!(svg.contains(&format!("width=\"{:.1}\"", WIDTH - left)), "{svg}");
         assert!(svg.contains("width=\"1.0\"") && svg.contains("var(--s2)"));
     }
 }

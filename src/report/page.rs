@@ -20,7 +20,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; } p { max-width: 46rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td.number, th.number { text-align: right; }
+th { color: var(--soft); font-weight: 500; } td.number, th.number { text-align: right; white-space: nowrap; }
+td.hash { font: .75rem/1.6 ui-monospace, monospace; word-break: break-all; min-width: 18rem; }
+.pass { color: var(--s3); font-weight: 600; } .fail { color: var(--s2); font-weight: 600; }
 .scroll { overflow-x: auto; } .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
 figcaption { font-weight: 500; margin-bottom: .25rem; } svg { width: 100%; height: auto; display: block; }
@@ -50,8 +52,14 @@ impl Page {
             |text: &str| text.trim_end_matches([' ', '%']).replace(['\u{2212}', ' '], "").parse::<f64>().is_ok();
         let row = |cells: &[String], tag: &str| {
             let cell = |text: &String| {
-                let class = if is_number(text) { " class=\"number\"" } else { "" };
-                format!("<{tag}{class}>{}</{tag}>", escape(text))
+                let class = if is_number(text) {
+                    " class=\"number\""
+                } else if is_hash(text) {
+                    " class=\"hash\""
+                } else {
+                    ""
+                };
+                format!("<{tag}{class}>{}</{tag}>", marked(text))
             };
             format!("<tr>{}</tr>\n", cells.iter().map(cell).collect::<String>())
         };
@@ -95,6 +103,21 @@ impl Page {
     }
 }
 
+/// Whether a text is a sha256.
+fn is_hash(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// A cell's text, with a verdict at its beginning in colour.
+fn marked(text: &str) -> String {
+    for (verdict, class) in [("pass", "pass"), ("FAIL", "fail")] {
+        if let Some(rest) = text.strip_prefix(verdict).filter(|rest| rest.is_empty() || rest.starts_with(':')) {
+            return format!("<span class=\"{class}\">{verdict}</span>{}", escape(rest));
+        }
+    }
+    escape(text)
+}
+
 /// Text as HTML and XML show it.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -123,7 +146,10 @@ mod tests {
         page.heading("<script>")
             .paragraph("x \"y\" \u{1}")
             .table(&["name", "n"], &[vec!["<b>".into(), "1.5 %".into()]]);
+        page.table(&[], &[vec!["FAIL: 1 < 2".into(), "ab".repeat(32), "passing".into()]]);
         let html = page.html();
+        assert!(html.contains("<span class=\"fail\">FAIL</span>: 1 &lt; 2</td><td class=\"hash\">abab"));
+        assert!(html.contains("<td>passing</td>"));
         assert!(html.contains("<title>a &amp; b</title>") && html.contains("<h2>&lt;script&gt;</h2>"));
         assert!(html.contains("<td>&lt;b&gt;</td><td class=\"number\">1.5 %</td>") && html.contains('\u{fffd}'));
         assert!(!html.contains("<script") && !html.contains("http") && !html.contains("url("));
