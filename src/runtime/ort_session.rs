@@ -150,13 +150,17 @@ impl OrtSession {
         Ok(())
     }
 
-    /// Runs with outputs that stay in the GPU's memory until they are read: a cache goes from step to step without a copy.
-    fn run_on_device(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+    /// Runs with outputs that stay in a device's memory until they are read: a cache goes from step to step without a copy.
+    fn run_on(
+        &mut self,
+        device: AllocationDevice<'static>,
+        feeds: Vec<(String, Tensor)>,
+    ) -> Result<Vec<(String, Tensor)>> {
         let mut binding = self.inner.create_binding().map_err(run_error)?;
         for (name, tensor) in feeds {
             binding.bind_input(name, &tensor.into_ort()?).map_err(run_error)?;
         }
-        let memory = MemoryInfo::new(AllocationDevice::CUDA, 0, AllocatorType::Device, MemoryType::Default);
+        let memory = MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default);
         let memory = memory.map_err(run_error)?;
         for port in &self.outputs {
             binding.bind_output_to_device(port.name.as_str(), &memory).map_err(run_error)?;
@@ -257,7 +261,7 @@ impl Session for OrtSession {
     fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
         let feeds = order_feeds(&self.inputs, &self.optional, feeds)?;
         if self.options.provider != Provider::Cpu {
-            let outputs = self.run_on_device(feeds);
+            let outputs = self.run_on(AllocationDevice::CUDA, feeds);
             self.end_profile()?;
             return outputs;
         }
@@ -376,6 +380,44 @@ mod tests {
             let mut session = OrtSession::open(&library, &graph, OrtOptions::default()).unwrap();
             testing::check_tiny(&mut session);
             assert_eq!(session.info().runtime, "onnxruntime");
+        }
+    }
+
+    /// The decode loop of a GPU, with the CPU in its place: outputs are bound, and go into the next step as they lie.
+    #[test]
+    fn bound_outputs_are_those_of_a_plain_run_from_step_to_step() {
+        let Some(library) = testing::ort_library() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let graph = TinyModel { cached: true, external: false }.write(folder.path());
+        let open = || OrtSession::open(&library, &graph, OrtOptions::default()).unwrap();
+        let (mut plain, mut bound) = (open(), open());
+        let past = || Tensor::from(Value::zeros(DType::F32, &[1, 1, 0, 1]).unwrap());
+        let (mut of_plain, mut of_bound) = ((past(), past()), (past(), past()));
+        for step in 0..3 {
+            let feeds = |(key, value): (Tensor, Tensor)| {
+                let ids = |values: Vec<i64>| {
+                    Tensor::from(Value::I64(
+                        ndarray::Array2::from_shape_vec((1, values.len()), values).unwrap().into_dyn(),
+                    ))
+                };
+                vec![
+                    ("input_ids".to_owned(), ids(vec![step + 1])),
+                    ("attention_mask".to_owned(), ids(vec![1; step as usize + 1])),
+                    ("past_key_values.0.key".to_owned(), key),
+                    ("past_key_values.0.value".to_owned(), value),
+                ]
+            };
+            let outputs = plain.run_tensors(feeds(of_plain)).unwrap();
+            let bound_feeds = order_feeds(&bound.inputs, &bound.optional, feeds(of_bound)).unwrap();
+            let bound_outputs = bound.run_on(AllocationDevice::CPU, bound_feeds).unwrap();
+            let taken = |outputs: Vec<(String, Tensor)>| {
+                let mut of = outputs.into_iter().collect::<BTreeMap<_, _>>();
+                let mut take = |name: &str| of.remove(name).unwrap();
+                (take("logits").into_value().unwrap(), (take("present.0.key"), take("present.0.value")))
+            };
+            let ((logits, cache), (bound_logits, bound_cache)) = (taken(outputs), taken(bound_outputs));
+            assert_eq!(logits, bound_logits, "step {step}");
+            (of_plain, of_bound) = (cache, bound_cache);
         }
     }
 
