@@ -119,9 +119,11 @@ fn check_capability(number: usize) -> std::result::Result<(), (String, String)> 
 /// Loads CUDA's libraries from where they lie; gives back the names of those that are needed and not there. Without the
 /// compiler candle's own operations serve.
 fn load_libraries() -> Vec<String> {
-    let major = built_with().0;
+    let (major, minor) = built_with();
+    // the compiler opens its builtins by name when it begins
+    let builtins = format!("libnvrtc-builtins.so.{major}.{minor}");
     let names = ["cublasLt", "cublas", "nvrtc"].map(|name| format!("lib{name}.so.{major}"));
-    let names = names.iter().map(String::as_str).chain(["libcurand.so.10"]);
+    let names = names.iter().chain([&builtins]).map(String::as_str).chain(["libcurand.so.10"]);
     let mut missing = crate::files::load_libraries(&names.collect::<Vec<_>>());
     missing.retain(|name| !name.starts_with("libnvrtc"));
     missing
