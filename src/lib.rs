@@ -17,7 +17,6 @@
 //! | [`files`] | mapped files, hashes, folders written whole or not at all, manifests |
 //! | [`onnx`] | an ONNX file as a lossless editable graph |
 //! | [`base`] | a frozen pretrained decoder: checkpoint, [`DecoderSpec`](base::DecoderSpec), candle forward, tokenizer |
-//! | [`cuda`] | kernels of the decoder's operations for CUDA devices |
 //! | [`adapter`] | what is trained: one file per method, its file format |
 //! | [`data`] | records → token batches |
 //! | [`report`] | HTML pages and SVG charts |
@@ -35,7 +34,6 @@
 pub mod adapter;
 pub mod base;
 pub mod cli;
-pub mod cuda;
 pub mod data;
 pub mod export;
 pub mod files;

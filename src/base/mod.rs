@@ -7,6 +7,7 @@
 mod cache;
 mod chat;
 mod checkpoint;
+pub mod cuda;
 mod decoder;
 mod device;
 mod error;

@@ -270,7 +270,7 @@ static inline void multiply_add(float d[4], const uint32_t a[4], uint32_t b0, ui
     });
 }
 
-// A request on standard input, the outputs on standard output; numbers are 64-bit words. See `src/cuda/emulator.rs`.
+// A request on standard input, the outputs on standard output; numbers are 64-bit words. See `src/base/cuda/emulator.rs`.
 namespace emulator {
 
 struct Entry {

@@ -99,8 +99,8 @@ pub fn attention(
     softcap: Option<f64>,
 ) -> Result<Tensor> {
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes_attention([query, key, value]) {
-        return crate::cuda::attention([query, key, value], visibility, scale, softcap);
+    if crate::base::cuda::takes_attention([query, key, value]) {
+        return crate::base::cuda::attention([query, key, value], visibility, scale, softcap);
     }
     if is_composed(query) {
         return composed::attention([query, key, value], visibility, scale, softcap);
@@ -131,8 +131,8 @@ pub fn attention_packed(
     softcap: Option<f64>,
 ) -> Result<Tensor> {
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes_attention([qkv; 3]) {
-        return crate::cuda::attention_packed(qkv, kv_heads, visibility, scale, softcap);
+    if crate::base::cuda::takes_attention([qkv; 3]) {
+        return crate::base::cuda::attention_packed(qkv, kv_heads, visibility, scale, softcap);
     }
     if is_composed(qkv) || matches!(qkv.dtype(), DType::F16 | DType::BF16) {
         let heads = qkv.dim(2)?.saturating_sub(2 * kv_heads);

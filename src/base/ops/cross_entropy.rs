@@ -66,9 +66,10 @@ pub fn label_loss(hidden: &Tensor, map: &LogitMap, targets: &[u32]) -> Result<La
         candle_core::bail!("label-loss: {} targets below {vocab} for {rows} rows", targets.len());
     }
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes(hidden) && map.tensors().all(|tensor| !tensor.track_op() && tensor.dtype() == hidden.dtype())
+    if crate::base::cuda::takes(hidden)
+        && map.tensors().all(|tensor| !tensor.track_op() && tensor.dtype() == hidden.dtype())
     {
-        return crate::cuda::label_loss(hidden, map, targets);
+        return crate::base::cuda::label_loss(hidden, map, targets);
     }
     let is_fused = map.weight.dtype() == hidden.dtype() && map.tensors().all(is_held);
     if is_fused {
@@ -107,8 +108,8 @@ pub fn logits_loss(logits: &Tensor, targets: &[u32]) -> Result<LabelLoss> {
         candle_core::bail!("label-loss: {} targets below {vocab} for {rows} rows", targets.len());
     }
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes(logits) {
-        return crate::cuda::logits_loss(logits, targets);
+    if crate::base::cuda::takes(logits) {
+        return crate::base::cuda::logits_loss(logits, targets);
     }
     if is_composed(logits) {
         return composed::logits_loss(logits, targets);

@@ -13,11 +13,11 @@ use super::rows::{RowKernel, run_rows};
 /// When candle fails.
 pub fn elu(x: &Tensor) -> Result<Tensor> {
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes(x) {
+    if crate::base::cuda::takes(x) {
         return if x.is_contiguous() || x.rank() != 4 {
-            crate::cuda::elu(x)
+            crate::base::cuda::elu(x)
         } else {
-            crate::cuda::elu(&x.transpose(1, 2)?)?.transpose(1, 2)
+            crate::base::cuda::elu(&x.transpose(1, 2)?)?.transpose(1, 2)
         };
     }
     if is_composed(x) {

@@ -26,8 +26,8 @@ pub enum Feature {
 /// When the shapes do not fit.
 pub fn head_linear(x: &Tensor, m: &Tensor, feature: Feature) -> Result<Tensor> {
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes_heads(x, m) {
-        return crate::cuda::head_linear(x, m, feature);
+    if crate::base::cuda::takes_heads(x, m) {
+        return crate::base::cuda::head_linear(x, m, feature);
     }
     if is_composed(x) {
         let features = if feature == Feature::Elu { elu(x)? } else { x.clone() };

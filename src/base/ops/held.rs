@@ -45,7 +45,7 @@ pub(super) fn tensor<T: WithDType>(values: Vec<T>, shape: impl Into<Shape>) -> R
 /// Whether operations can read a weight where it is: on the CPU, contiguous, and of a type that they compute in.
 pub(super) fn is_held(weight: &Tensor) -> bool {
     #[cfg(test)]
-    if crate::cuda::takes(weight) {
+    if crate::base::cuda::takes(weight) {
         return false;
     }
     !is_composed(weight) && weight.is_contiguous() && matches!(weight.dtype(), DType::F32 | DType::F64)

@@ -39,7 +39,7 @@ impl GatedMlp {
     /// weights on a device with kernels.
     pub fn is_fused(&self) -> bool {
         #[cfg(any(test, feature = "cuda"))]
-        if [&self.gate, &self.up, &self.down].into_iter().all(crate::cuda::takes_map) {
+        if [&self.gate, &self.up, &self.down].into_iter().all(crate::base::cuda::takes_map) {
             return true;
         }
         self.activation != Activation::Gelu && [&self.gate, &self.up, &self.down].into_iter().all(InnerMap::is_held)
@@ -72,8 +72,8 @@ impl GatedMlp {
 
     fn run(&self, x: &Tensor, block: Option<MlpBlock>) -> Result<Tensor> {
         #[cfg(any(test, feature = "cuda"))]
-        if crate::cuda::takes(x) {
-            return crate::cuda::mlp(x, self, block.as_ref());
+        if crate::base::cuda::takes(x) {
+            return crate::base::cuda::mlp(x, self, block.as_ref());
         }
         let norm = block.as_ref().map(|block| &block.norm);
         let maps = [&self.gate, &self.up, &self.down].into_iter().flat_map(InnerMap::tensors);
@@ -92,7 +92,7 @@ impl MlpBlock {
     /// Whether [`GatedMlp::forward_block`] takes it.
     pub fn is_fused(&self) -> bool {
         #[cfg(any(test, feature = "cuda"))]
-        if crate::cuda::takes(&self.norm.weight) {
+        if crate::base::cuda::takes(&self.norm.weight) {
             return true;
         }
         self.norm.is_held()
@@ -105,8 +105,8 @@ impl MlpBlock {
 /// When the shapes do not fit.
 pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes(gate) {
-        return crate::cuda::gated(activation, gate, up);
+    if crate::base::cuda::takes(gate) {
+        return crate::base::cuda::gated(activation, gate, up);
     }
     activation.forward(gate)? * up
 }

@@ -4,7 +4,7 @@
 //! softmax from elementwise steps. A frozen base needs only the gradient of the activations, so each operation here
 //! takes its weights as constants and returns that alone, in one pass over the rows. What is being trained
 //! ([`Tensor::track_op`](candle_core::Tensor::track_op)) is told on the way back (see [`backward`]); half types are composed.
-//! On CUDA devices they are kernels ([`cuda`](crate::cuda)) where there is one; elsewhere each is composed of candle's own steps
+//! On CUDA devices they are kernels ([`cuda`](crate::base::cuda)) where there is one; elsewhere each is composed of candle's own steps
 //! (see [`Composed`]).
 
 mod attention;

@@ -33,8 +33,8 @@ impl NormWeights {
             candle_core::bail!("norm: input {:?} does not fit weight {:?}", x.dims(), weight.dims());
         }
         #[cfg(any(test, feature = "cuda"))]
-        if crate::cuda::takes_norm(x, self) {
-            return crate::cuda::norm(x, self);
+        if crate::base::cuda::takes_norm(x, self) {
+            return crate::base::cuda::norm(x, self);
         }
         let is_trained = self.tensors().any(Tensor::track_op);
         if is_trained && self.is_held() && x.dtype() == weight.dtype() {

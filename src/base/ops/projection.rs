@@ -41,7 +41,7 @@ impl QkvProjection {
     /// Whether [`forward`](Self::forward) computes it: float weights on the CPU, or weights on a device with kernels.
     pub fn is_fused(&self) -> bool {
         #[cfg(any(test, feature = "cuda"))]
-        if crate::cuda::takes(&self.norm.weight) && self.maps.iter().all(crate::cuda::takes_map) {
+        if crate::base::cuda::takes(&self.norm.weight) && self.maps.iter().all(crate::base::cuda::takes_map) {
             return true;
         }
         self.norm.is_held() && self.maps.iter().all(InnerMap::is_held)
@@ -94,8 +94,8 @@ impl QkvProjection {
             candle_core::bail!("qkv-projection: input {:?}, weight [{width}, {weight_in}]", x.dims());
         }
         #[cfg(any(test, feature = "cuda"))]
-        if crate::cuda::takes(x) {
-            return crate::cuda::qkv(x, self, rotation.as_ref());
+        if crate::base::cuda::takes(x) {
+            return crate::base::cuda::qkv(x, self, rotation.as_ref());
         }
         let trained = Trained::of(self.tensors())?;
         let token = trained.token().cloned();
@@ -239,7 +239,7 @@ impl OutputProjection {
     /// Whether [`forward`](Self::forward) computes it: float weights on the CPU, or weights on a device with kernels.
     pub fn is_fused(&self) -> bool {
         #[cfg(any(test, feature = "cuda"))]
-        if crate::cuda::takes_map(&self.map) {
+        if crate::base::cuda::takes_map(&self.map) {
             return true;
         }
         self.map.is_held()
@@ -267,8 +267,8 @@ impl OutputProjection {
             candle_core::bail!("output-projection: {:?} does not fit {:?}", mixed.dims(), self.map.weight.dims());
         }
         #[cfg(any(test, feature = "cuda"))]
-        if crate::cuda::takes(mixed) {
-            return crate::cuda::output(mixed, term, residual, self);
+        if crate::base::cuda::takes(mixed) {
+            return crate::base::cuda::output(mixed, term, residual, self);
         }
         let trained = Trained::of(self.map.tensors())?;
         let token = trained.token().cloned();

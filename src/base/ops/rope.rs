@@ -14,8 +14,8 @@ use super::rows::{RowKernel, last_dim, run_rows};
 /// When the shapes do not fit.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool) -> Result<Tensor> {
     #[cfg(any(test, feature = "cuda"))]
-    if crate::cuda::takes(x) {
-        return crate::cuda::rope(x, cos, sin, interleaved);
+    if crate::base::cuda::takes(x) {
+        return crate::base::cuda::rope(x, cos, sin, interleaved);
     }
     if is_composed(x) {
         return composed::rope(x, cos, sin, interleaved);

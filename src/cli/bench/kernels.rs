@@ -8,8 +8,8 @@ use serde_json::json;
 
 use super::super::device::DeviceArgs;
 use super::super::style;
+use crate::base::cuda::self_check;
 use crate::base::describe;
-use crate::cuda::self_check;
 
 /// Check a device's operations against the same ones in float64
 ///

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::launch::{Argument, Call, Source};
 
-const HEADER: &str = include_str!("../../tests/cuda/emulator.h");
+const HEADER: &str = include_str!("../../../tests/cuda/emulator.h");
 
 thread_local! {
     static ACTIVE: Cell<bool> = const { Cell::new(false) };
