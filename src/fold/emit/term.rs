@@ -11,17 +11,24 @@
 //! query [B, S, h·d] ─ Reshape ─ Transpose ─ Elu ─ MatMul M ─ Transpose ─ Reshape ─┐
 //! output [B, S, h·d] ───────────────────────────────────────────────────────────── Add
 //! ```
+//! and in graphs that hold operators of ONNX Runtime, whose optimizer takes a Transpose of three dimensions into the product:
+//! ```text
+//! query [B, S, h·d] ─ Reshape [B·S, h, d] ─ Elu ─ Transpose ─ MatMul M [h, B·S, d] ─ Transpose ─ Reshape ─┐
+//! output [B, S, h·d] ───────────────────────────────────────────────────────────────────────────────────── Add
+//! ```
 
 use std::collections::BTreeSet;
 
 use candle_core::{DType, Tensor};
 
-use super::{Job, types};
+use super::{Emission, Job, types};
 use crate::adapter::term::{Binary, Map, Step, Value, spread};
 use crate::adapter::{AdapterMethod, Method, Query, Tensors, Term};
 use crate::fold::locate::Positions;
 use crate::fold::{Error, Layout, Record, Result, Site, locate};
 use crate::onnx::{DataType, Index, Model, NodeDef, NodeId};
+
+const MICROSOFT: &str = "com.microsoft";
 
 pub(super) fn write(job: &mut Job, method: &dyn AdapterMethod) -> Result<()> {
     let wide = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::F64)?));
@@ -62,6 +69,9 @@ pub(super) struct Writer<'a, 'j> {
     output_type: Option<DataType>,
     /// Names of the site's nodes.
     names: BTreeSet<String>,
+    /// Where the rows of the batch lie one after another: by step, whether its value is `[B·S, h, n]`; after a product it is
+    /// `[h, B·S, n]`. Empty where values are `[B, h, S, n]`.
+    rows: Vec<bool>,
 }
 
 impl<'a, 'j> Writer<'a, 'j> {
@@ -71,7 +81,7 @@ impl<'a, 'j> Writer<'a, 'j> {
             let help = "the graph computes attention that it does not use: look at how it was exported";
             return Err(Error::Site { anchor: site.anchor.clone(), reason, help });
         };
-        Ok(Self { job, site, first, output_type, names: BTreeSet::new() })
+        Ok(Self { job, site, first, output_type, names: BTreeSet::new(), rows: Vec::new() })
     }
 
     /// Adds a node under a name like `name`, and returns its output.
@@ -97,6 +107,11 @@ impl<'a, 'j> Writer<'a, 'j> {
         self.node_with(|name| NodeDef::new("Transpose", name).attr_ints("perm", &[0, 2, 1, 3]), name, &[x])
     }
 
+    /// `[B·S, h, n]` to `[h, B·S, n]`, and back.
+    fn transpose_rows(&mut self, name: &str, x: &str) -> String {
+        self.node_with(|name| NodeDef::new("Transpose", name).attr_ints("perm", &[1, 0, 2]), name, &[x])
+    }
+
     pub(super) fn reshape(&mut self, name: &str, x: &str, constant: &str, shape: &[i64]) -> String {
         let shape = self.job.constants.integers(&mut self.job.patch, constant, shape);
         self.node("Reshape", name, &[x, &shape])
@@ -109,7 +124,7 @@ impl<'a, 'j> Writer<'a, 'j> {
     fn write(mut self, index: &Index, term: &Term, constants: &[Option<Tensor>]) -> Result<()> {
         let wanted =
             term.steps().iter().find_map(|step| if let Step::Query(query) = step { Some(*query) } else { None });
-        let query = wanted.map(|query| self.query(index, query)).transpose()?;
+        let query = wanted.map(|query| self.query(index, query, term)).transpose()?;
         let mut outputs: Vec<String> = Vec::with_capacity(constants.len());
         for (index, step) in term.steps().iter().enumerate() {
             // what is constant is written where a node reads it
@@ -137,6 +152,12 @@ impl<'a, 'j> Writer<'a, 'j> {
             Step::Map(map, x) => {
                 let x = self.operand(term, *x, outputs, constants)?;
                 self.map(*map, &x)
+            }
+            Step::MatMul(left, right) if self.rows.get(left.index()) == Some(&true) => {
+                let left = self.operand(term, *left, outputs, constants)?;
+                let right = self.operand(term, *right, outputs, constants)?;
+                let left = self.transpose_rows("Transpose_rows", &left);
+                Ok(self.node("MatMul", "MatMul", &[&left, &right]))
             }
             Step::MatMul(left, right) => self.pair("MatMul", term, (*left, *right), outputs, constants),
             Step::Binary(Binary::Add, left, right) => self.pair("Add", term, (*left, *right), outputs, constants),
@@ -184,8 +205,8 @@ impl<'a, 'j> Writer<'a, 'j> {
         self.job.constants.add(&mut self.job.patch, &name, &spread.map_err(Error::Convert)?)
     }
 
-    /// The query, heads first. What is written from here on computes in its type.
-    fn query(&mut self, index: &Index, query: Query) -> Result<String> {
+    /// The query, heads first or by rows. What is written from here on computes in its type.
+    fn query(&mut self, index: &Index, query: Query, term: &Term) -> Result<String> {
         let source = locate::query(self.job.model, self.site, query)?;
         // sites come in graph order, so that what several share stands before the first of them
         for node in source.nodes {
@@ -208,9 +229,20 @@ impl<'a, 'j> Writer<'a, 'j> {
             return Ok(heads_first.to_owned());
         }
         let config = self.job.adapter.config();
-        let shape = [0, 0, config.num_heads as i64, config.head_dim as i64];
-        let split = self.reshape("Reshape_split", &source.tensor, "prefold/split_heads", &shape);
+        let (heads, head_dim) = (config.num_heads as i64, config.head_dim as i64);
+        if let Some(rows) = row_steps(term).filter(|_| self.takes_rows()) {
+            self.rows = rows;
+            return Ok(self.reshape("Reshape_rows", &source.tensor, "prefold/rows", &[-1, heads, head_dim]));
+        }
+        let split = self.reshape("Reshape_split", &source.tensor, "prefold/split_heads", &[0, 0, heads, head_dim]);
         Ok(self.transpose("Transpose_split", &split))
+    }
+
+    /// Whether the graph is one of ONNX Runtime's alone. A bank's matrices differ by the rows of the batch.
+    fn takes_rows(&self) -> bool {
+        self.site.output_layout == Layout::Merged
+            && self.job.constants.emission() != Emission::Bank
+            && self.job.model.opset(MICROSOFT).is_some()
     }
 
     /// A feature map; in bfloat16, which Elu and Softplus came to take with opset 22 and few runtimes do, it is taken in 32-bit floats.
@@ -256,9 +288,24 @@ impl<'a, 'j> Writer<'a, 'j> {
         })
     }
 
+    /// `[h, B·S, n]` in the shape of the output.
+    fn merge_rows(&mut self, term: &str) -> String {
+        let merged = self.transpose_rows("Transpose_merge", term);
+        // sites come in graph order, so that the first one's output stands before all others of its graph
+        let name = format!("{}Shape", self.site.root());
+        let shape = format!("{name}/output_0");
+        if self.job.constants.is_new(&name) {
+            let node = NodeDef::new("Shape", name).inputs([self.site.output.as_str()]).outputs([shape.as_str()]);
+            self.job.patch.insert_before(self.first, node);
+        }
+        self.node("Reshape", "Reshape_merge", &[&merged, &shape])
+    }
+
     /// Adds the term to the output.
     pub(super) fn add(mut self, mut term: String) -> Result<()> {
-        if self.site.output_layout == Layout::Merged {
+        if !self.rows.is_empty() {
+            term = self.merge_rows(&term);
+        } else if self.site.output_layout == Layout::Merged {
             let config = self.job.adapter.config();
             let shape = [0, 0, (config.num_heads * config.head_dim) as i64];
             let merged = self.transpose("Transpose_merge", &term);
@@ -275,6 +322,24 @@ impl<'a, 'j> Writer<'a, 'j> {
         }
         Ok(())
     }
+}
+
+/// By step, whether its value is made of the query by functions of single elements alone. `None` where such a value goes anywhere but
+/// into a function or into a product from the left.
+fn row_steps(term: &Term) -> Option<Vec<bool>> {
+    let mut rows: Vec<bool> = Vec::with_capacity(term.steps().len());
+    for step in term.steps() {
+        let of = |value: &Value| rows.get(value.index()) == Some(&true);
+        let is_row = match step {
+            Step::Query(_) => true,
+            Step::Map(_, x) => of(x),
+            Step::Binary(_, left, right) if of(left) || of(right) => return None,
+            Step::MatMul(_, right) if of(right) => return None,
+            _ => false,
+        };
+        rows.push(is_row);
+    }
+    (rows.last() == Some(&false)).then_some(rows)
 }
 
 /// The heads-first tensor that a merged one was made from by transposing and reshaping, so that it need not be split again.

@@ -7,8 +7,8 @@ use super::{Dialect, Kind, Mutant, at};
 
 /// The first node of a layer's term, and its slot: what reads the query.
 fn query_reader(model: &Model, layer: usize) -> String {
-    let split = format!("/prefold.1/layers.{layer}/Reshape_split");
-    if has(model, &split) { split } else { format!("/prefold.1/layers.{layer}/Elu") }
+    let rows = format!("/prefold.1/layers.{layer}/Reshape_rows");
+    if has(model, &rows) { rows } else { format!("/prefold.1/layers.{layer}/Elu") }
 }
 
 fn m(layer: usize) -> String {
