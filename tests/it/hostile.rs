@@ -5,8 +5,15 @@ use std::time::{Duration, Instant};
 
 use crate::fuzzed::targets;
 
-/// Far above what a graph takes in an unoptimised build on a busy machine, and far below what the square of its size does.
-const LIMIT: Duration = Duration::from_secs(40);
+/// Far above what a graph takes in an unoptimised build, and far below what the square of its size does.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The time that this thread has had a processor; where the system does not tell, that of the clock.
+fn used(since: Instant) -> Duration {
+    let scheduled = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
+    let nanoseconds = scheduled.and_then(|text| text.split(' ').next()?.parse().ok());
+    nanoseconds.map_or_else(|| since.elapsed(), Duration::from_nanos)
+}
 
 fn varint(mut value: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -93,9 +100,11 @@ fn chain(count: usize, make: impl Fn(&str, &str) -> Vec<u8>) -> Vec<Vec<u8>> {
 
 fn is_quick(name: &str, bytes: &[u8]) {
     let started = Instant::now();
+    let before = used(started);
     targets::graph(bytes);
     targets::fold(bytes);
-    assert!(started.elapsed() < LIMIT, "{name}: {:?} for {} bytes", started.elapsed(), bytes.len());
+    let taken = used(started).saturating_sub(before);
+    assert!(taken < LIMIT, "{name}: {taken:?} for {} bytes", bytes.len());
 }
 
 #[test]
@@ -111,17 +120,17 @@ fn long_ways_are_walked_once() {
         parts.push(block("q", "b", "y"));
         model(&parts)
     };
-    is_quick("a chain", &whole(chain(50_000, plain)));
-    is_quick("a chain in reverse", &whole(chain(50_000, plain).into_iter().rev().collect()));
-    is_quick("a chain of diamonds", &whole(chain(50_000, twice)));
-    is_quick("a chain of scales", &whole([vec![half.clone()], chain(20_000, scaled)].concat()));
-    is_quick("a chain of angles", &whole([vec![cos, half], chain(20_000, angle)].concat()));
-    is_quick("a chain of tables", &whole(chain(20_000, looked_up)));
+    is_quick("a chain", &whole(chain(20_000, plain)));
+    is_quick("a chain in reverse", &whole(chain(20_000, plain).into_iter().rev().collect()));
+    is_quick("a chain of diamonds", &whole(chain(20_000, twice)));
+    is_quick("a chain of scales", &whole([vec![half.clone()], chain(6_000, scaled)].concat()));
+    is_quick("a chain of angles", &whole([vec![cos, half], chain(6_000, angle)].concat()));
+    is_quick("a chain of tables", &whole(chain(6_000, looked_up)));
 }
 
 #[test]
 fn nodes_of_many_inputs_are_read_once() {
-    let names: Vec<String> = (0..30_000).map(|at| format!("c{at}")).collect();
+    let names: Vec<String> = (0..10_000).map(|at| format!("c{at}")).collect();
     let inputs: Vec<&str> = names.iter().map(String::as_str).collect();
     let made: Vec<Vec<u8>> = names.iter().map(|name| node("Neg", &["x"], name)).collect();
     let star = |op: &str| node(op, &inputs, "q");
@@ -133,7 +142,7 @@ fn nodes_of_many_inputs_are_read_once() {
 
 #[test]
 fn a_long_cycle_is_found_at_once() {
-    let mut parts = chain(50_000, |from, to| node("Neg", &[from], to));
+    let mut parts = chain(20_000, |from, to| node("Neg", &[from], to));
     parts[0] = node("Neg", &["q"], "c1");
     let bytes = model(&[parts.concat(), block("q", "b", "y")]);
     is_quick("a cycle", &bytes);
@@ -144,10 +153,10 @@ fn a_long_cycle_is_found_at_once() {
 /// Many blocks beside each other, and many behind each other.
 #[test]
 fn many_blocks_are_no_more_than_their_sum() {
-    let beside: Vec<Vec<u8>> = (0..1_000).map(|at| block("q", &format!("b{at}"), &format!("y{at}"))).collect();
+    let beside: Vec<Vec<u8>> = (0..500).map(|at| block("q", &format!("b{at}"), &format!("y{at}"))).collect();
     let longer = chain(20_000, |from, to| node("Neg", &[from], to));
     is_quick("blocks beside each other", &model(&[longer, beside, vec![block("q", "b", "y")]].concat()));
-    let behind = chain(500, |from, to| {
+    let behind = chain(300, |from, to| {
         let merged = format!("{to}_merged");
         let heads = node("Reshape", &[&merged, "heads"], &format!("{to}_split"));
         let first = node_with("Transpose", &[&format!("{to}_split")], to, &integers("perm", &[0, 2, 1, 3]));
