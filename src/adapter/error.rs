@@ -137,6 +137,18 @@ pub enum Error {
         /// Shape that the configuration implies.
         expected: Vec<usize>,
     },
+    /// A tensor holds integers.
+    #[error("the adapter's tensor `{name}` holds {data_type}, where floats are expected")]
+    #[diagnostic(
+        code(prefold::adapter::not_floats),
+        help("save the adapter in float32, float16 or bfloat16; a quantised adapter must be dequantised first")
+    )]
+    NotFloats {
+        /// The tensor.
+        name: String,
+        /// The type of its elements.
+        data_type: &'static str,
+    },
     /// A tensor holds NaN or infinity.
     #[error("the adapter's tensor `{name}` holds NaN or infinity")]
     #[diagnostic(code(prefold::adapter::not_finite), help("its training diverged: train again with a lower rate"))]

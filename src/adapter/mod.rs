@@ -207,6 +207,9 @@ fn check_tensors(config: &AdapterConfig, tensors: &Tensors) -> Result<()> {
         }
     }
     for (name, tensor) in tensors {
+        if !tensor.dtype().is_float() {
+            return Err(Error::NotFloats { name: name.clone(), data_type: tensor.dtype().as_str() });
+        }
         let is_finite = || match tensor.dtype() {
             DType::F32 => Ok(tensor.flatten_all()?.to_vec1::<f32>()?.iter().all(|x| x.is_finite())),
             _ => Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.iter().all(|x| x.is_finite())),

@@ -1,4 +1,5 @@
-//! Ctrl-C while training: the first ends the run after its step, the second ends the process.
+//! Ctrl-C. While training the first ends the run after its step, and the second ends the process; every other command ends at once,
+//! and leaves nothing behind.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -6,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use miette::{IntoDiagnostic, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+
+use crate::files;
 
 /// Listens for the wish to stop.
 #[derive(Clone, Debug, Default)]
@@ -42,4 +45,42 @@ impl Interrupt {
     pub(super) fn exit_code(&self) -> u8 {
         exit_code(i32::try_from(self.signal.load(Ordering::Relaxed)).ok().filter(|s| *s > 0).unwrap_or(SIGINT))
     }
+}
+
+/// Lets SIGINT and SIGTERM remove what is unfinished before they end the process, as the signals that they are.
+///
+/// # Errors
+/// When the system does not hand the signals over.
+#[cfg(unix)]
+pub(super) fn leave_nothing_behind() -> Result<()> {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use signal_hook::low_level::{emulate_default_handler, pipe};
+
+    let (mut told, teller) = UnixStream::pair().into_diagnostic()?;
+    let came = Arc::new(AtomicUsize::new(0));
+    for signal in [SIGINT, SIGTERM] {
+        // in this order: who is told asks which it was
+        flag::register_usize(signal, came.clone(), signal as usize).into_diagnostic()?;
+        pipe::register(signal, teller.try_clone().into_diagnostic()?).into_diagnostic()?;
+    }
+    let wait = move || {
+        if told.read_exact(&mut [0]).is_ok() {
+            files::remove_unfinished();
+            let signal = i32::try_from(came.load(Ordering::Relaxed)).unwrap_or(SIGTERM);
+            if emulate_default_handler(signal).is_err() {
+                std::process::exit(exit_code(signal).into());
+            }
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).into_diagnostic()?;
+    Ok(())
+}
+
+/// Other systems end a process without asking it.
+#[cfg(not(unix))]
+pub(super) fn leave_nothing_behind() -> Result<()> {
+    let _is_not_called_here = files::remove_unfinished;
+    Ok(())
 }

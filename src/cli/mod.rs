@@ -154,6 +154,10 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     let context = Context { global: cli.global, cache: files::cache_folder()? };
+    // training has a checkpoint to save first, and the process of a runtime writes nothing
+    if !matches!(cli.command, Command::Train(_) | Command::RuntimeProcess) {
+        interrupt::leave_nothing_behind()?;
+    }
     match cli.command {
         Command::Data(command) => command.run(&context),
         Command::Demo(command) => command.run(&context),

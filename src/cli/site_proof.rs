@@ -13,7 +13,7 @@ use super::Context;
 use super::verify::{Engine, open_given};
 use crate::adapter::{Adapter, AdapterConfig, Query};
 use crate::base::{Checkpoint, Decoder};
-use crate::files::{MANIFEST_NAME, Manifest, read_json};
+use crate::files::{MANIFEST_NAME, Manifest, TemporaryFolder, read_json};
 use crate::fold::{self, ADAPTER_IDS, Emission, Layout, Over, Record, Site, graph_file, locate};
 use crate::onnx::{DataType, Dim, MODEL_NAME, Model, Patch, ValueDef, external_files};
 use crate::parity::{CapturedQuery, Probe, QueryDistance};
@@ -227,7 +227,7 @@ impl Subject<'_> {
         if !self.adapter.zeros_are_the_base() {
             return Ok((Zero::NotJudged, base.info()));
         }
-        let folder = tempfile::tempdir().into_diagnostic()?;
+        let folder = TemporaryFolder::new().into_diagnostic()?;
         let mut zero = self.with_zeros(config, folder.path())?;
         let probe = Probe::new(base.outputs());
         let found = probe.first_difference(base.as_mut(), zero.as_mut(), config.head_dim)?;
@@ -261,7 +261,7 @@ impl Subject<'_> {
         if queries.is_empty() {
             return Ok(Vec::new());
         }
-        let folder = tempfile::tempdir().into_diagnostic()?;
+        let folder = TemporaryFolder::new().into_diagnostic()?;
         let mut graph = self.session(&patch.apply(self.model)?, folder.path())?;
         let decoder = Decoder::load(checkpoint, DType::F32, &Device::Cpu)?;
         let probe = Probe::new(graph.outputs());

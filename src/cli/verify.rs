@@ -33,7 +33,7 @@ use super::{Context, command_line, existing_graph, named_adapter, usage};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, DeviceChoice};
 use crate::export::{Dialect, ExportOptions, Precision, export};
-use crate::files::{FileFact, Manifest};
+use crate::files::{FileFact, Manifest, TemporaryFolder};
 use crate::fold::{
     ADAPTER_IDS, Carry, Emission, FoldOptions, Record, fold_adapters, name_of, slot_values, unfold_folder,
 };
@@ -387,7 +387,7 @@ pub(super) fn compile(
     verify_args: &VerifyArgs,
     emission: Emission,
 ) -> Result<Report> {
-    let base = tempfile::tempdir_in(folder.parent().unwrap_or(folder))
+    let base = TemporaryFolder::within(folder.parent().unwrap_or(folder), ".base")
         .map_err(crate::files::Error::io("create a folder beside", folder))?;
     // weights that the adapter replaced are the checkpoint's, and nothing is left to fold
     let replaced = adapter.base_weights().is_some();

@@ -23,12 +23,15 @@ impl MappedFile {
     /// # Errors
     /// When the path is missing, is a folder, or cannot be mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        let metadata = file.metadata().map_err(Error::io("open", path))?;
-        if metadata.is_dir() {
-            let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder, not a file");
+        // asked of the path: a pipe would be opened only once somebody writes into it
+        let kind = std::fs::metadata(path).map_err(Error::io("open", path))?.file_type();
+        if !kind.is_file() {
+            let what = if kind.is_dir() { "a folder, not a file" } else { "no file that could be mapped" };
+            let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, format!("it is {what}"));
             return Err(Error::Io { action: "open", path: path.into(), source });
         }
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let metadata = file.metadata().map_err(Error::io("open", path))?;
         let map = if metadata.len() == 0 {
             None
         } else {

@@ -9,6 +9,7 @@ mod manifest;
 mod map;
 mod shared_objects;
 mod staged;
+mod temporary;
 mod wheel;
 
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ pub use manifest::{FileFact, MANIFEST_NAME, Manifest};
 pub use map::MappedFile;
 pub use shared_objects::{load_libraries, load_needs};
 pub use staged::{StagedFolder, sync};
+pub use temporary::{TemporaryFolder, remove_unfinished};
 pub use wheel::{Member, Wheel, run_python};
 
 /// What can go wrong with a file or folder.

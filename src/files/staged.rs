@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Error, Result};
+use super::{Error, Result, TemporaryFolder};
 
 /// An output folder under construction, beside its final place. [`commit`](Self::commit) renames it there; dropping it
 /// without that removes everything, so that a failed command leaves nothing behind.
 #[derive(Debug)]
 pub struct StagedFolder {
-    staging: tempfile::TempDir,
+    staging: TemporaryFolder,
     target: PathBuf,
     overwrite: bool,
 }
@@ -28,12 +28,7 @@ impl StagedFolder {
             _ => Path::new("."),
         };
         std::fs::create_dir_all(parent).map_err(Error::io("create folder", parent))?;
-        let staging = tempfile::Builder::new()
-            .prefix(".prefold-")
-            .suffix(".partial")
-            .permissions(folder_permissions())
-            .tempdir_in(parent)
-            .map_err(Error::io("create a folder in", parent))?;
+        let staging = TemporaryFolder::within(parent, ".partial").map_err(Error::io("create a folder in", parent))?;
         Ok(Self { staging, target: target.into(), overwrite })
     }
 
@@ -66,29 +61,33 @@ impl StagedFolder {
     /// When the rename fails; the previous content, if any, is put back.
     pub fn commit(self) -> Result<PathBuf> {
         let Self { staging, target, overwrite } = self;
-        let previous = if is_occupied(&target) {
-            if !overwrite {
-                return Err(Error::Exists { path: target });
-            }
-            let aside = staging.path().with_extension("previous");
-            std::fs::rename(&target, &aside).map_err(Error::io("move aside", &target))?;
-            Some(aside)
-        } else {
-            None
-        };
-        if let Err(source) = std::fs::rename(staging.path(), &target) {
-            if let Some(aside) = previous {
-                std::fs::rename(&aside, &target).map_err(Error::io("restore", &target))?;
-            }
-            return Err(Error::Io { action: "move the finished folder to", path: target, source });
-        }
-        let _moved = staging.keep();
-        if let Some(aside) = previous {
-            let removed = if aside.is_dir() { std::fs::remove_dir_all(&aside) } else { std::fs::remove_file(&aside) };
-            removed.map_err(Error::io("remove the replaced", &aside))?;
-        }
+        staging.placed(|staging| replace(staging, &target, overwrite))?;
         Ok(target)
     }
+}
+
+/// Moves a finished folder to its place; what was there is set aside until it stands.
+fn replace(staging: &Path, target: &Path, overwrite: bool) -> Result<()> {
+    let mut previous = None;
+    if is_occupied(target) {
+        if !overwrite {
+            return Err(Error::Exists { path: target.into() });
+        }
+        let aside = staging.with_extension("previous");
+        std::fs::rename(target, &aside).map_err(Error::io("move aside", target))?;
+        previous = Some(aside);
+    }
+    if let Err(source) = std::fs::rename(staging, target) {
+        if let Some(aside) = previous {
+            std::fs::rename(&aside, target).map_err(Error::io("restore", target))?;
+        }
+        return Err(Error::Io { action: "move the finished folder to", path: target.into(), source });
+    }
+    if let Some(aside) = previous {
+        let removed = if aside.is_dir() { std::fs::remove_dir_all(&aside) } else { std::fs::remove_file(&aside) };
+        removed.map_err(Error::io("remove the replaced", &aside))?;
+    }
+    Ok(())
 }
 
 /// Waits until the disk has a file's content, or a folder's list of names; folders are passed over on Windows, which does
@@ -109,14 +108,10 @@ pub fn sync(path: &Path) -> Result<()> {
 fn is_occupied(path: &Path) -> bool {
     match std::fs::read_dir(path) {
         Ok(mut entries) => entries.next().is_some(),
+        // a file stands where a folder would be: its own place is taken, and below it there is none
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => path.symlink_metadata().is_ok(),
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     }
-}
-
-#[cfg(unix)]
-fn folder_permissions() -> std::fs::Permissions {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::Permissions::from_mode(0o755)
 }
 
 #[cfg(test)]
@@ -135,6 +130,11 @@ mod tests {
         staged.commit().unwrap();
         assert_eq!(std::fs::read_to_string(target.join("a")).unwrap(), "1");
         assert!(matches!(StagedFolder::new(&target, false), Err(Error::Exists { .. })));
+
+        let file = target.join("a");
+        assert!(matches!(StagedFolder::new(&file, false), Err(Error::Exists { .. })));
+        let below = StagedFolder::new(&file.join("out"), false);
+        assert!(matches!(below, Err(Error::Io { action: "create folder", path, .. }) if path == file));
 
         let staged = StagedFolder::new(&target, true).unwrap();
         std::fs::write(staged.path().join("b"), "2").unwrap();

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use super::{Error, Result, StagedFolder, sha256_file};
+use super::{Error, Result, StagedFolder, TemporaryFolder, sha256_file};
 
 /// The environment variable that names the Python interpreter.
 const PYTHON_VARIABLE: &str = "PREFOLD_PYTHON";
@@ -18,7 +18,7 @@ const REASON_LINES: usize = 6;
 pub struct Wheel {
     path: PathBuf,
     archive: zip::ZipArchive<File>,
-    _download: Option<tempfile::TempDir>,
+    _download: Option<TemporaryFolder>,
 }
 
 /// A file to take out of a wheel.
@@ -64,11 +64,7 @@ impl Wheel {
 
     fn download_with(program: &std::ffi::OsStr, requirement: &str, extra: &[&str], beside: &Path) -> Result<Self> {
         std::fs::create_dir_all(beside).map_err(Error::io("create folder", beside))?;
-        let folder = tempfile::Builder::new()
-            .prefix(".prefold-")
-            .suffix(".download")
-            .tempdir_in(beside)
-            .map_err(Error::io("create a folder in", beside))?;
+        let folder = TemporaryFolder::within(beside, ".download").map_err(Error::io("create a folder in", beside))?;
         let fixed = ["-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"];
         let wanted = ["--no-deps", "--only-binary=:all:", "--dest"];
         let arguments = fixed.into_iter().chain(wanted).map(std::ffi::OsStr::new);

@@ -4,7 +4,7 @@
 //! `1 length bytes` inserts.
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 
 use crate::onnx::Bytes;
 
@@ -39,19 +39,23 @@ impl Delta {
             by_content.entry(piece).or_default().push(*start);
         }
         let mut delta = Self::default();
-        let mut next = 0;
-        for piece in to {
+        let (mut next, mut copied) = (0, 0);
+        for piece in to.iter().filter(|piece| !piece.is_empty()) {
             let found = by_place.get(&place(piece)).copied().or_else(|| {
                 let starts = by_content.get(&**piece)?;
                 // of equal pieces the one that goes on where the last copy ended
                 starts.iter().find(|start| **start >= next).or_else(|| starts.first()).copied()
             });
-            match found {
+            copied += piece.len() as u64;
+            match found.filter(|_| copied <= end) {
                 Some(start) => {
                     next = start + piece.len() as u64;
                     delta.copy(start, piece.len() as u64);
                 }
-                None => delta.insert(piece),
+                None => {
+                    copied -= piece.len() as u64;
+                    delta.insert(piece);
+                }
             }
         }
         delta
@@ -125,31 +129,33 @@ impl Delta {
         Ok(packer.finish()?.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// From text; none where it is damaged.
-    pub(super) fn decode(text: &str) -> Option<Self> {
+    /// From text; none where it is damaged. A fold only adds, so that no way back copies more than the folded file's `size`: what
+    /// is unpacked stays in proportion to the file that it came from.
+    pub(super) fn decode(text: &str, size: u64) -> Option<Self> {
         let digits = text.as_bytes().as_chunks::<2>();
         let pairs = digits.1.is_empty().then_some(digits.0)?.iter();
         let packed: Vec<u8> =
             pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect::<Option<_>>()?;
-        let mut unpacked = Vec::new();
-        let mut unpacker = flate2::read::ZlibDecoder::new(packed.as_slice()).take(MAX_UNPACKED);
-        unpacker.read_to_end(&mut unpacked).ok()?;
-        let mut rest = unpacked.as_slice();
-        let mut steps = Vec::new();
-        while let Some((tag, after)) = rest.split_first() {
-            rest = after;
-            steps.push(match tag {
-                0 => Step::Copy { start: read_varint(&mut rest)?, length: read_varint(&mut rest)? },
+        let unpacker = flate2::read::ZlibDecoder::new(packed.as_slice()).take(MAX_UNPACKED);
+        let mut unpacker = std::io::BufReader::new(unpacker);
+        let (mut delta, mut copied) = (Self::default(), 0u64);
+        while !unpacker.fill_buf().ok()?.is_empty() {
+            match read_byte(&mut unpacker)? {
+                0 => {
+                    let (start, length) = (read_varint(&mut unpacker)?, read_varint(&mut unpacker)?);
+                    copied = copied.checked_add(length).filter(|copied| *copied <= size)?;
+                    delta.copy(start, length);
+                }
                 1 => {
-                    let length = usize::try_from(read_varint(&mut rest)?).ok()?;
-                    let (bytes, after) = rest.split_at_checked(length)?;
-                    rest = after;
-                    Step::Insert(bytes.to_vec())
+                    let length = read_varint(&mut unpacker)?;
+                    let mut bytes = Vec::new();
+                    unpacker.by_ref().take(length).read_to_end(&mut bytes).ok()?;
+                    (bytes.len() as u64 == length).then(|| delta.insert(&bytes))?;
                 }
                 _ => return None,
-            });
+            }
         }
-        Some(Self(steps))
+        Some(delta)
     }
 }
 
@@ -161,11 +167,16 @@ fn varint(out: &mut impl Write, mut value: u64) -> std::io::Result<()> {
     out.write_all(&[value as u8])
 }
 
-fn read_varint(rest: &mut &[u8]) -> Option<u64> {
+fn read_byte(from: &mut impl Read) -> Option<u8> {
+    let mut byte = [0];
+    from.read_exact(&mut byte).ok()?;
+    Some(byte[0])
+}
+
+fn read_varint(from: &mut impl Read) -> Option<u64> {
     let mut value = 0u64;
     for shift in (0..63).step_by(7) {
-        let (byte, after) = rest.split_first()?;
-        *rest = after;
+        let byte = read_byte(from)?;
         value |= u64::from(byte & 0x7f) << shift;
         if byte & 0x80 == 0 {
             return Some(value);
@@ -203,6 +214,23 @@ mod tests {
         assert!(delta.apply(&folded[..3]).is_none());
     }
 
+    /// A few bytes of text that would unpack to gigabytes.
+    #[test]
+    fn a_way_to_more_than_there_was_is_refused() {
+        let text = |step: &[u8]| {
+            let mut packer = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+            (0..1 << 22).for_each(|_| packer.write_all(step).unwrap());
+            packer.finish().unwrap().iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        };
+        let copies = text(&[0, 0, 3]);
+        assert!(copies.len() < 1 << 16 && Delta::decode(&copies, 1 << 20).is_none());
+        let nothing = Delta::decode(&text(&[0, 0, 0]), 3).unwrap();
+        assert!(nothing.0.len() <= 1, "steps of no length");
+        let inserts = Delta::decode(&text(&[1, 1, 7]), 3).unwrap();
+        assert_eq!(inserts.0, [Step::Insert(vec![7; 1 << 22])]);
+        assert_eq!(Delta::decode(&text(&[1, 0]), 3).unwrap().0.len(), 1);
+    }
+
     proptest! {
         /// Whatever both are, however the file is cut afterwards.
         #[test]
@@ -211,7 +239,8 @@ mod tests {
             let (from, to) = (cut(&from), cut(&to));
             let delta = Delta::between(&from, &to);
             let text = delta.encode().unwrap();
-            prop_assert_eq!(&Delta::decode(&text).unwrap(), &delta);
+            let size = from.iter().map(|piece| piece.len() as u64).sum();
+            prop_assert_eq!(&Delta::decode(&text, size).unwrap(), &delta);
             let file = Bytes::from(flat(&from));
             let middle = split.min(file.len());
             let again = [file.cut(0, middle).unwrap(), file.cut(middle, file.len()).unwrap()];
@@ -220,7 +249,7 @@ mod tests {
 
         #[test]
         fn damaged_text_is_refused_or_another_way(text in "[0-9a-f]{0,80}") {
-            if let Some(delta) = Delta::decode(&text) {
+            if let Some(delta) = Delta::decode(&text, 3) {
                 let _ = delta.apply(&[vec![1, 2, 3].into()]);
             }
         }

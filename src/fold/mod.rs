@@ -155,6 +155,11 @@ pub fn fold(
         (Some(_), Over::Stack) if Record::all(model)?.is_empty() => {
             return Err(Error::Unfold { why: "it was folded by a prefold that kept no way back".into() });
         }
+        (None, _) if record::is_forgotten(model) => {
+            return Err(Error::Unfold {
+                why: "it carries an adapter, and another tool dropped the metadata of it".into(),
+            });
+        }
         _ => None,
     };
     let model = replaced.as_ref().unwrap_or(model);

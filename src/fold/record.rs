@@ -68,7 +68,8 @@ impl Record {
         for (key, value) in model.metadata_props() {
             let Some(number) = key.strip_prefix(RECORDS) else { continue };
             let damaged = |why: String| Error::Unfold { why: format!("its metadata entry `{key}` is damaged: {why}") };
-            let number: usize = number.parse().map_err(|_| damaged("it has no number".into()))?;
+            let number: u32 = number.parse().map_err(|_| damaged("it has no number".into()))?;
+            let number = number as usize;
             let record: Self = serde_json::from_str(value).map_err(|error| damaged(error.to_string()))?;
             records.insert(number, Self { number, ..record });
         }
@@ -100,7 +101,7 @@ impl Record {
         let changed = || Error::Unfold {
             why: "it was changed after the fold, so its bytes are not those to go back from".into(),
         };
-        let delta = Delta::decode(&self.undo.delta);
+        let delta = Delta::decode(&self.undo.delta, folded.encoded_len());
         let delta = delta.ok_or_else(|| Error::Unfold { why: "the way back in its metadata is damaged".into() })?;
         let pieces = delta.apply(&folded.pieces_without(&self.key())?).ok_or_else(changed)?;
         let bytes: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
@@ -111,6 +112,13 @@ impl Record {
         pieces.iter().for_each(|piece| file.extend_from_slice(piece));
         Ok(Model::from_bytes(file)?)
     }
+}
+
+/// Whether a model without a mark has nodes of a fold: some tools drop metadata.
+pub(super) fn is_forgotten(model: &Model) -> bool {
+    let mut found = false;
+    model.graph().visit(&mut |graph| found |= graph.nodes().iter().any(|node| node.name().starts_with("/prefold.")));
+    found && model.metadata(MARK).is_none()
 }
 
 /// The model before its last fold, and what that was.

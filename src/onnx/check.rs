@@ -207,12 +207,13 @@ fn find_cycle(graph: &Graph) -> Option<Error> {
     }
     // Each node that is left reads one that is left, so walking back meets itself.
     let mut path = vec![*waits.keys().min()?];
+    let mut met = HashMap::new();
     loop {
-        let node = graph.node(*path.last()?)?;
-        let back = producers(&index, node).into_iter().find(|id| waits.contains_key(id))?;
-        let met = path.iter().position(|&id| id == back);
+        let last = *path.last()?;
+        met.insert(last, path.len() - 1);
+        let back = producers(&index, graph.node(last)?).into_iter().find(|id| waits.contains_key(id))?;
         path.push(back);
-        if let Some(start) = met {
+        if let Some(&start) = met.get(&back) {
             let nodes = path.get(start..)?.iter().rev().filter_map(|&id| graph.node(id)).map(Node::label).collect();
             return Some(Error::Cycle { nodes });
         }

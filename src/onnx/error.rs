@@ -160,7 +160,7 @@ pub enum Error {
         tensor: String,
     },
     /// Nodes depend on each other in a circle.
-    #[error("the graph has a cycle: {}", nodes.join(" → "))]
+    #[error("the graph has a cycle: {}", circle(nodes))]
     #[diagnostic(code(prefold::onnx::cycle), help("a graph is acyclic; one of these nodes must read another tensor"))]
     Cycle {
         /// The nodes of the circle, each read by the next; the first is also the last.
@@ -373,6 +373,18 @@ pub enum Error {
 
 const NOT_ONNX_HELP: &str = "the file is damaged or not an ONNX model (a Git LFS pointer or a web page saved in its \
                              place looks like this); fetch or export it again";
+
+/// The nodes of a circle; the middle of a long one is left out.
+fn circle(nodes: &[String]) -> String {
+    const ENDS: usize = 8;
+    let middle = nodes.len().saturating_sub(2 * ENDS);
+    match (nodes.get(..ENDS), nodes.get(nodes.len().saturating_sub(ENDS)..)) {
+        (Some(first), Some(last)) if middle > 0 => {
+            format!("{} → ({middle} more) → {}", first.join(" → "), last.join(" → "))
+        }
+        _ => nodes.join(" → "),
+    }
+}
 
 /// The result of an operation of this room.
 pub type Result<T> = std::result::Result<T, Error>;

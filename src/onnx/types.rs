@@ -11,6 +11,9 @@ use super::{DataType, Dim, Error, Model, Node, Result, TensorInfo, ValueInfo};
 /// A dimension; none where it is not a number.
 type Size = Option<i64>;
 
+/// Dimensions of the largest shape that is believed: each node that hands one on has a copy of it.
+const MAX_RANK: usize = 64;
+
 /// What is known of a tensor.
 #[derive(Clone, Debug, Default)]
 struct Known {
@@ -24,13 +27,14 @@ impl Known {
         let size = |dim: &Dim| if let Dim::Value(size @ 1..) = dim { Some(*size) } else { None };
         Self {
             elem: value.elem_type().filter(|elem| *elem != DataType::Undefined),
-            shape: value.shape().map(|shape| shape.iter().map(size).collect()),
+            shape: value.shape().filter(|shape| shape.len() <= MAX_RANK).map(|shape| shape.iter().map(size).collect()),
         }
     }
 
     fn of_tensor(tensor: &TensorInfo) -> Self {
-        let shape = tensor.dims().iter().copied().map(Some).collect();
-        Self { elem: Some(tensor.data_type()), shape: Some(shape) }
+        let dims = Some(tensor.dims()).filter(|dims| dims.len() <= MAX_RANK);
+        let shape = dims.map(|dims| dims.iter().copied().map(Some).collect());
+        Self { elem: Some(tensor.data_type()), shape }
     }
 }
 

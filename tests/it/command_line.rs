@@ -259,3 +259,41 @@ fn a_full_disk() {
     let error = failure_with(2, folder.path(), &verify);
     assert!(error.contains("No space left on device") && error.contains("free some space"), "{error}");
 }
+
+/// Ctrl-C, and what ends a job, in the middle of a command: the process ends by the signal, and its hidden folder is gone.
+#[cfg(unix)]
+#[test]
+fn a_signal_leaves_nothing_behind() {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+    use std::time::{Duration, Instant};
+
+    for (signal, number) in [("-INT", 2), ("-TERM", 15)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_prefold"));
+        command.current_dir(folder.path()).args(["--quiet", "demo", "--out", "out"]).env("NO_COLOR", "1");
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let started = Instant::now();
+        while names(folder.path()).is_empty() {
+            assert!(child.try_wait().unwrap().is_none() && started.elapsed() < Duration::from_secs(120));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let begun = names(folder.path());
+        assert!(begun[0].starts_with(".prefold-") && begun[0].ends_with(".partial"), "{begun:?}");
+        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.signal(), Some(number), "{output:?}");
+        assert_eq!((names(folder.path()), output.stderr), (Vec::new(), Vec::new()), "{signal}");
+    }
+}
+
+/// Integers are no adapter, whatever they would be read as.
+#[test]
+fn an_adapter_of_integers_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensor = candle_core::Tensor::zeros((4, 16, 16), candle_core::DType::I64, &candle_core::Device::Cpu).unwrap();
+    let tensors = std::collections::HashMap::from([("layers.0.M", tensor)]);
+    candle_core::safetensors::save(&tensors, folder.path().join("a.safetensors")).unwrap();
+    let error = failure(folder.path(), &["inspect", "a.safetensors"]);
+    assert!(error.contains("`layers.0.M` holds i64, where floats are expected"), "{error}");
+}

@@ -321,6 +321,26 @@ fn a_graph_that_was_changed_since_is_not_unfolded() {
     assert!(error.contains("it carries no adapter that prefold folded"), "{error}");
 }
 
+/// Some tools drop metadata. Slots of a second fold would bear the names of the first one's.
+#[test]
+fn a_graph_that_lost_the_metadata_of_its_fold_is_not_folded_again() {
+    let bench = Bench::new(Dialect::Portable);
+    bench.fold("base", &["a"], Emission::Slot, Over::Refuse, "slot");
+    let file = bench.at("slot/model.onnx");
+    let kept = std::fs::read(&file).unwrap();
+    // entries of the same length under other names
+    let mark = kept.windows(15).position(|bytes| bytes == b"prefold.adapter").unwrap();
+    let mut lost = kept.clone();
+    lost[mark..mark + 7].copy_from_slice(b"another");
+    let record = lost.windows(12).position(|bytes| bytes == b"prefold.fold").unwrap();
+    lost[record..record + 7].copy_from_slice(b"another");
+    std::fs::write(&file, lost).unwrap();
+    let adapters = [("b".to_owned(), bench.at("b"))];
+    let error =
+        fold_adapters(&file, &adapters, FoldOptions::default(), &bench.folder("again")).unwrap_err().to_string();
+    assert!(error.contains("it carries an adapter, and another tool dropped the metadata of it"), "{error}");
+}
+
 /// What a fold writes down grows with what it changes, not with the graph.
 #[test]
 fn the_way_back_is_short() {

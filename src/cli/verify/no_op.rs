@@ -13,8 +13,8 @@ pub(super) fn no_op(
     check: &mut Check,
 ) -> Result<()> {
     let Some(Adapted { adapter, .. }) = subject.adapters.first() else { return Ok(()) };
-    let scratch =
-        tempfile::tempdir().map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
+    let scratch = TemporaryFolder::new()
+        .map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
     let base = match (&subject.base_graph, graph.metadata("prefold.dialect")) {
         (Some(base), _) => base.clone(),
         (None, Some(dialect)) => {

@@ -7,6 +7,7 @@ mod axes;
 mod beside;
 mod decomposed;
 mod explain;
+mod flow;
 mod group_query_attention;
 mod microsoft_attention;
 mod multi_head_attention;

@@ -1,20 +1,28 @@
 //! Which decoder layer a site is of: the number of sites before it in the flow of data, checked against the names of the cache.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use super::Site;
+use super::{Site, flow};
 use crate::fold::{Error, Result};
 use crate::onnx::{Index, Node, NodeId};
+
+/// Layers of the deepest graph that is folded: what is written at a site takes time that grows with its graph.
+const MAX_LAYERS: usize = 1024;
 
 /// Gives the sites of one graph their layers, and sorts them.
 pub(super) fn number_layers(index: &Index, sites: &mut [Site]) -> Result<()> {
     let Some(first) = sites.first() else { return Ok(()) };
     let scope = first.scope.clone();
+    if sites.len() > MAX_LAYERS {
+        let reason = format!("there are {} attention blocks, and at most {MAX_LAYERS} are folded", sites.len());
+        return Err(Error::Layers { reason, place: place(&scope) });
+    }
     let outputs: BTreeSet<&str> = sites.iter().map(|site| site.output.as_str()).collect();
-    let depths = depths(index, &outputs);
-    let depth = |site: &Site| index.producer(&site.output).and_then(|node| depths.get(&node.id()).copied());
-    let layers: Vec<usize> = sites.iter().map(|site| depth(site).unwrap_or(1).saturating_sub(1)).collect();
-    let caches: Vec<BTreeSet<usize>> = sites.iter().map(|site| caches(index, site, &outputs)).collect();
+    let behind = behind(index, &outputs);
+    let of =
+        |site: &Site| index.producer(&site.output).and_then(|node| behind.get(&node.id()).copied()).unwrap_or_default();
+    let layers: Vec<usize> = sites.iter().map(|site| of(site).sites.saturating_sub(1)).collect();
+    let caches: Vec<Option<usize>> = sites.iter().map(|site| of(site).cache).collect();
     let mut owners: BTreeMap<usize, &str> = BTreeMap::new();
     for (site, layer) in sites.iter().zip(&layers) {
         if let Some(other) = owners.insert(*layer, &site.anchor) {
@@ -25,9 +33,9 @@ pub(super) fn number_layers(index: &Index, sites: &mut [Site]) -> Result<()> {
             return Err(Error::Layers { reason, place: place(&scope) });
         }
     }
-    for ((site, layer), caches) in sites.iter().zip(&layers).zip(&caches) {
+    for ((site, layer), cache) in sites.iter().zip(&layers).zip(&caches) {
         // a layer may share the cache of one before it
-        if let Some(cache) = caches.iter().find(|cache| *cache > layer) {
+        if let Some(cache) = cache.filter(|cache| cache > layer) {
             let reason = format!(
                 "`{}` is number {layer} in the flow of data and reads the cache of layer {cache}: the attention of layer {layer} \
                  was not found",
@@ -36,7 +44,7 @@ pub(super) fn number_layers(index: &Index, sites: &mut [Site]) -> Result<()> {
             return Err(Error::Layers { reason, place: place(&scope) });
         }
     }
-    if caches.iter().any(|caches| !caches.is_empty()) {
+    if caches.iter().any(Option::is_some) {
         let named = index.graph().inputs().iter().filter_map(|input| cache_layer(input.name())).max();
         if let Some(missing) = named.and_then(|last| (0..=last).find(|layer| !owners.contains_key(layer))) {
             let reason = format!("layer {missing} has a cache, and its attention was not found");
@@ -71,46 +79,42 @@ fn place(scope: &str) -> String {
     if scope.is_empty() { "in the main graph".to_owned() } else { format!("in branch `{scope}`") }
 }
 
-/// For each node, the most sites on one way that ends with it; nodes may stand in any order.
-fn depths(index: &Index, outputs: &BTreeSet<&str>) -> HashMap<NodeId, usize> {
-    let mut depths: HashMap<NodeId, usize> = HashMap::with_capacity(index.graph().nodes().len());
-    let mut entered: BTreeSet<NodeId> = BTreeSet::new();
-    let own = |tensor: &str| index.producer(tensor).filter(|node| index.graph().node(node.id()).is_some());
-    for last in index.graph().nodes() {
-        let mut open: Vec<&Node> = vec![last];
-        while let Some(&node) = open.last() {
-            entered.insert(node.id());
-            let before = || node.inputs().iter().filter_map(|input| own(input));
-            // what was entered and has no depth yet is on the way to this node: a cycle
-            if let Some(next) = before().find(|node| !entered.contains(&node.id())) {
-                open.push(next);
-                continue;
-            }
-            let most = before().filter_map(|node| depths.get(&node.id())).max().copied().unwrap_or(0);
-            let is_site = node.outputs().iter().any(|output| outputs.contains(output.as_str()));
-            depths.entry(node.id()).or_insert(most + usize::from(is_site));
-            open.pop();
-        }
-    }
-    depths
+/// What lies behind a node.
+#[derive(Clone, Copy, Default)]
+struct Behind {
+    /// The most sites on one way that ends with it.
+    sites: usize,
+    /// The highest layer of the caches that it reads, not through a site and not only their lengths.
+    cache: Option<usize>,
 }
 
-/// Layers of the caches that a site reads, not through another site and not only their lengths.
-fn caches(index: &Index, site: &Site, outputs: &BTreeSet<&str>) -> BTreeSet<usize> {
-    let (mut layers, mut seen) = (BTreeSet::new(), BTreeSet::new());
-    let mut open = vec![site.output.as_str()];
-    while let Some(tensor) = open.pop() {
-        let Some(node) = index.producer(tensor) else {
-            layers.extend(index.input(tensor).and_then(|_| cache_layer(tensor)));
-            continue;
-        };
-        if node.is("", "Shape") || !seen.insert(node.id()) {
-            continue;
-        }
-        let inputs = node.inputs().iter().map(String::as_str);
-        open.extend(inputs.filter(|input| !input.is_empty() && !outputs.contains(input)));
+/// What lies behind each node of a graph; nodes may stand in any order.
+fn behind(index: &Index, outputs: &BTreeSet<&str>) -> HashMap<NodeId, Behind> {
+    let mut known: HashMap<NodeId, Behind> = HashMap::with_capacity(index.graph().nodes().len());
+    let mut entered = HashSet::new();
+    for last in index.graph().nodes() {
+        flow::after_inputs(index, last, &mut entered, &mut |node| {
+            let found = of_inputs(index, outputs, &known, node);
+            known.insert(node.id(), found);
+        });
     }
-    layers
+    known
+}
+
+fn of_inputs(index: &Index, outputs: &BTreeSet<&str>, known: &HashMap<NodeId, Behind>, node: &Node) -> Behind {
+    let mut all = Behind::default();
+    for input in node.inputs() {
+        let behind = match index.producer(input) {
+            Some(producer) => known.get(&producer.id()).copied().unwrap_or_default(),
+            None => Behind { sites: 0, cache: index.input(input).and_then(|_| cache_layer(input)) },
+        };
+        all.sites = all.sites.max(behind.sites);
+        if !node.is("", "Shape") && !outputs.contains(input.as_str()) {
+            all.cache = all.cache.max(behind.cache);
+        }
+    }
+    let is_site = node.outputs().iter().any(|output| outputs.contains(output.as_str()));
+    Behind { sites: all.sites + usize::from(is_site), ..all }
 }
 
 /// The layer in the name of a cache: `past_key_values.3.key`, `past_3`, `cache.3.value`.

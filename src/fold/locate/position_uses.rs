@@ -6,8 +6,9 @@
 //! ```
 //! What else the graph derives from the same numbers, its causal mask first of all, is not among them.
 
+use super::positions::{self, Origins};
+use super::shape;
 use super::unrotated::angles;
-use super::{positions, shape};
 use crate::onnx::{Index, Node, Use};
 
 const MICROSOFT: &str = "com.microsoft";
@@ -17,16 +18,18 @@ const MAX_STEPS: usize = 16;
 /// The input slots that read positions to turn or to embed by them, each once, with whether they are floats.
 pub(in crate::fold) fn position_uses(index: &Index) -> Vec<(Use, bool)> {
     let mut found: Vec<(Use, bool)> = Vec::new();
+    let mut origins = Origins::new(index);
     for node in index.graph().nodes() {
         let at = |slot: usize| node.input(slot).map(|_| (Use { node: node.id(), slot }, false));
         let rotates = || node.attribute("do_rotary").and_then(|a| a.as_int()).unwrap_or(0) != 0;
-        let of_angle = |slot: usize| node.input(slot).and_then(|tensor| behind(index, angles(index, tensor)?));
+        let mut of_angle =
+            |slot: usize| node.input(slot).and_then(|tensor| behind(index, &mut origins, angles(index, tensor)?));
         match (node.domain(), node.op_type()) {
             (MICROSOFT, "RotaryEmbedding") => found.extend(at(1)),
             (MICROSOFT, "GroupQueryAttention") if rotates() => found.extend(at(9)),
             ("", "RotaryEmbedding") => found.extend(at(3).or_else(|| of_angle(1))),
-            ("", "Mul") => found.extend((0..2).filter_map(of_angle)),
-            ("", "Gather") if positions::table(index, node).is_some() => found.extend(at(1)),
+            ("", "Mul") => found.extend((0..2).filter_map(&mut of_angle)),
+            ("", "Gather") if positions::table(&mut origins, node).is_some() => found.extend(at(1)),
             _ => {}
         }
     }
@@ -38,9 +41,9 @@ pub(in crate::fold) fn position_uses(index: &Index) -> Vec<(Use, bool)> {
 }
 
 /// Where the positions of cosines, or of rows of a table of them, are read.
-fn behind(index: &Index, made: &Node) -> Option<(Use, bool)> {
+fn behind(index: &Index, origins: &mut Origins, made: &Node) -> Option<(Use, bool)> {
     if made.is("", "Gather") {
-        let positions = made.input(1).filter(|tensor| !positions::is_tokens(index, tensor));
+        let positions = made.input(1).filter(|tensor| !origins.is_tokens(tensor));
         return positions.map(|_| (Use { node: made.id(), slot: 1 }, false));
     }
     let mut tensor = made.input(0)?;

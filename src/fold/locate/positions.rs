@@ -3,14 +3,14 @@
 //! An adapter is trained with positions counted from the attention mask, `max(cumsum(mask) - 1, 0)`. Scores of a rotated model
 //! depend on differences of positions only, and a base model does not tell when they are counted otherwise; a rotated query does.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::unrotated::angles;
-use super::{scope, shape};
-use crate::onnx::{DataType, Index, Model, Node, TensorInfo};
+use super::{flow, scope, shape};
+use crate::onnx::{DataType, Index, Model, Node, NodeId, TensorInfo};
 
 const MICROSOFT: &str = "com.microsoft";
 
@@ -53,9 +53,10 @@ pub fn exactness(model: &Model) -> Exactness {
     let mut found = BTreeSet::new();
     let mut learned = BTreeSet::new();
     let visited = scope::visit(model, &mut |index, _| {
+        let mut origins = Origins::new(index);
         for node in index.graph().nodes() {
-            found.extend(rotation(index, node));
-            learned.extend(table(index, node));
+            found.extend(rotation(&mut origins, node));
+            learned.extend(table(&mut origins, node));
         }
         Ok(())
     });
@@ -76,8 +77,9 @@ pub fn exactness(model: &Model) -> Exactness {
 }
 
 /// Where the positions of a node that rotates come from.
-fn rotation(index: &Index, node: &Node) -> Vec<Positions> {
-    let of = |slot: usize| node.input(slot).map(|tensor| source(index, tensor));
+fn rotation(origins: &mut Origins, node: &Node) -> Vec<Positions> {
+    let index = origins.index;
+    let mut of = |slot: usize| node.input(slot).map(|tensor| origins.of(tensor).positions());
     let flag = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
     match (node.domain(), node.op_type()) {
         (MICROSOFT, "GroupQueryAttention") => {
@@ -93,33 +95,59 @@ fn rotation(index: &Index, node: &Node) -> Vec<Positions> {
             let angles = node.inputs().iter().filter_map(|input| angles(index, input));
             let positions = angles.filter_map(|made| made.input(usize::from(made.is("", "Gather"))));
             // a row of the table of tokens is no angle
-            let origins = positions.map(|tensor| Origin::of(index, tensor)).filter(|origin| !origin.tokens);
-            origins.map(|origin| origin.positions()).collect()
+            let found = positions.map(|tensor| origins.of(tensor)).filter(|origin| !origin.tokens);
+            found.map(|origin| origin.positions()).collect()
         }
         _ => Vec::new(),
     }
 }
 
-/// Whether a tensor is made of tokens, and so no position.
-pub(super) fn is_tokens(index: &Index, tensor: &str) -> bool {
-    Origin::of(index, tensor).tokens
-}
-
 /// Where the positions of a table of learned positions come from; none for the table of tokens.
-pub(super) fn table(index: &Index, node: &Node) -> Option<Positions> {
+pub(super) fn table(origins: &mut Origins, node: &Node) -> Option<Positions> {
+    let index = origins.index;
     let integer = |t: &TensorInfo| matches!(t.data_type(), DataType::Int64 | DataType::Int32 | DataType::Bool);
     let floats = |table: &str| index.initializer(table).is_some_and(|t| t.dims().len() == 2 && !integer(t));
     let positions = node.input(1).filter(|_| node.is("", "Gather") && node.input(0).is_some_and(floats))?;
-    let origin = Origin::of(index, positions);
+    let origin = origins.of(positions);
     (!origin.tokens).then(|| origin.positions())
 }
 
-fn source(index: &Index, tensor: &str) -> Positions {
-    Origin::of(index, tensor).positions()
+/// What tensors are computed from, found once for each node.
+pub(super) struct Origins<'i, 'g> {
+    index: &'i Index<'g>,
+    known: HashMap<NodeId, Origin>,
+    entered: HashSet<NodeId>,
+}
+
+impl<'i, 'g> Origins<'i, 'g> {
+    pub(super) fn new(index: &'i Index<'g>) -> Self {
+        Self { index, known: HashMap::new(), entered: HashSet::new() }
+    }
+
+    /// Whether a tensor is made of tokens, and so no position.
+    pub(super) fn is_tokens(&mut self, tensor: &str) -> bool {
+        self.of(tensor).tokens
+    }
+
+    fn of(&mut self, tensor: &str) -> Origin {
+        let Self { index, known, entered } = self;
+        if let Some(node) = index.producer(tensor) {
+            flow::after_inputs(index, node, entered, &mut |node| {
+                let mut origin = Origin { summed: node.is("", "CumSum"), ..Origin::default() };
+                // dimensions are no values
+                if !node.is("", "Shape") {
+                    let inputs = node.inputs().iter().filter(|input| !input.is_empty());
+                    inputs.for_each(|input| origin.add(Origin::of(index, known, input)));
+                }
+                known.insert(node.id(), origin);
+            });
+        }
+        Origin::of(index, known, tensor)
+    }
 }
 
 /// What a tensor is computed from.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Origin {
     given: bool,
     summed: bool,
@@ -127,25 +155,21 @@ struct Origin {
 }
 
 impl Origin {
-    fn of(index: &Index, tensor: &str) -> Self {
-        let (mut origin, mut seen, mut open) = (Self::default(), BTreeSet::new(), vec![tensor]);
-        while let Some(tensor) = open.pop() {
-            if shape::is_weight(index, tensor) {
-                continue;
-            }
-            let Some(node) = index.producer(tensor) else {
-                origin.given |= tensor.contains("position");
-                origin.tokens |= tensor == "input_ids";
-                continue;
-            };
-            // dimensions are no values
-            if node.is("", "Shape") || !seen.insert(node.id()) {
-                continue;
-            }
-            origin.summed |= node.is("", "CumSum");
-            open.extend(node.inputs().iter().map(String::as_str).filter(|input| !input.is_empty()));
+    /// By what is known of the node that made it.
+    fn of(index: &Index, known: &HashMap<NodeId, Self>, tensor: &str) -> Self {
+        if shape::is_weight(index, tensor) {
+            return Self::default();
         }
-        origin
+        match index.producer(tensor) {
+            Some(node) => known.get(&node.id()).copied().unwrap_or_default(),
+            None => Self { given: tensor.contains("position"), summed: false, tokens: tensor == "input_ids" },
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.given |= other.given;
+        self.summed |= other.summed;
+        self.tokens |= other.tokens;
     }
 
     fn positions(&self) -> Positions {

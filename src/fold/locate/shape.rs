@@ -2,19 +2,21 @@
 
 use crate::onnx::{Index, Node, TensorInfo};
 
-/// Tensors that one question may look at: an end to every walk.
+/// Nodes that one question may go through: an end to every walk.
 const MAX_STEPS: usize = 256;
+/// Tensors that one question may look at: a node may read any number of them.
+const MAX_LOOKS: usize = 16 * MAX_STEPS;
 /// Elements of a list that may be a shape.
-const MAX_LIST: i64 = 64;
+const MAX_LIST: usize = 64;
 
 /// The number of dimensions of a tensor, where the graph tells.
 pub(in crate::fold) fn rank(index: &Index, tensor: &str) -> Option<usize> {
-    Reader { index, steps: MAX_STEPS }.rank(tensor)
+    Reader::new(index).rank(tensor)
 }
 
 /// The dimensions that a Reshape gives its output: those that are numbers, and none where they are computed.
 pub(in crate::fold) fn target(index: &Index, reshape: &Node) -> Option<Vec<Option<i64>>> {
-    Reader { index, steps: MAX_STEPS }.list(reshape.input(1)?)
+    Reader::new(index).list(reshape.input(1)?)
 }
 
 /// The constant of this name, be it an initializer or a node's.
@@ -25,7 +27,13 @@ pub(in crate::fold) fn constant<'g>(index: &Index<'g>, tensor: &str) -> Option<&
 
 /// Whether a tensor is one number: a constant of one element, or what arithmetic makes of such and of dimensions.
 pub(in crate::fold) fn is_number(index: &Index, tensor: &str) -> bool {
-    Reader { index, steps: MAX_STEPS }.number(tensor, false)
+    Reader::new(index).number(tensor, false)
+}
+
+/// How many elements a constant has; none where its dimensions make no sense.
+fn elements(constant: &TensorInfo) -> Option<usize> {
+    let mut sizes = constant.dims().iter().map(|dim| usize::try_from(*dim).ok());
+    sizes.try_fold(1usize, |product, size| product.checked_mul(size?))
 }
 
 /// Whether a node multiplies matrices, be they of floats or of integers.
@@ -51,32 +59,51 @@ pub(super) fn is_product(node: &Node) -> bool {
 
 /// Whether a tensor holds weights: a constant behind nodes that only lay it out or restore its precision.
 pub(in crate::fold) fn is_weight(index: &Index, tensor: &str) -> bool {
-    let mut tensor = tensor;
-    for _ in 0..MAX_STEPS {
-        if index.initializer(tensor).is_some() {
-            return true;
-        }
-        let Some(node) = index.producer(tensor) else { return false };
-        match (node.op_type(), node.input(0)) {
-            ("Constant", _) => return true,
-            (
-                "Cast" | "DequantizeLinear" | "Identity" | "QuantizeLinear" | "Reshape" | "Transpose" | "Unsqueeze",
-                Some(behind),
-            ) => {
-                tensor = behind;
-            }
-            _ => return false,
-        }
-    }
-    false
+    Reader::new(index).weight(tensor)
 }
 
-struct Reader<'i, 'g> {
+/// Answers questions, as long as there are steps left.
+pub(super) struct Reader<'i, 'g> {
     index: &'i Index<'g>,
     steps: usize,
+    looks: usize,
 }
 
-impl<'g> Reader<'_, 'g> {
+impl<'i, 'g> Reader<'i, 'g> {
+    pub(super) fn new(index: &'i Index<'g>) -> Self {
+        Self { index, steps: MAX_STEPS, looks: MAX_LOOKS }
+    }
+
+    /// Whether a tensor is not computed from what the graph is fed: a weight, or a number.
+    pub(super) fn constant(&mut self, tensor: &str) -> bool {
+        self.weight(tensor) || self.number(tensor, false)
+    }
+
+    fn weight(&mut self, tensor: &str) -> bool {
+        let mut tensor = tensor;
+        loop {
+            if self.index.initializer(tensor).is_some() {
+                return true;
+            }
+            let Some(node) = self.producer(tensor) else { return false };
+            match (node.op_type(), node.input(0)) {
+                ("Constant", _) => return true,
+                (
+                    "Cast" | "DequantizeLinear" | "Identity" | "QuantizeLinear" | "Reshape" | "Transpose" | "Unsqueeze",
+                    Some(behind),
+                ) => {
+                    tensor = behind;
+                }
+                _ => return false,
+            }
+        }
+    }
+
+    fn look(&mut self) -> Option<()> {
+        self.looks = self.looks.checked_sub(1)?;
+        Some(())
+    }
+
     /// The node behind a tensor, as long as there are steps left.
     fn producer(&mut self, tensor: &str) -> Option<&'g Node> {
         self.steps = self.steps.checked_sub(1)?;
@@ -84,6 +111,7 @@ impl<'g> Reader<'_, 'g> {
     }
 
     fn rank(&mut self, tensor: &str) -> Option<usize> {
+        self.look()?;
         if let Some(shape) = self.index.value(tensor).and_then(|value| value.shape()) {
             return Some(shape.len());
         }
@@ -141,16 +169,24 @@ impl<'g> Reader<'_, 'g> {
 
     /// The elements of a list of integers: those that are constants, and none where they are computed.
     fn list(&mut self, tensor: &str) -> Option<Vec<Option<i64>>> {
+        self.look()?;
         if let Some(constant) = constant(self.index, tensor) {
-            let short = constant.dims().iter().product::<i64>() <= MAX_LIST;
-            return Some({ short }.then(|| constant.to_i64s().ok())??.into_iter().map(Some).collect());
+            elements(constant).filter(|count| *count <= MAX_LIST)?;
+            return Some(constant.to_i64s().ok()?.into_iter().map(Some).collect());
         }
         let node = self.producer(tensor)?;
         match node.op_type() {
-            "Constant" => Some(node.attribute("value_ints")?.as_ints()?.iter().copied().map(Some).collect()),
+            "Constant" => {
+                let values = node.attribute("value_ints")?.as_ints()?;
+                (values.len() <= MAX_LIST).then(|| values.iter().copied().map(Some).collect())
+            }
             "Concat" => {
-                let parts = node.inputs().iter().map(|input| self.list(input)).collect::<Option<Vec<_>>>()?;
-                Some(parts.concat())
+                let mut whole = Vec::new();
+                for input in node.inputs() {
+                    whole.extend(self.list(input)?);
+                    (whole.len() <= MAX_LIST).then_some(())?;
+                }
+                Some(whole)
             }
             "Unsqueeze" => {
                 let inner = constant(self.index, node.input(0)?).and_then(|c| c.to_i64s().ok()?.first().copied());
@@ -188,8 +224,11 @@ impl<'g> Reader<'_, 'g> {
 
     /// `inside`: behind an operator, where a Shape need not be one number by itself.
     fn number(&mut self, tensor: &str, inside: bool) -> bool {
+        if self.look().is_none() {
+            return false;
+        }
         if let Some(constant) = constant(self.index, tensor) {
-            return constant.dims().iter().product::<i64>() == 1;
+            return elements(constant) == Some(1);
         }
         let Some(node) = self.producer(tensor) else { return false };
         match node.op_type() {

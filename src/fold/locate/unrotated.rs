@@ -106,7 +106,7 @@ fn before_rotation<'g>(index: &Index<'g>, rotated: &'g str) -> std::result::Resu
 }
 
 fn is_constant(index: &Index, tensor: &str) -> bool {
-    shape::is_weight(index, tensor) || shape::is_number(index, tensor)
+    shape::Reader::new(index).constant(tensor)
 }
 
 fn is_angle(index: &Index, tensor: &str) -> bool {
@@ -116,6 +116,8 @@ fn is_angle(index: &Index, tensor: &str) -> bool {
 /// What made the cosines or sines that a tensor holds: the function, or the Gather from a table of them.
 pub(super) fn angles<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g Node> {
     let mut tensor = tensor;
+    // one for the whole way, which a graph asks for at each of its products
+    let mut reader = shape::Reader::new(index);
     for _ in 0..MAX_STEPS {
         let node = index.producer(tensor)?;
         let behind = match node.op_type() {
@@ -123,7 +125,7 @@ pub(super) fn angles<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g Node> {
             "Gather" if node.input(0).is_some_and(|table| shape::is_weight(index, table)) => return Some(node),
             "Cast" | "Concat" | "DequantizeLinear" | "Expand" | "Gather" | "Identity" | "QuantizeLinear"
             | "Reshape" | "Slice" | "Split" | "Squeeze" | "Transpose" | "Unsqueeze" => node.input(0),
-            "Mul" | "Neg" => node.inputs().iter().map(String::as_str).find(|input| !is_constant(index, input)),
+            "Mul" | "Neg" => node.inputs().iter().map(String::as_str).take(2).find(|input| !reader.constant(input)),
             _ => None,
         };
         tensor = behind?;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::tapped::Seen;
 use super::types::element_types;
+use crate::files::TemporaryFolder;
 use crate::onnx::{DataType, Dim, Index, MODEL_NAME, Model, Node, NodeId, ValueDef, cut};
 use crate::parity::Result;
 use crate::runtime::{self, NamedValues, Session, Value};
@@ -134,7 +135,7 @@ pub(super) fn second_way(
     open: &dyn Fn(&Path) -> runtime::Result<Box<dyn Session>>,
 ) -> Result<Option<Disagreement>> {
     let failed = crate::files::Error::io("create a temporary folder in", std::env::temp_dir());
-    let folder = tempfile::tempdir().map_err(failed)?;
+    let folder = TemporaryFolder::new().map_err(failed)?;
     let path = folder.path().join(MODEL_NAME);
     cut.model.save(&path)?;
     let made = open(&path)?.run(cut.feeds.clone())?;

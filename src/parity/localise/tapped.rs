@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::types::element_types;
 use crate::base::DecoderSpec;
+use crate::files::TemporaryFolder;
 use crate::onnx::{MODEL_NAME, Model, Patch, ValueDef, data_files};
 use crate::parity::Result;
 use crate::parity::run::{GraphRunner, Script, replay};
@@ -12,7 +13,7 @@ use crate::runtime::{self, NamedGiven, NamedValues, Port, RuntimeInfo, Session, 
 
 /// A copy of a graph in a folder of its own that gives more tensors out.
 pub(super) struct Tapped {
-    folder: tempfile::TempDir,
+    folder: TemporaryFolder,
     pub(super) model: Model,
     /// Why some are not given.
     pub(super) left_out: Vec<String>,
@@ -62,10 +63,10 @@ impl Tapped {
 }
 
 /// A temporary folder in which the data files of a model are.
-fn beside(model: &Model, source: &Path) -> Result<tempfile::TempDir> {
+fn beside(model: &Model, source: &Path) -> Result<TemporaryFolder> {
     let failed = |error| crate::files::Error::io("create a temporary folder in", std::env::temp_dir())(error);
     let files = data_files(model, source)?;
-    let folder = tempfile::tempdir().map_err(&failed)?;
+    let folder = TemporaryFolder::new().map_err(&failed)?;
     for file in files {
         let to = folder.path().join(&file.location);
         if let Some(parent) = to.parent() {

@@ -10,7 +10,9 @@ use super::walk::Step;
 use crate::onnx::{Index, Node};
 
 /// The longest product that is followed.
-const MAX_WIDTH: usize = 1 << 24;
+const MAX_WIDTH: usize = 1 << 20;
+/// Dimensions that columns may be laid out in.
+const MAX_RANK: usize = 16;
 /// The longest computation of a bound that is followed.
 const MAX_BOUND: usize = 16;
 
@@ -30,8 +32,11 @@ pub(super) fn columns(
     total: usize,
     width: usize,
 ) -> Result<Vec<usize>, String> {
+    if total > MAX_WIDTH {
+        return Err(format!("a product of {total} columns is wider than those of any model"));
+    }
     let axes = std::iter::repeat_n(0, lead).chain([total]).collect();
-    let mut columns = Columns { axes, numbers: (0..total.min(MAX_WIDTH)).collect() };
+    let mut columns = Columns { axes, numbers: (0..total).collect() };
     for step in path {
         if columns.numbers.len() <= width {
             break;
@@ -68,7 +73,7 @@ impl Columns {
                         (0..parts).map(|part| if part + 1 == parts { last } else { each } as i64).collect()
                     }
                 };
-                let start: i64 = sizes.iter().take(output).sum();
+                let start = sizes.iter().take(output).try_fold(0i64, |start, size| start.checked_add(*size))?;
                 self.narrow(axis, usize::try_from(start).ok()?, usize::try_from(*sizes.get(output)?).ok()?)
             }
             "Slice" => {
@@ -120,6 +125,9 @@ impl Columns {
             if left == 1 {
                 break;
             }
+            if sizes.len() == MAX_RANK {
+                return None;
+            }
             let size = match dim {
                 Some(size) if *size > 0 => usize::try_from(*size).ok()?,
                 // what is not a number is whatever is left, if it is the last
@@ -141,7 +149,7 @@ impl Columns {
 
     fn transpose(self, order: &[i64]) -> Option<Self> {
         let from: Vec<usize> = order.iter().map(|axis| usize::try_from(*axis).ok()).collect::<Option<_>>()?;
-        if from.len() != self.axes.len() {
+        if from.len() != self.axes.len() || !(0..from.len()).all(|axis| from.contains(&axis)) {
             return None;
         }
         let mut strides = vec![0; self.axes.len()];
@@ -267,6 +275,18 @@ mod tests {
     use crate::onnx::{DataType, Dim, ModelBuilder, NodeDef, TensorDef, ValueDef};
 
     /// A third of the last dimension, of the tensor or, as ONNX Runtime's optimizer leaves it, of the one before its Transpose.
+    /// Widths and orders that would fill the memory.
+    #[test]
+    fn what_no_model_has_is_refused() {
+        let model = ModelBuilder::new("g", 8).build().unwrap();
+        let index = Index::new(model.graph());
+        let error = columns(&index, &[], 2, 1 << 62, 8).unwrap_err();
+        assert_eq!(error, "a product of 4611686018427387904 columns is wider than those of any model");
+        let wide = || Columns { axes: vec![0, 0, 1 << 19], numbers: (0..1 << 19).collect() };
+        assert!(wide().transpose(&[2, 2, 2]).is_none() && wide().transpose(&[0, 2, 1]).is_some());
+        assert!(wide().reshape(&[Some(1); 100]).is_none());
+    }
+
     #[test]
     fn bounds_are_computed_from_shapes() {
         let mut builder = ModelBuilder::new("g", 8);
