@@ -130,7 +130,9 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
         let out = format!("run{signal}");
         let mut child = start(folder.path(), &run(&paths, &out, &control));
         wait_for_lines(&folder.path().join(&out), 3, &mut child);
-        let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        // twice, as a program does that is in the terminal's group and hands signals on
+        let id = child.id().to_string();
+        let sent = Command::new("kill").args([signal, &id, &id]).status().unwrap();
         assert!(sent.success());
         let output = child.wait_with_output().unwrap();
         let error = error_of(&output);
