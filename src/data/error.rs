@@ -67,15 +67,20 @@ pub enum Error {
         found: String,
     },
     /// A record is of another layout than the first one.
-    #[error("{place}: this is a {found} record, but the file began with {expected} records")]
+    #[error(
+        "{place}: this is a {found} record, but {}",
+        if *asked_for { format!("the layout asked for is {expected}") } else { format!("the file began with {expected} records") }
+    )]
     #[diagnostic(code(prefold::data::mixed), help("keep one layout in a data set; this one's is {}", expected.shape()))]
     Mixed {
         /// Where it stands.
         place: Place,
         /// Its layout.
         found: Layout,
-        /// The layout of those before it.
+        /// The layout of those before it, or that of the options.
         expected: Layout,
+        /// Whether the options say the layout.
+        asked_for: bool,
     },
     /// A field is missing or holds the wrong thing.
     #[error("{place}: the field `{field}` {reason}")]
