@@ -68,8 +68,8 @@ pub enum Error {
     },
     /// A record is of another layout than the first one.
     #[error(
-        "{place}: this is a {found} record, but {}",
-        if *asked_for { format!("the layout asked for is {expected}") } else { format!("the file began with {expected} records") }
+        "{place}: this is a {found} record, but {} {expected} records",
+        if *asked_for { "the options ask for" } else { "the file began with" }
     )]
     #[diagnostic(code(prefold::data::mixed), help("keep one layout in a data set; this one's is {}", expected.shape()))]
     Mixed {
