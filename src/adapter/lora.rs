@@ -3,7 +3,8 @@
 //!
 //! With `dora` (arXiv 2402.09353) the columns of the sum are scaled to a trained magnitude,
 //! `y = (W x + s · B A x) · m / ‖W + s · B A‖ + b`, the norm taken over each output's row. As the paper's section 4.3
-//! proposes and PEFT does, no gradient goes through the norm.
+//! proposes and PEFT does, no gradient goes through the norm. All that is added to the frozen map's output then sees the
+//! input that dropout leaves, the part of `W x` too, as in PEFT.
 //!
 //! | tensor | shape | start |
 //! |---|---|---|
@@ -36,8 +37,8 @@ pub struct Lora {
     pub rslora: bool,
     /// Whether magnitudes are trained too (DoRA).
     pub dora: bool,
-    /// The part of A's inputs that a training step leaves out at random; the others are scaled up. Nothing is left out in
-    /// use.
+    /// The part of A's inputs that a training step leaves out at random; the others are scaled up. With `dora`, of W's inputs
+    /// too in what is added to its output. Nothing is left out in use.
     pub dropout: f64,
     /// The linear maps that are adapted; all where not given.
     pub targets: Option<Vec<Target>>,
@@ -319,11 +320,16 @@ impl LoraMap {
         let inner = (apply(kept.unwrap_or(map.input), &to(&self.a)?, None)? * self.scale)?;
         let delta = apply(&inner, &to(&self.b)?, None)?;
         let Some(magnitude) = &self.magnitude else { return map.output + delta };
+        let ratio = to(&self.ratio(magnitude, map.weight)?)?;
+        if let Some(kept) = kept {
+            let moved = apply(kept, map.weight, None)?.broadcast_mul(&(&ratio - 1.0)?)?;
+            return (map.output + moved)? + delta.broadcast_mul(&ratio)?;
+        }
         let plain = match map.bias {
             Some(bias) => map.output.broadcast_sub(bias)?,
             None => map.output.clone(),
         };
-        let scaled = (plain + delta)?.broadcast_mul(&to(&self.ratio(magnitude, map.weight)?)?)?;
+        let scaled = (plain + delta)?.broadcast_mul(&ratio)?;
         match map.bias {
             Some(bias) => scaled.broadcast_add(bias),
             None => Ok(scaled),
@@ -372,5 +378,45 @@ impl SiteHook for LoraHook {
 
     fn begin_pass(&self, number: u64) {
         self.pass.set(Some(number));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    /// Output and gradients of one map in PEFT's training, with the same part of the input left out.
+    #[test]
+    fn dropout_with_magnitudes_is_peft_s() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/peft/dora_dropout.safetensors");
+        let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        let [a, b, magnitude] = ["a", "b", "magnitude"].map(|name| Var::from_tensor(&tensors[name]).unwrap());
+        let lora = LoraMap {
+            a: a.as_tensor().clone(),
+            b: b.as_tensor().clone(),
+            magnitude: Some(magnitude.as_tensor().clone()),
+            scale: 1.5,
+            ratio: OnceCell::new(),
+        };
+        let (input, weight, bias) = (&tensors["x"], &tensors["weight"], Some(&tensors["bias"]));
+        let output = apply(input, weight, bias).unwrap();
+        let map = LinearMap { layer: 0, linear: Linear::Query, input, weight, bias, output: &output };
+        let y = lora.output(&map, Some(&tensors["kept"])).unwrap();
+        let close = |found: &Tensor, expected: &Tensor, what: &str| {
+            let distance = (found - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+            assert!(distance < 1e-12, "{what}: {distance:e}");
+        };
+        close(&y, &tensors["y"], "output");
+        let plain = lora.output(&map, None).unwrap();
+        assert!((plain - &y).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap() > 0.1);
+        let count = y.elem_count();
+        let factors = (0..count).map(|i| -1.0 + 2.0 * i as f64 / (count - 1) as f64).collect();
+        let factors = Tensor::from_vec(factors, y.shape(), &Device::Cpu).unwrap();
+        let store = (y * factors).unwrap().sum_all().unwrap().backward().unwrap();
+        for (name, var) in [("a", &a), ("b", &b), ("magnitude", &magnitude)] {
+            close(store.get(var).unwrap(), &tensors[&format!("grad.{name}")], name);
+        }
     }
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::gguf::Gguf;
 use super::safetensors::Shards;
-use super::{DecoderSpec, Error, Result, Tokenizer, WeightRole, family};
+use super::{DecoderSpec, Error, Result, Tokenizer, WeightNames, WeightRole, family};
 use crate::files;
 
 /// An opened checkpoint. Weights stay in the mapped file until they are asked for.
@@ -16,6 +16,8 @@ use crate::files;
 pub struct Checkpoint {
     path: PathBuf,
     spec: DecoderSpec,
+    /// Where the files keep the weights: the family's names, but in a GGUF file.
+    pub(super) names: WeightNames,
     config: Value,
     pub(super) weights: Weights,
     /// By prefold's name, weights in the place of the file's.
@@ -61,13 +63,14 @@ impl Checkpoint {
     }
 
     fn checked(path: &Path, config: Value, weights: Weights, config_path: &Path) -> Result<Self> {
-        let mut spec = family::spec_from_config(config_path, &config)?;
-        if let Weights::Gguf(gguf) = &weights {
-            spec.names = gguf.weight_names(&spec);
-        }
-        let checkpoint = Self { path: path.into(), spec, config, weights, replaced: BTreeMap::new() };
+        let spec = family::spec_from_config(config_path, &config)?;
+        let names = match &weights {
+            Weights::Folder(_) => spec.names.clone(),
+            Weights::Gguf(gguf) => gguf.weight_names(&spec),
+        };
+        let checkpoint = Self { path: path.into(), spec, names, config, weights, replaced: BTreeMap::new() };
         for weight in checkpoint.spec.weights() {
-            for (name, expected) in checkpoint.spec.names.source(weight.role).tensors(&weight.shape) {
+            for (name, expected) in checkpoint.names.source(weight.role).tensors(&weight.shape) {
                 let found = checkpoint.shape(&checkpoint.stored(name.clone()))?;
                 if found != expected {
                     return Err(Error::Shape { path: checkpoint.path.clone(), name, found, expected });
@@ -126,7 +129,7 @@ impl Checkpoint {
     pub fn dtype(&self) -> Result<DType> {
         match &self.weights {
             Weights::Folder(shards) => {
-                let name = self.stored(self.spec.names.source(WeightRole::Embedding).name);
+                let name = self.stored(self.names.source(WeightRole::Embedding).name);
                 shards.dtype(&name).ok_or_else(|| self.missing(&name))?
             }
             Weights::Gguf(_) => Ok(DType::F32),
@@ -152,7 +155,7 @@ impl Checkpoint {
         if let Some(replaced) = self.replaced.get(&role.name()) {
             return Ok(replaced.clone());
         }
-        let (source, shape) = (self.spec.names.source(role), self.spec.weight_shape(role));
+        let (source, shape) = (self.names.source(role), self.spec.weight_shape(role));
         let tensors = source.tensors(&shape).into_iter().map(|(name, _)| self.tensor(&self.stored(name)));
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         source.part_of(&tensors, &shape).map_err(Error::candle("reading a weight"))
@@ -191,7 +194,7 @@ impl Checkpoint {
         if is_there(&name) {
             return name;
         }
-        let other = self.spec.names.alternatives(&name).find(|name| is_there(name));
+        let other = self.names.alternatives(&name).find(|name| is_there(name));
         other.unwrap_or(name)
     }
 

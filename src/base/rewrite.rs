@@ -93,7 +93,7 @@ impl Checkpoint {
         let embedding = spec.weight_shape(WeightRole::Embedding);
         let tied = spec.head.tied.then_some((WeightRole::Head, WeightRole::Embedding, embedding));
         for (kept_as, role, shape) in roles.chain(tied) {
-            let source = spec.names.source(kept_as);
+            let source = self.names.source(kept_as);
             let stacked = matches!(source.part, Part::Stacked { .. });
             for (index, (name, _)) in source.tensors(&shape).into_iter().enumerate() {
                 held.entry(self.stored(name)).or_default().push((role, stacked.then_some(index)));
@@ -119,7 +119,7 @@ impl Checkpoint {
                 None => shards.tensor(name, &Device::Cpu).ok_or_else(|| self.missing(name))??,
             };
             let weight = weight.to_dtype(stored.dtype()).map_err(&action)?;
-            let source = self.spec().names.source(*role);
+            let source = self.names.source(*role);
             let put = match index {
                 Some(index) => weight.get(*index),
                 None => source.put(&stored, &weight),

@@ -37,7 +37,7 @@ pub struct DecoderSpec {
     pub final_norm: bool,
     /// From the residual stream to logits.
     pub head: Head,
-    /// Where the checkpoint keeps the weights.
+    /// Where transformers keeps the weights, and so the modules that hold them.
     #[serde(skip)]
     pub names: WeightNames,
 }

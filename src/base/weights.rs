@@ -182,6 +182,10 @@ pub struct WeightNames {
     entries: Vec<(WeightRole, Source)>,
     /// Beginnings of names, and others that checkpoints have in their place.
     beginnings: Vec<(&'static str, &'static str)>,
+    /// A beginning of all of these names, and what transformers has in its place.
+    moved: Option<(&'static str, &'static str)>,
+    /// Modules of the model that are no part of the decoder.
+    beside: &'static [&'static str],
 }
 
 impl WeightNames {
@@ -227,6 +231,30 @@ impl WeightNames {
         self
     }
 
+    /// The same with another beginning in the place of one, for the weights of a decoder inside a larger model.
+    #[must_use]
+    pub fn moved(mut self, from: &'static str, to: &'static str) -> Self {
+        self.moved = Some((from, to));
+        self
+    }
+
+    /// The same for a model that has modules beside the decoder, which text does not pass.
+    #[must_use]
+    pub fn beside(mut self, modules: &'static [&'static str]) -> Self {
+        self.beside = modules;
+        self
+    }
+
+    /// Whether the model has such modules.
+    pub fn has_beside(&self) -> bool {
+        !self.beside.is_empty()
+    }
+
+    /// Whether a module's path leads into a part of the model that text does not pass.
+    pub fn is_beside(&self, path: &str) -> bool {
+        path.split('.').any(|module| self.beside.contains(&module))
+    }
+
     /// The other names under which a checkpoint may keep a tensor.
     pub fn alternatives(&self, name: &str) -> impl Iterator<Item = String> {
         self.beginnings.iter().filter_map(|(ours, theirs)| Some(format!("{theirs}{}", name.strip_prefix(ours)?)))
@@ -240,13 +268,19 @@ impl WeightNames {
     /// Where a weight is kept, its layer filled in.
     pub fn source(&self, role: WeightRole) -> Source {
         let (layer, key) = role.split_layer();
-        match self.entries.iter().find(|(known, _)| *known == key) {
+        let mut source = match self.entries.iter().find(|(known, _)| *known == key) {
             Some((_, source)) => match layer {
                 Some(layer) => Source { name: source.name.replacen("{}", &layer.to_string(), 1), ..source.clone() },
                 None => source.clone(),
             },
             None => Source { name: role.name(), part: Part::Whole, transposed: false },
+        };
+        if let Some((from, to)) = self.moved
+            && let Some(rest) = source.name.strip_prefix(from)
+        {
+            source.name = format!("{to}{rest}");
         }
+        source
     }
 }
 

@@ -1,14 +1,22 @@
 //! Ctrl-C. While training the first ends the run after its step, and the second ends the process; every other command ends at once,
 //! and leaves nothing behind.
+//!
+//! One Ctrl-C may arrive twice: from the terminal, and from a program that hands signals on to its child (`timeout`, `npm`).
+//! So what comes within [`ONE_PRESS`] of the first counts as the first.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use miette::{IntoDiagnostic, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use crate::files;
+
+/// How long a signal counts as the one before.
+const ONE_PRESS: Duration = Duration::from_millis(500);
 
 /// Listens for the wish to stop.
 #[derive(Clone, Debug, Default)]
@@ -26,13 +34,21 @@ impl Interrupt {
     /// Takes over SIGINT (Ctrl-C) and SIGTERM (what schedulers send before they kill) for the rest of the process.
     pub(super) fn listen() -> Result<Self> {
         let interrupt = Self::default();
+        let armed = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {
-            // in this order: what ends the process asks whether a signal came before this one
             let status = i32::from(exit_code(signal));
-            flag::register_conditional_shutdown(signal, status, interrupt.asked.clone()).into_diagnostic()?;
+            flag::register_conditional_shutdown(signal, status, armed.clone()).into_diagnostic()?;
             flag::register_usize(signal, interrupt.signal.clone(), signal as usize).into_diagnostic()?;
             flag::register(signal, interrupt.asked.clone()).into_diagnostic()?;
         }
+        let asked = interrupt.asked.clone();
+        thread::spawn(move || {
+            while !asked.load(Ordering::Relaxed) {
+                thread::sleep(ONE_PRESS / 5);
+            }
+            thread::sleep(ONE_PRESS);
+            armed.store(true, Ordering::Relaxed);
+        });
         Ok(interrupt)
     }
 

@@ -362,6 +362,10 @@ fn load(checkpoint: &Checkpoint, config: &RunConfig, device: &Device) -> Result<
         Some(_) => adapter.into_trainable(DType::F32, device)?.0,
         None => adapter,
     };
+    if config.train.objective == ObjectiveKind::Dpo {
+        // it is what the trained model is compared with
+        return Ok((decoder, adapter));
+    }
     let own = adapter.decoder(checkpoint.spec(), decoder.dtype())?;
     Ok((own.unwrap_or(decoder), adapter))
 }

@@ -67,15 +67,20 @@ pub enum Error {
         found: String,
     },
     /// A record is of another layout than the first one.
-    #[error("{place}: this is a {found} record, but the file began with {expected} records")]
+    #[error(
+        "{place}: this is a {found} record, but {} {expected} records",
+        if *asked_for { "the options ask for" } else { "the file began with" }
+    )]
     #[diagnostic(code(prefold::data::mixed), help("keep one layout in a data set; this one's is {}", expected.shape()))]
     Mixed {
         /// Where it stands.
         place: Place,
         /// Its layout.
         found: Layout,
-        /// The layout of those before it.
+        /// The layout of those before it, or that of the options.
         expected: Layout,
+        /// Whether the options say the layout.
+        asked_for: bool,
     },
     /// A field is missing or holds the wrong thing.
     #[error("{place}: the field `{field}` {reason}")]

@@ -60,7 +60,12 @@ impl<'a> Parser<'a> {
         let needed = self.layout.needed(fields);
         let has_none = needed.iter().all(|name| lookup(self.record, name).is_none());
         if has_none && let Some(found) = Layout::detect(self.record, fields).filter(|found| *found != self.layout) {
-            return Err(Error::Mixed { place: self.place.clone(), found, expected: self.layout });
+            return Err(Error::Mixed {
+                place: self.place.clone(),
+                found,
+                expected: self.layout,
+                asked_for: self.options.layout.is_some(),
+            });
         }
         Ok(match self.layout {
             Layout::Classification => Record::Classification { text: self.text(&fields.text)?, label: self.label()? },
@@ -194,8 +199,13 @@ impl<'a> Parser<'a> {
         let names = if is_sharegpt { (&fields.from, &fields.value) } else { (&fields.role, &fields.content) };
         let part = |name: &str| {
             lookup(message, name).ok_or_else(|| {
-                let meant = suggestion(name, message.keys().map(String::as_str));
-                self.fail(format!("{at}.{name}"), format!("is missing{meant}"))
+                let reason = if message.contains_key(name) {
+                    let calls = message.get("tool_calls").is_some_and(|calls| !calls.is_null());
+                    format!("is null{}", if calls { "; calls of tools are not learnt" } else { "" })
+                } else {
+                    format!("is missing{}", suggestion(name, message.keys().map(String::as_str)))
+                };
+                self.fail(format!("{at}.{name}"), reason)
             })
         };
         let role = self.string(part(names.0)?, &format!("{at}.{}", names.0))?;
@@ -337,6 +347,8 @@ mod tests {
             error(json!({"question": "t"})),
             error(json!({})),
             error(json!({"messages": [{"role": "user", "contents": "q"}]})),
+            error(json!({"messages": [user, {"role": "assistant", "content": null}]})),
+            error(json!({"messages": [user, {"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]})),
             error(json!({"conversations": [{"from": "humn", "value": "q"}]})),
             error(json!({"conversations": [{"from": 3, "value": "q"}]})),
             error(json!({"messages": 3})),
@@ -353,6 +365,8 @@ mod tests {
         d:1: the record is of no known layout; its fields are question
         d:1: the record is of no known layout; its fields are none
         d:1: the field `messages[0].content` is missing; did you mean `contents`?
+        d:1: the field `messages[1].content` is null
+        d:1: the field `messages[1].content` is null; calls of tools are not learnt
         d:1: the field `conversations[0].from` is `humn`, which is none of human, user, gpt, assistant, chatgpt, model, system, tool, observation, function_response; did you mean `human`?
         d:1: the field `conversations[0].from` must be a string; it is a number
         d:1: the field `messages` must be an array; it is a number

@@ -4,7 +4,7 @@ mod activations;
 
 use serde::Serialize;
 
-use super::{ComputeType, TrainConfig};
+use super::{ComputeType, ObjectiveKind, TrainConfig};
 use crate::adapter::{AdapterConfig, Method};
 use crate::base::DecoderSpec;
 use activations::Activations;
@@ -14,7 +14,7 @@ use activations::Activations;
 /// With `P` and `A` the parameters of model and adapter and `b` bytes a number of the compute type:
 ///
 /// ```text
-/// weights      P · b                     none with full fine-tuning: they are the adapter
+/// weights      P · b                     none with full fine-tuning, whose weights are the adapter, unless by DPO
 /// adapter      A · 4 · 2                 float32: at the start, and as it is trained; of full fine-tuning the latter
 /// optimizer    A · 4 · 2                 two moments; A · 4 more for the sum over micro-batches
 /// activations  see `activations.rs`: what the backward pass needs, its temporaries with the gradient, and logits
@@ -69,12 +69,13 @@ impl MemoryEstimate {
     ) -> Self {
         let adapted = adapter.num_parameters(spec) as u64;
         let is_full = matches!(adapter.method, Method::Full(_));
+        let holds_base = !is_full || config.objective == ObjectiveKind::Dpo;
         let number = config.dtype.bytes();
         let sums = if config.gradient_accumulation > 1 { 3 } else { 2 };
         let activations = Activations::new(spec, adapter, config);
         let mut estimate = Self {
             process,
-            weights: if is_full { 0 } else { spec.num_parameters() as u64 * number },
+            weights: if holds_base { spec.num_parameters() as u64 * number } else { 0 },
             adapter: adapted * 4 * if is_full { 1 } else { 2 },
             optimizer: adapted * 4 * sums,
             activations: activations.training(training),

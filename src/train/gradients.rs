@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 use candle_core::{Tensor, Var};
 
 use super::optimizer::accumulate;
-use super::{BatchLoss, Error, Objective, Result, batch_input};
+use super::{BatchLoss, Error, Models, Objective, Result, batch_input};
 use crate::base::ops::backward;
-use crate::base::{CheckpointedPass, Decoder, SiteHook};
+use crate::base::{CheckpointedPass, SiteHook};
 use crate::data::Batch;
 
 /// What gradients are taken of, and how.
 pub struct BatchGradients<'a> {
-    /// The frozen model.
-    pub decoder: &'a Decoder,
+    /// The model that is trained or adapted, and the one before training.
+    pub models: Models<'a>,
     /// The adapter at work.
     pub hook: &'a dyn SiteHook,
     /// What is trained, by name.
@@ -37,13 +37,13 @@ pub fn batch_gradients(
     let input = batch_input(batch)?;
     let scaled = |loss: &BatchLoss| (&loss.sum * factor).map_err(Error::candle("computing the loss"));
     let mut loss = if of.checkpoint_activations {
-        let pass = CheckpointedPass::forward(of.decoder, &input, of.hook)?;
-        let loss = of.objective.loss(of.decoder, &pass.hidden_states()?, batch)?;
+        let pass = CheckpointedPass::forward(of.models.trained, &input, of.hook)?;
+        let loss = of.objective.loss(of.models, &pass.hidden_states()?, batch)?;
         pass.backward(&scaled(&loss)?, &mut |store| accumulate(gradients, of.vars, store))?;
         loss
     } else {
-        let hidden = of.decoder.hidden_states(&input, None, of.hook)?;
-        let loss = of.objective.loss(of.decoder, &hidden, batch)?;
+        let hidden = of.models.trained.hidden_states(&input, None, of.hook)?;
+        let loss = of.objective.loss(of.models, &hidden, batch)?;
         let store = backward(&scaled(&loss)?).map_err(Error::candle("computing gradients"))?;
         accumulate(gradients, of.vars, &store).map_err(Error::candle("adding gradients"))?;
         loss
@@ -59,7 +59,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Adapter, AdapterConfig};
-    use crate::base::Checkpoint;
+    use crate::base::{Checkpoint, Decoder};
     use crate::train::Sft;
 
     /// Every gradient of a pass that keeps only layer inputs is that of a whole pass, also where lower layers train nothing.
@@ -87,7 +87,7 @@ mod tests {
             let hook = adapter.hook(checkpoint.spec(), &Device::Cpu).unwrap();
             let of = |checkpoint_activations| {
                 let of = BatchGradients {
-                    decoder: &decoder,
+                    models: Models::frozen(&decoder),
                     hook: &*hook,
                     vars: &vars,
                     objective: &Sft,

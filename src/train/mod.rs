@@ -39,7 +39,8 @@ pub use evaluate::{ClassScore, Classification, Confusion, EvalBy, Evaluation, Ev
 pub use fingerprint::Fingerprint;
 pub use gradients::{BatchGradients, batch_gradients};
 pub use objective::{
-    BatchLoss, CompletionLoss, DpoConfig, Objective, ObjectiveKind, Sft, SimpoConfig, batch_input, completion_loss,
+    BatchLoss, CompletionLoss, DpoConfig, Models, Objective, ObjectiveKind, Sft, SimpoConfig, batch_input,
+    completion_loss,
 };
 pub use optimizer::{AdamW, AdamWConfig, clip_gradients};
 pub use parallel::{Group, Launch};

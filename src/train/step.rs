@@ -48,7 +48,7 @@ impl Trainer<'_> {
         for (at, batch) in batches.iter().enumerate().skip(rank * own).take(own) {
             self.hook.begin_pass(self.pass_number(step, at, batches.len()));
             let of = BatchGradients {
-                decoder: self.decoder(),
+                models: self.models(),
                 hook: self.hook.as_ref(),
                 vars: self.optimizer.vars(),
                 objective: self.objective.as_ref(),
@@ -78,7 +78,7 @@ impl Trainer<'_> {
         let max_norm = (self.config.max_grad_norm > 0.0).then_some(self.config.max_grad_norm);
         let grad_norm = clip_gradients(&mut gradients, max_norm).map_err(Error::candle("clipping gradients"))?;
         self.check_finite(step, "gradient norm", grad_norm)?;
-        let ignorance = (self.decoder().spec().vocab_size as f64).ln();
+        let ignorance = (self.models().trained.spec().vocab_size as f64).ln();
         if let Some(smoothed) = self.progress.loss.exploded(loss, ignorance) {
             return Err(self.diverged(step, "smoothed loss", smoothed));
         }

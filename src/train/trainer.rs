@@ -9,8 +9,8 @@ use super::checkpoint::{Saved, State};
 use super::control::Progress;
 use super::curves;
 use super::{
-    AdamW, Best, ComputeType, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Group, Objective, ObjectiveKind,
-    Result, RunFolder, Schedule, StepReport, TrainConfig,
+    AdamW, Best, ComputeType, Error, Evaluation, Evaluator, EventWriter, Fingerprint, Group, Models, Objective, Result,
+    RunFolder, Schedule, StepReport, TrainConfig,
 };
 use crate::adapter::{Adapter, AdapterConfig, Method};
 use crate::base::{Decoder, DecoderSpec, SiteHook};
@@ -203,9 +203,9 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// The model that is trained.
-    pub(super) fn decoder(&self) -> &Decoder {
-        self.own.as_ref().unwrap_or(self.base_decoder)
+    /// The model that is trained, and what it is compared with.
+    pub(super) fn models(&self) -> Models<'_> {
+        Models { trained: self.own.as_ref().unwrap_or(self.base_decoder), reference: self.base_decoder }
     }
 
     /// Whether this process evaluates and writes.
@@ -332,9 +332,9 @@ impl<'a> Trainer<'a> {
         let own = still.decoder(base.spec(), base.dtype())?;
         let (objective, by, batch_size) =
             (self.objective.as_ref(), self.config.eval_by, evaluated_groups(&self.config));
-        let decoder = own.as_ref().unwrap_or(base);
+        let models = Models { trained: own.as_ref().unwrap_or(base), reference: base };
         let evaluation =
-            Evaluator::new(decoder, objective, held_out, Some(self.train), by, batch_size).run(hook.as_ref())?;
+            Evaluator::new(models, objective, held_out, Some(self.train), by, batch_size).run(hook.as_ref())?;
         #[derive(Serialize)]
         struct Line<'a> {
             step: usize,
@@ -384,8 +384,8 @@ pub fn check_data(config: &TrainConfig, train: &Dataset, held_out: Option<&Datas
 /// Whether a method goes together with the options and the data.
 ///
 /// # Errors
-/// When the objective needs the model that the method changes, the method does not compute in the type asked for, it does
-/// not see packed rows, or an example is longer than the positions that are left to it.
+/// When the method does not compute in the type asked for, it does not see packed rows, or an example is longer than the
+/// positions that are left to it.
 pub fn check_method(
     config: &TrainConfig,
     adapter: &AdapterConfig,
@@ -395,11 +395,6 @@ pub fn check_method(
 ) -> Result<()> {
     let fail = |field: &'static str, why: String| Err(Error::Config { field, why });
     let is_full = matches!(adapter.method, Method::Full(_));
-    if is_full && config.objective == ObjectiveKind::Dpo {
-        let why = "is dpo, whose reference is the model without its adapter, but method = full trains the model \
-                   itself: use simpo, which needs no reference, or another method";
-        return fail("objective", why.into());
-    }
     if is_full && config.dtype != ComputeType::F32 {
         return fail("dtype", "must be f32 with method = full, whose weights are trained in float32".into());
     }

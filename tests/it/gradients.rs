@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use prefold::adapter::Adapter;
 use prefold::base::ops::Composed;
 use prefold::base::{Checkpoint, Decoder};
-use prefold::train::{BatchGradients, Sft, batch_gradients};
+use prefold::train::{BatchGradients, Models, Sft, batch_gradients};
 
 use crate::oracles::{Case, every_family};
 use crate::support::{arg, prefold_ok};
@@ -91,8 +91,8 @@ fn composed_gradients_are_pytorch_s() {
             let learnt = batch.labels.iter().enumerate().filter(|(at, label)| **label != -100 && at % batch.seq != 0);
             let factor = 1.0 / learnt.count() as f64;
             for checkpoint_activations in [false, true] {
-                let (decoder, hook, vars, objective) = (&decoder, &*hook, &vars, &Sft);
-                let of = BatchGradients { decoder, hook, vars, objective, checkpoint_activations };
+                let (models, hook, vars, objective) = (Models::frozen(&decoder), &*hook, &vars, &Sft);
+                let of = BatchGradients { models, hook, vars, objective, checkpoint_activations };
                 let mut gradients = BTreeMap::new();
                 batch_gradients(&of, &batch, factor, &mut gradients).unwrap();
                 for (name, expected) in &expected {

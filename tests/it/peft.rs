@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use prefold::adapter::{Adapter, peft};
+use prefold::adapter::{Adapter, AdapterConfig, Lora, Method, peft};
 use prefold::base::{Checkpoint, Decoder, DecoderSpec, Input, Linear, Part, SiteHook, WeightShape, family};
 
 use crate::support::{arg, fixture, prefold, prefold_ok};
@@ -117,6 +117,50 @@ fn fused_modules_of_gpt2_and_gpt_neox_are_read_and_written() {
         let checkpoint = Checkpoint::open(&fixture("oracles").join(name)).unwrap();
         let decoder = Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap();
         check(name, checkpoint.spec(), &decoder);
+    }
+}
+
+/// The text part of a model that sees images: PEFT's modules are deeper, and some belong to the other part.
+#[test]
+fn modules_inside_of_a_larger_model_are_read_and_written() {
+    let checkpoint = Checkpoint::open(&fixture("oracles/gemma3")).unwrap();
+    let decoder = Decoder::load(&checkpoint, DType::F64, &Device::Cpu).unwrap();
+    let spec = checkpoint.spec();
+    check("gemma3", spec, &decoder);
+    let written = tempfile::tempdir().unwrap();
+    let adapter = Adapter::open_for(&folder("gemma3"), spec).unwrap();
+    peft::write(&adapter, spec, written.path()).unwrap();
+    let read = |path: &Path| {
+        let tensors = candle_core::safetensors::load(path.join("adapter_model.safetensors"), &Device::Cpu).unwrap();
+        tensors.into_keys().filter(|name| !name.contains("vision_tower")).collect::<std::collections::BTreeSet<_>>()
+    };
+    assert_eq!(read(&folder("gemma3")), read(written.path()));
+    let config = std::fs::read_to_string(written.path().join("adapter_config.json")).unwrap();
+    assert!(config.contains("\"model.language_model.layers.0.self_attn.q_proj\""), "not of the images' part: {config}");
+}
+
+/// PEFT knows transformers' modules, whatever a GGUF file calls its tensors.
+#[test]
+fn modules_are_transformers_s_for_a_gguf_file_too() {
+    let modules = [
+        ("gpt2", "transformer.h.0.attn.c_attn"),
+        ("gptneox", "gpt_neox.layers.0.mlp.dense_4h_to_h"),
+        ("phi2", "model.layers.0.self_attn.dense"),
+        ("phi3", "model.layers.0.mlp.gate_up_proj"),
+    ];
+    for (name, module) in modules {
+        let checkpoint = Checkpoint::open(&fixture("oracles/gguf").join(name).join("model.gguf")).unwrap();
+        let spec = checkpoint.spec();
+        let mut config = AdapterConfig::prefix_plus(spec, None);
+        let targets = Some(spec.linears().map(Into::into).collect());
+        config.method = Method::Lora(Lora { rank: 2, targets, ..Lora::default() });
+        let written = tempfile::tempdir().unwrap();
+        peft::write(&Adapter::zeros(config).unwrap(), spec, written.path()).unwrap();
+        let path = written.path().join("adapter_model.safetensors");
+        let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        let name_of = format!("base_model.model.{module}.lora_A.weight");
+        assert!(tensors.contains_key(&name_of), "{name}: {:?}", tensors.keys().min());
+        Adapter::open_for(written.path(), spec).unwrap();
     }
 }
 

@@ -130,7 +130,9 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
         let out = format!("run{signal}");
         let mut child = start(folder.path(), &run(&paths, &out, &control));
         wait_for_lines(&folder.path().join(&out), 3, &mut child);
-        let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        // twice, as a program does that is in the terminal's group and hands signals on
+        let id = child.id().to_string();
+        let sent = Command::new("kill").args([signal, &id, &id]).status().unwrap();
         assert!(sent.success());
         let output = child.wait_with_output().unwrap();
         let error = error_of(&output);
@@ -494,6 +496,23 @@ fn preferences_are_learnt_and_a_stopped_run_goes_on_to_the_same_bytes() {
     prefold_ok(at, &[args("cut", "dpo", "16").as_slice(), &["--resume"]].concat());
     assert_eq!(adapter(&at.join("dpo")), adapter(&at.join("cut")));
     assert_eq!(timeless(&at.join("dpo")), timeless(&at.join("cut")));
+    // the reference of a model that is trained itself is the model before
+    let full = |out| {
+        let mut args = args(out, "dpo", "8");
+        args.extend(["--method", "full", "--set", "train.learning_rate=1e-3"]);
+        args.retain(|arg| !["--learning-rate", "1e-2"].contains(arg));
+        args
+    };
+    prefold_ok(at, &full("full"));
+    let lines = metrics(&at.join("full"));
+    let steps: Vec<&Value> = lines.iter().filter(|line| line["loss"].is_number()).collect();
+    let of = |line: &Value, name: &str| line[name].as_f64().unwrap();
+    assert_eq!(of(steps[0], "rewards/margins"), 0.0, "it starts as the reference");
+    assert!(of(steps[7], "loss") < 0.8 * of(steps[0], "loss"), "{} → {}", steps[0], steps[7]);
+    copy(&at.join("full"), &at.join("full-cut"));
+    prefold_ok(at, &[full("full-cut").as_slice(), &["--resume"]].concat());
+    assert_eq!(adapter(&at.join("full")), adapter(&at.join("full-cut")));
+    assert_eq!(timeless(&at.join("full")), timeless(&at.join("full-cut")));
     // constants matter, and so does the kind of the records
     let output =
         prefold(at, &[args("cut", "dpo", "16").as_slice(), &["--resume", "--set", "train.dpo.beta=0.5"]].concat());

@@ -41,8 +41,13 @@ pub(super) fn read(config: &Config, tensors: &Tensors, spec: &DecoderSpec) -> Re
     let (targeted, layers) = (Targets::of(config)?, targets::layers(config)?);
     let mut native = Tensors::new();
     let mut sites = BTreeSet::new();
+    let mut beside = 0;
     for (path, found) in by_module(config, tensors)? {
-        let Some(module) = find(&all, path) else {
+        if spec.names.is_beside(path) {
+            beside += 1;
+            continue;
+        }
+        let Some(module) = find(&all, path, &spec.names) else {
             let help = "prefold adapts the linear maps of the layers; merge the rest with merge_and_unload()";
             return config.fail(format!("it adapts `{path}`, which is no linear map of a layer"), help);
         };
@@ -76,7 +81,11 @@ pub(super) fn read(config: &Config, tensors: &Tensors, spec: &DecoderSpec) -> Re
         }
     }
     if sites.is_empty() {
-        return config.fail("it has no tensors", "save it in PEFT again");
+        return config.fail("it has no tensors of the decoder", "save it in PEFT again");
+    }
+    if beside > 0 {
+        let folder = config.folder.display();
+        tracing::warn!("{folder}: {beside} adapted modules lie outside of the text model and were left out");
     }
     let layers = describe(&mut lora, &sites, spec.num_layers);
     let base_model = config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
@@ -165,7 +174,7 @@ pub(super) fn write(adapter: &Adapter, lora: &Lora, spec: &DecoderSpec) -> Resul
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "target_modules": target_names(&all, &adapted),
+        "target_modules": target_names(&all, &adapted, spec),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "fan_in_fan_out": adapted.iter().any(|module| module.transposed),
@@ -177,10 +186,11 @@ pub(super) fn write(adapter: &Adapter, lora: &Lora, spec: &DecoderSpec) -> Resul
 }
 
 /// The last names of the adapted modules where they mean no others, else whole paths.
-fn target_names(all: &[Module], adapted: &[&Module]) -> Vec<String> {
+fn target_names(all: &[Module], adapted: &[&Module], spec: &DecoderSpec) -> Vec<String> {
     let last = |module: &Module| module.name.rsplit('.').next().unwrap_or_default().to_owned();
     let names: BTreeSet<String> = adapted.iter().map(|module| last(module)).collect();
-    if all.iter().filter(|module| names.contains(&last(module))).count() == adapted.len() {
+    let means_no_others = all.iter().filter(|module| names.contains(&last(module))).count() == adapted.len();
+    if means_no_others && !spec.names.has_beside() {
         return names.into_iter().collect();
     }
     adapted.iter().map(|module| module.name.clone()).collect()

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::base::{DecoderSpec, Linear, Source, WeightRole};
+use crate::base::{DecoderSpec, Linear, Source, WeightNames, WeightRole};
 
 /// A module with a weight matrix.
 #[derive(Debug)]
@@ -51,11 +51,12 @@ pub(super) fn modules(spec: &DecoderSpec) -> Vec<Module> {
     modules
 }
 
-/// The module of a path, which may have more or fewer leading names than the checkpoint's.
-pub(super) fn find<'a>(modules: &'a [Module], path: &str) -> Option<&'a Module> {
+/// The module of a path, which may have more or fewer leading names than transformers', or those of another version.
+pub(super) fn find<'a>(modules: &'a [Module], path: &str, names: &WeightNames) -> Option<&'a Module> {
     let ends =
         |long: &str, short: &str| long.strip_suffix(short).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-    modules.iter().find(|module| ends(path, &module.name) || ends(&module.name, path))
+    let is_named = |name: &str| ends(path, name) || ends(name, path);
+    modules.iter().find(|module| is_named(&module.name) || names.alternatives(&module.name).any(|name| is_named(&name)))
 }
 
 impl ModulePart {

@@ -18,7 +18,7 @@ use crate::base::ops::{
 };
 use crate::base::{Activation, Checkpoint, Decoder, Norm, NormKind};
 use crate::data::Batch;
-use crate::train::{BatchGradients, Sft, batch_gradients};
+use crate::train::{BatchGradients, Models, Sft, batch_gradients};
 
 fn report(rows: &[Row]) -> String {
     let failed = rows.iter().filter(|row| !row.holds());
@@ -114,8 +114,8 @@ fn gradients_of_decoders_are_pytorch_s() {
             };
             let learnt = batch.labels.iter().enumerate().filter(|(at, label)| **label != -100 && at % seq != 0);
             let factor = 1.0 / learnt.count() as f64;
-            let (decoder, hook, vars, objective) = (&decoder, &*hook, &vars, &Sft);
-            let of = BatchGradients { decoder, hook, vars, objective, checkpoint_activations: true };
+            let (models, hook, vars, objective) = (Models::frozen(&decoder), &*hook, &vars, &Sft);
+            let of = BatchGradients { models, hook, vars, objective, checkpoint_activations: true };
             let mut gradients = BTreeMap::new();
             batch_gradients(&of, &batch, factor, &mut gradients).unwrap();
             for (name, found) in &gradients {

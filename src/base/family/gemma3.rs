@@ -18,8 +18,10 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec> {
     spec.head.tied = config.bool("tie_word_embeddings")?;
     spec.names = spec
         .names
-        .or_under("model.", "model.language_model.")
-        .or_under("model.", "language_model.model.")
-        .or_under("lm_head.", "language_model.lm_head.");
+        .moved("model.", "model.language_model.")
+        .or_under("model.language_model.", "model.")
+        .or_under("model.language_model.", "language_model.model.")
+        .or_under("lm_head.", "language_model.lm_head.")
+        .beside(&["vision_tower", "multi_modal_projector"]);
     Ok(spec)
 }

@@ -21,7 +21,7 @@ use crate::base::{
 };
 use crate::data::{Batch, IGNORED};
 use crate::files;
-use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Sft, batch_gradients, clip_gradients};
+use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Models, Sft, batch_gradients, clip_gradients};
 
 /// Measure a training step: forward, loss, backward, clipping, AdamW
 ///
@@ -144,7 +144,7 @@ impl BenchTrain {
         for step in 0..self.warmup + self.steps {
             let started = Instant::now();
             let of = BatchGradients {
-                decoder: &decoder,
+                models: Models::frozen(&decoder),
                 hook: &*hook,
                 vars: optimizer.vars(),
                 objective: &Sft,

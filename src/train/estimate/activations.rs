@@ -207,6 +207,7 @@ impl<'a> Activations<'a> {
                         let out = self.spec.linear_shape(linear)[0] as u64;
                         let scaled = match (lora.dora, self.spec.has_bias(linear)) {
                             (false, _) => 0,
+                            (true, _) if lora.dropout > 0.0 => 4,
                             (true, false) => 1,
                             (true, true) => 3,
                         };

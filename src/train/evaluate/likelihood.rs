@@ -28,11 +28,12 @@ impl Evaluator<'_> {
     /// The log-probability of every class's completion after an example's prompt, which is run once.
     pub(super) fn label_log_probs(&self, hook: &dyn SiteHook, example: &Example) -> BaseResult<Vec<f64>> {
         let action = Error::candle("computing label likelihoods");
-        let mut cache = KvCache::new(self.decoder.spec().num_layers);
+        let mut cache = KvCache::new(self.models.trained.spec().num_layers);
         let prompt = Input::row(&example.prompt_ids)?;
-        let hidden = self.decoder.hidden_states(&prompt, Some(&mut cache), hook)?;
+        let hidden = self.models.trained.hidden_states(&prompt, Some(&mut cache), hook)?;
         let last = hidden.narrow(1, example.prompt_ids.len() - 1, 1).and_then(|h| h.squeeze(1)).map_err(&action)?;
-        let logits = self.decoder.logits(&last)?.to_dtype(DType::F64).and_then(|l| l.squeeze(0)?.to_vec1::<f64>());
+        let logits =
+            self.models.trained.logits(&last)?.to_dtype(DType::F64).and_then(|l| l.squeeze(0)?.to_vec1::<f64>());
         let logits = logits.map_err(&action)?;
         let highest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let normalizer = highest + logits.iter().map(|x| (x - highest).exp()).sum::<f64>().ln();
@@ -68,11 +69,11 @@ impl Evaluator<'_> {
         }
         let mut cache = prompt.repeat(rows)?;
         let input = Input::new(rows, &ids, &mask, None)?;
-        let hidden = self.decoder.hidden_states(&input, Some(&mut cache), hook)?;
-        let index = Tensor::new(positions.as_slice(), self.decoder.device()).map_err(&action)?;
-        let width = self.decoder.spec().hidden_size;
+        let hidden = self.models.trained.hidden_states(&input, Some(&mut cache), hook)?;
+        let index = Tensor::new(positions.as_slice(), self.models.trained.device()).map_err(&action)?;
+        let width = self.models.trained.spec().hidden_size;
         let hidden = hidden.reshape((rows * seq, width)).and_then(|h| h.index_select(&index, 0)).map_err(&action)?;
-        let nll = self.decoder.label_loss(&hidden, &targets)?.nll;
+        let nll = self.models.trained.label_loss(&hidden, &targets)?.nll;
         let nll = nll.to_dtype(DType::F64).and_then(|nll| nll.to_vec1::<f64>()).map_err(&action)?;
         let mut log_probs = vec![0.0; rows];
         for (row, nll) in group_of.into_iter().zip(nll) {

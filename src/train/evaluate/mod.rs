@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 pub use classification::{ClassScore, Classification, Confusion, Scores};
 
-use super::objective::{CompletionLoss, Objective};
+use super::objective::{CompletionLoss, Models, Objective};
 use super::{Error, Result, batch_input, completion_loss};
-use crate::base::{Decoder, SiteHook};
+use crate::base::SiteHook;
 use crate::data::{Batch, Dataset, Example};
 use classification::Labels;
 
@@ -63,7 +63,7 @@ pub struct Evaluation {
 
 /// Evaluates adapters on one set of examples.
 pub struct Evaluator<'a> {
-    decoder: &'a Decoder,
+    models: Models<'a>,
     objective: &'a dyn Objective,
     dataset: &'a Dataset,
     by: EvalBy,
@@ -75,7 +75,7 @@ impl<'a> Evaluator<'a> {
     /// An evaluation of `dataset`, in batches of at most `batch_size` groups. Classes are those of `dataset` and of
     /// `train`.
     pub fn new(
-        decoder: &'a Decoder,
+        models: Models<'a>,
         objective: &'a dyn Objective,
         dataset: &'a Dataset,
         train: Option<&Dataset>,
@@ -83,7 +83,7 @@ impl<'a> Evaluator<'a> {
         batch_size: usize,
     ) -> Self {
         let labels = Labels::of(std::iter::once(dataset).chain(train));
-        Self { decoder, objective, dataset, by, labels, batch_size: batch_size.max(1) }
+        Self { models, objective, dataset, by, labels, batch_size: batch_size.max(1) }
     }
 
     /// Evaluates `hook`.
@@ -136,8 +136,8 @@ impl<'a> Evaluator<'a> {
         let mut figures = BTreeMap::<String, f64>::new();
         for rows in self.batches(self.objective.group_size()) {
             let batch = self.batch(&rows);
-            let hidden = self.decoder.hidden_states(&batch_input(&batch)?, None, hook)?;
-            let found = self.objective.loss(self.decoder, &hidden, &batch)?;
+            let hidden = self.models.trained.hidden_states(&batch_input(&batch)?, None, hook)?;
+            let found = self.objective.loss(self.models, &hidden, &batch)?;
             loss += found.value().map_err(Error::candle("reading the loss"))?;
             pairs += found.units;
             for (name, sum) in found.figures {
@@ -155,7 +155,7 @@ impl<'a> Evaluator<'a> {
         let mut predictions = vec![Vec::new(); self.dataset.examples().len()];
         for rows in self.batches(1) {
             let batch = self.batch(&rows);
-            let found = completion_loss(self.decoder, hook, &batch_input(&batch)?, &batch.labels)?;
+            let found = completion_loss(self.models.trained, hook, &batch_input(&batch)?, &batch.labels)?;
             let sum = found.sum.to_dtype(candle_core::DType::F64).and_then(|s| s.to_scalar::<f64>());
             loss += sum.map_err(Error::candle("reading the loss"))?;
             tokens += found.tokens();
@@ -202,7 +202,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Adapter, AdapterConfig};
-    use crate::base::{Checkpoint, Input};
+    use crate::base::{Checkpoint, Decoder, Input};
     use crate::data::{DataConfig, Format, FormatOptions, Paths};
     use crate::train::Sft;
 
@@ -236,7 +236,8 @@ mod tests {
     fn label_likelihoods_are_those_of_whole_texts() {
         let (decoder, hook, dataset) = demo();
         for batch_size in [1, 3, 100] {
-            let evaluator = Evaluator::new(&decoder, &Sft, &dataset, None, EvalBy::Likelihood, batch_size);
+            let evaluator =
+                Evaluator::new(Models::frozen(&decoder), &Sft, &dataset, None, EvalBy::Likelihood, batch_size);
             assert_eq!(evaluator.labels.names.len(), 8);
             for example in &dataset.examples()[..2] {
                 let found = evaluator.label_log_probs(hook.as_ref(), example).unwrap();
@@ -256,7 +257,7 @@ mod tests {
     #[test]
     fn greedy_texts_name_classes() {
         let (decoder, hook, dataset) = demo();
-        let mut evaluator = Evaluator::new(&decoder, &Sft, &dataset, None, EvalBy::Text, 4);
+        let mut evaluator = Evaluator::new(Models::frozen(&decoder), &Sft, &dataset, None, EvalBy::Text, 4);
         let greedy = |prompt: &[u32], tokens: usize| {
             let mut ids = prompt.to_vec();
             for _ in 0..tokens {

@@ -18,7 +18,7 @@ impl Evaluator<'_> {
                 Some(truth)
             } else {
                 let begun = predicted.get(..=agreed).unwrap_or(predicted).to_vec();
-                greedy_class(self.decoder, hook, &self.labels, &example.prompt_ids, begun)?
+                greedy_class(self.models.trained, hook, &self.labels, &example.prompt_ids, begun)?
             };
             pairs.push((truth, class));
         }

@@ -5,8 +5,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::preference::{PairLoss, negative_log_sigmoid, pairs, sequences};
-use super::{BatchLoss, Objective, batch_input};
-use crate::base::{Decoder, NoHook, Result};
+use super::{BatchLoss, Models, Objective, batch_input};
+use crate::base::{NoHook, Result};
 use crate::data::Batch;
 
 /// Constants of DPO.
@@ -27,7 +27,8 @@ impl Default for DpoConfig {
 
 /// With `r = β (log π(y|x) − log π_ref(y|x))` and `z = r_chosen − r_rejected`: `−(1 − ε) log σ(z) − ε log σ(−z)`.
 ///
-/// The reference is the same decoder without the adapter. It is run again for every batch: a value kept from a batch of
+/// The reference is the same decoder without the adapter, or the model as it was where its weights are trained. It is run
+/// again for every batch: a value kept from a batch of
 /// another shape differs in its last bits, and a resumed run would no longer end in the same bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Dpo(pub(super) DpoConfig);
@@ -59,10 +60,10 @@ impl Objective for Dpo {
         batch.batch / 2
     }
 
-    fn loss(&self, decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> Result<BatchLoss> {
-        let reference = decoder.hidden_states(&batch_input(batch)?, None, &NoHook)?;
-        let reference = sequences(decoder, &reference, batch)?.values;
-        let policy = sequences(decoder, hidden, batch)?;
+    fn loss(&self, models: Models, hidden: &Tensor, batch: &Batch) -> Result<BatchLoss> {
+        let reference = models.reference.hidden_states(&batch_input(batch)?, None, &NoHook)?;
+        let reference = sequences(models.reference, &reference, batch)?.values;
+        let policy = sequences(models.trained, hidden, batch)?;
         let ratio = |row: usize| policy.values[row] - reference[row];
         pairs(&policy, |row| self.pair(ratio(row), ratio(row + 1)))
     }

@@ -61,6 +61,22 @@ impl std::str::FromStr for ObjectiveKind {
     }
 }
 
+/// The models that an objective sees: one and the same, unless the weights themselves are trained.
+#[derive(Clone, Copy, Debug)]
+pub struct Models<'a> {
+    /// The one that an adapter acts on, or whose weights are trained.
+    pub trained: &'a Decoder,
+    /// The one that the training starts from.
+    pub reference: &'a Decoder,
+}
+
+impl<'a> Models<'a> {
+    /// Those of an adapter on a frozen model.
+    pub fn frozen(decoder: &'a Decoder) -> Self {
+        Self { trained: decoder, reference: decoder }
+    }
+}
+
 /// Something to minimise.
 pub trait Objective: std::fmt::Debug {
     /// Rows of a batch that belong together: 1, or 2 where rows alternate chosen and rejected.
@@ -73,7 +89,7 @@ pub trait Objective: std::fmt::Debug {
     ///
     /// # Errors
     /// When the batch does not fit the model or the objective.
-    fn loss(&self, decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> crate::base::Result<BatchLoss>;
+    fn loss(&self, models: Models, hidden: &Tensor, batch: &Batch) -> crate::base::Result<BatchLoss>;
 }
 
 /// The loss of a micro-batch.

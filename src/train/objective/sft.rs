@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{BatchLoss, Objective};
+use super::{BatchLoss, Models, Objective};
 use crate::base::ops::LabelLoss;
 use crate::base::{Decoder, Error, Input, SiteHook};
 use crate::data::Batch;
@@ -20,8 +20,8 @@ impl Objective for Sft {
         batch.labelled()
     }
 
-    fn loss(&self, decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> crate::base::Result<BatchLoss> {
-        let found = label_losses(decoder, hidden, &batch.labels)?;
+    fn loss(&self, models: Models, hidden: &Tensor, batch: &Batch) -> crate::base::Result<BatchLoss> {
+        let found = label_losses(models.trained, hidden, &batch.labels)?;
         Ok(BatchLoss { units: found.targets.len(), sum: found.sum()?, figures: Vec::new() })
     }
 }

@@ -5,8 +5,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::preference::{PairLoss, negative_log_sigmoid, pairs, sequences};
-use super::{BatchLoss, Objective};
-use crate::base::{Decoder, Result};
+use super::{BatchLoss, Models, Objective};
+use crate::base::Result;
 use crate::data::Batch;
 
 /// Constants of SimPO.
@@ -55,8 +55,8 @@ impl Objective for Simpo {
         batch.batch / 2
     }
 
-    fn loss(&self, decoder: &Decoder, hidden: &Tensor, batch: &Batch) -> Result<BatchLoss> {
-        let policy = sequences(decoder, hidden, batch)?;
+    fn loss(&self, models: Models, hidden: &Tensor, batch: &Batch) -> Result<BatchLoss> {
+        let policy = sequences(models.trained, hidden, batch)?;
         let row = |row: usize| (policy.values[row], policy.tokens[row]);
         pairs(&policy, |at| self.pair(row(at), row(at + 1)))
     }

@@ -176,7 +176,7 @@ fn gradients_through_the_decoder_are_finite_differences() {
         let hook = trained.hook(decoder.spec(), &Device::Cpu).unwrap();
         let loss = || {
             let hidden = decoder.hidden_states(&batch_input(&batch()).unwrap(), None, hook.as_ref()).unwrap();
-            objective.loss(&decoder, &hidden, &batch()).unwrap()
+            objective.loss(Models::frozen(&decoder), &hidden, &batch()).unwrap()
         };
         let store = loss().sum.backward().unwrap();
         let (name, var) = vars.iter().next().unwrap();
@@ -207,7 +207,7 @@ fn an_adapter_of_zeros_has_no_dpo_reward() {
     let hook = zeros.hook(decoder.spec(), &Device::Cpu).unwrap();
     let objective = ObjectiveKind::Dpo.objective(&TrainConfig::default());
     let hidden = decoder.hidden_states(&batch_input(&batch()).unwrap(), None, hook.as_ref()).unwrap();
-    let found = objective.loss(&decoder, &hidden, &batch()).unwrap();
+    let found = objective.loss(Models::frozen(&decoder), &hidden, &batch()).unwrap();
     assert_eq!(found.units, 2);
     assert_eq!(found.value().unwrap(), 2.0 * 2f64.ln());
     assert!(found.figures.iter().all(|(_, value)| *value == 0.0), "{:?}", found.figures);
