@@ -29,7 +29,7 @@ pub(in crate::fold) fn is_number(index: &Index, tensor: &str) -> bool {
 }
 
 /// Whether a node multiplies matrices, be they of floats or of integers.
-pub(super) fn is_product(node: &Node) -> bool {
+pub(in crate::fold) fn is_product(node: &Node) -> bool {
     matches!(
         node.op_type(),
         "MatMul"

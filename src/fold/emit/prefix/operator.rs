@@ -169,7 +169,7 @@ impl<'a> Block<'a, '_> {
             seen.push(self.node("Greater", "Greater_window", &[&positions, &from]));
         }
         // an exporter may write the window into the bias instead
-        let window = window.or_else(|| window::find(index, node.input(10).into_iter().collect()));
+        let window = window.or_else(|| window::find(index, node.input(10).into_iter().collect(), self.writer.job.source));
         Ok(Inside {
             keys: keys.to_owned(),
             softcap: float(node, "softcap"),
@@ -209,7 +209,8 @@ impl<'a> Block<'a, '_> {
             } else {
                 inside.bias = Some(mask.to_owned());
             }
-            inside.window = window::find(index, vec![mask]);
+            inside.window = window::find(index, vec![mask], self.writer.job.source);
+            self.refuse_biases(&[mask])?;
         }
         let split = if site.query_layout == crate::fold::Layout::Merged {
             self.heads_first("of_columns", query)
@@ -306,8 +307,9 @@ impl<'a> Block<'a, '_> {
             let real = self.cast("Cast_mask", mask, None, DataType::Bool);
             inside.seen.push(self.writer.reshape("Reshape_mask", &real, "prefold/mask_of_keys", &[0, 1, 1, -1]));
         }
-        inside.window =
-            window::find(index, inside.bias.as_deref().into_iter().filter_map(|b| known(index, b)).collect());
+        let bias: Vec<&str> = inside.bias.as_deref().into_iter().filter_map(|bias| known(index, bias)).collect();
+        self.refuse_biases(&bias)?;
+        inside.window = window::find(index, bias, self.writer.job.source);
         if integer(node, "unidirectional") != 0 || inside.window.is_some() {
             let (query, _) = self.queries(None)?;
             let keys = inside.keys.clone();
