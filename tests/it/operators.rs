@@ -744,6 +744,87 @@ fn a_prefix_is_seen_beside_the_standard_attention_s_own_masks() {
     }
 }
 
+/// A block of standard operators: a table of which key each query sees, sinks in a column of their own, and the largest score
+/// taken off all of them; or another mask that is fed.
+fn block(mask: Option<&ArrayD<f32>>, window: usize) -> Graph {
+    let (batch, seq) = (2, 5);
+    let mut graph = Graph::default()
+        .feed("query", numbers(1, &[batch, HEADS, seq, DIM]))
+        .feed("key", numbers(2, &[batch, HEADS, seq, DIM]))
+        .feed("value", numbers(3, &[batch, HEADS, seq, DIM]))
+        .constant("scale", &ArrayD::from_elem(vec![], 0.3))
+        .constant("low", &ArrayD::from_elem(vec![], -1e30))
+        .constant("sinks", &numbers(4, &[batch, HEADS, seq, 1]));
+    let table = (0..8 * 8_usize).map(|at| u8::from(at % 8 <= at / 8 && at / 8 - at % 8 < window)).collect();
+    graph.constants.push(TensorDef::inline("table", DataType::Bool, &[1, 1, 8, 8], table));
+    for (name, values) in [("from", &[0, 0][..]), ("to", &[5, 5]), ("axes", &[2, 3])] {
+        graph.constants.push(TensorDef::from_i64s(name, &[2], values));
+    }
+    for (name, value) in [("first", 0), ("end", -1), ("last", 3)] {
+        graph.constants.push(TensorDef::from_i64s(name, &[1], &[value]));
+    }
+    let node = |op: &str, inputs: &[&str], output: &str| {
+        NodeDef::new(op, output).inputs(inputs.iter().copied()).outputs([output])
+    };
+    graph = graph
+        .node(node("Transpose", &["key"], "turned").attr_ints("perm", &[0, 1, 3, 2]))
+        .node(node("MatMul", &["query", "turned"], "product"))
+        .node(node("Mul", &["product", "scale"], "scaled"));
+    graph = match mask {
+        Some(mask) => graph.feed("mask", mask.clone()).node(node("Add", &["scaled", "mask"], "masked")),
+        None => graph.node(node("Slice", &["table", "from", "to", "axes"], "seen")).node(node(
+            "Where",
+            &["seen", "scaled", "low"],
+            "masked",
+        )),
+    };
+    graph
+        .node(node("Concat", &["masked", "sinks"], "joined").attr_int("axis", 3))
+        .node(node("ReduceMax", &["joined", "last"], "most"))
+        .node(node("Sub", &["joined", "most"], "shifted"))
+        .node(node("Softmax", &["shifted"], "weights").attr_int("axis", -1))
+        .node(node("Slice", &["weights", "first", "end", "last"], "kept"))
+        .node(node("MatMul", &["kept", "value"], "output"))
+}
+
+#[test]
+fn a_prefix_is_seen_in_a_block_with_sinks_and_a_table_of_its_window() {
+    let Some(library) = runtime() else { return };
+    let (key, value) = (numbers(71, &[HEADS, PREFIX, DIM]) * 8.0, numbers(72, &[HEADS, PREFIX, DIM]));
+    for window in [3, 8] {
+        let mask = ArrayD::from_shape_fn(vec![1, 1, 5, PREFIX + 5], |at| {
+            let (query, column) = (at[2] + PREFIX, at[3]);
+            if column <= query && query - column < window { 0.0_f32 } else { -1e30 }
+        });
+        let mut judge = block(Some(&mask), window);
+        joined(&mut judge.feeds, "key", 2, &key);
+        joined(&mut judge.feeds, "value", 2, &value);
+        let label = format!("window of {window}");
+        block(None, window).sees(&library, &label, (&key, &value), (&judge, &judge.feeds));
+    }
+}
+
+#[test]
+fn a_prefix_beside_a_bias_that_is_no_mask_is_refused() {
+    let prefix = numbers(7, &[HEADS, PREFIX, DIM]);
+    let refused = |bias: Vec<NodeDef>, constants: &[(&str, ArrayD<f32>)]| {
+        let mut graph = block(None, 8);
+        for (name, value) in constants {
+            graph = graph.constant(name, value);
+        }
+        let at = graph.nodes.iter().position(|node| node.name() == "masked").unwrap();
+        graph.nodes.splice(at..=at, bias);
+        graph.with_prefix(HEADS, &prefix, &prefix).unwrap_err().to_string()
+    };
+    let node = |op: &str, inputs: [&str; 2], output: &str| NodeDef::new(op, output).inputs(inputs).outputs([output]);
+    let of_heads = vec![node("Mul", ["slopes", "distances"], "bias"), node("Add", ["scaled", "bias"], "masked")];
+    let error = refused(of_heads, &[("slopes", numbers(8, &[HEADS, 1, 1])), ("distances", numbers(9, &[1, 5]))]);
+    assert!(error.contains("each head adds a bias of its own, as ALiBi does (`bias`)"), "{error}");
+    let of_tokens = vec![node("MatMul", ["value", "projection"], "bias"), node("Add", ["scaled", "bias"], "masked")];
+    let error = refused(of_tokens, &[("projection", numbers(8, &[DIM, 5]))]);
+    assert!(error.contains("a bias is added that is computed from the tokens (`bias`)"), "{error}");
+}
+
 /// Only GPU kernels of ONNX Runtime turn inside this operator, so the formula judges: halves, frequencies of base 10,000, a prompt
 /// from zero on, tokens after a past all where it ends.
 #[test]
