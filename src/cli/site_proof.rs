@@ -1,5 +1,6 @@
 //! The proof of a fold's sites: the graph is run, and what was found goes into the manifest.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use candle_core::{DType, Device};
@@ -255,12 +256,9 @@ impl Subject<'_> {
     fn queries(&self, checkpoint: &Checkpoint) -> Result<Vec<QueryDistance>> {
         let sites = fold::sites(self.model)?;
         let mut patch = Patch::new("give the queries out");
-        // a nested graph cannot give anything out
-        let queries = sites.iter().filter(|site| site.scope.is_empty());
-        let queries = queries.map(|site| self.give_out(site, &mut patch)).collect::<Result<Vec<_>>>()?;
-        if queries.is_empty() {
-            return Ok(Vec::new());
-        }
+        let mut made = HashSet::new();
+        let queries =
+            sites.iter().map(|site| self.give_out(site, &mut patch, &mut made)).collect::<Result<Vec<_>>>()?;
         let folder = TemporaryFolder::new().into_diagnostic()?;
         let mut graph = self.session(&patch.apply(self.model)?, folder.path())?;
         let decoder = Decoder::load(checkpoint, DType::F32, &Device::Cpu)?;
@@ -272,39 +270,43 @@ impl Subject<'_> {
             Some(found) => Err(miette!(
                 code = "prefold::fold::proof",
                 help = "is it the checkpoint that the graph was made of? `prefold inspect --explain` shows the sites",
-                "layer {}: the query that the graph shows is {:.1e} from the checkpoint's, whose largest element is {:.1e}",
+                "layer {}{}: the query that the graph shows is {:.1e} from the checkpoint's, whose largest element is {:.1e}",
                 found.layer,
+                if found.scope.is_empty() { String::new() } else { format!(" in `{}`", found.scope) },
                 found.distance,
                 found.largest
             )),
         }
     }
 
-    fn give_out(&self, site: &Site, patch: &mut Patch) -> Result<CapturedQuery> {
+    /// Adds a site's query to the outputs. `made` has the names of what sites share.
+    fn give_out(&self, site: &Site, patch: &mut Patch, made: &mut HashSet<String>) -> Result<CapturedQuery> {
         let source = locate::query(self.model, site, Query::PostRope)?;
         let first = site.readers.iter().map(|reader| reader.node).min_by_key(|node| node.index());
         for node in source.nodes {
+            if !made.insert(node.name().to_owned()) {
+                continue;
+            }
             match first {
                 Some(first) => patch.insert_before(first, node),
                 None => patch.append_node(node),
             };
         }
         for tensor in source.initializers {
-            patch.add_initializer(tensor);
+            if made.insert(tensor.name().to_owned()) {
+                patch.add_initializer(tensor);
+            }
         }
-        let rank = if source.layout == Layout::Merged { 3 } else { 4 };
-        let dims = std::iter::repeat_n(Dim::Unknown, rank);
-        patch.add_output(ValueDef::new(source.tensor.as_str(), self.float_type(site), dims));
-        Ok(CapturedQuery { layer: site.layer, output: source.tensor, merged: source.layout == Layout::Merged })
+        let merged = source.layout == Layout::Merged;
+        let dims = std::iter::repeat_n(Dim::Unknown, if merged { 3 } else { 4 });
+        let data_type = fold::query_type(self.model, site)?.or_else(|| self.output_type()).unwrap_or(DataType::Float);
+        let output = patch.give_out(self.model, site.node, ValueDef::new(source.tensor, data_type, dims))?;
+        Ok(CapturedQuery { layer: site.layer, scope: site.scope.clone(), output, merged })
     }
 
-    /// The type of the cache, or of the logits: that of a query.
-    fn float_type(&self, site: &Site) -> DataType {
-        let graph = self.model.graph();
-        let declared = graph.value_info().iter().find(|value| value.name() == site.query);
-        let cache = graph.inputs().iter().find(|value| value.name().starts_with("past_key_values."));
-        let found = declared.or(cache).or(graph.outputs().first()).and_then(|value| value.elem_type());
-        found.unwrap_or(DataType::Float)
+    /// The type of the logits.
+    fn output_type(&self) -> Option<DataType> {
+        self.model.graph().outputs().first().and_then(|value| value.elem_type())
     }
 
     /// Opens an edited graph in `folder`, where the data of the one that it was made of is linked to.

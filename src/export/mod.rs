@@ -17,6 +17,7 @@ mod attention;
 mod decoder;
 mod error;
 mod fused;
+mod genai;
 mod head;
 mod mask;
 mod mlp;
@@ -32,6 +33,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use error::{Error, Result};
+pub use genai::GENAI_NAME;
 
 use crate::base::{self, Checkpoint, DecoderSpec, WeightShape};
 use crate::files::{FileFact, Manifest};
@@ -139,8 +141,8 @@ impl Default for ExportOptions {
     }
 }
 
-/// Writes `model.onnx`, its data, `config.json`, the tokenizer where the checkpoint has one, and the manifest into a
-/// folder that exists.
+/// Writes `model.onnx`, its data, `config.json`, `genai_config.json`, the tokenizer where the checkpoint has one, and the manifest
+/// into a folder that exists.
 ///
 /// # Errors
 /// When a weight cannot be read or a file cannot be written.
@@ -191,13 +193,13 @@ fn new_builder(dialect: Dialect) -> ModelBuilder {
 
 fn write_companions(checkpoint: &Checkpoint, folder: &Path) -> Result<()> {
     crate::files::write_json(&folder.join("config.json"), "a model configuration", checkpoint.config())?;
-    match checkpoint.tokenizer() {
-        Ok(tokenizer) => Ok(tokenizer.save(folder)?),
-        Err(error) => {
-            tracing::warn!("the graph goes without a tokenizer: {error}");
-            Ok(())
-        }
+    let tokenizer = checkpoint.tokenizer();
+    match &tokenizer {
+        Ok(tokenizer) => tokenizer.save(folder)?,
+        Err(error) => tracing::warn!("the graph goes without a tokenizer: {error}"),
     }
+    let config = genai::config(checkpoint.spec(), tokenizer.as_ref().ok(), checkpoint.config());
+    Ok(crate::files::write_json(&folder.join(GENAI_NAME), "a configuration of onnxruntime-genai", &config)?)
 }
 
 fn write_manifest(checkpoint: &Checkpoint, options: &ExportOptions, folder: &Path) -> Result<()> {

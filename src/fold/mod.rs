@@ -30,7 +30,7 @@ use serde::Serialize;
 
 pub use bank::{BankEdit, bank_of, edit_bank};
 pub use carry::{CarriedFile, Carry};
-pub use emit::{ADAPTER_IDS, Emission};
+pub use emit::{ADAPTER_IDS, Emission, query_type};
 pub use error::{Error, Result};
 pub use locate::{Exactness, Layout, Site};
 pub use onnx_adapter::{ADAPTER_EXTENSION, AdapterFile};

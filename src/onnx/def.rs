@@ -370,6 +370,20 @@ impl ValueDef {
         &mut self.name
     }
 
+    pub(crate) fn data_type(&self) -> DataType {
+        self.data_type
+    }
+
+    pub(crate) fn rank(&self) -> Option<usize> {
+        self.dims.as_ref().map(Vec::len)
+    }
+
+    /// The same with sizes that are not said.
+    pub(crate) fn with_any_sizes(mut self) -> Self {
+        self.dims.iter_mut().flatten().for_each(|dim| *dim = Dim::Unknown);
+        self
+    }
+
     pub(crate) fn encode(&self) -> Encoder {
         let mut shape = Encoder::default();
         for dim in self.dims.iter().flatten() {

@@ -247,6 +247,15 @@ pub enum Error {
         /// How many there are.
         nodes: usize,
     },
+    /// A tensor is in a graph that runs any number of times.
+    #[error("`{tensor}` cannot be given out of the model: it is in a graph nested in {node}")]
+    #[diagnostic(code(prefold::onnx::not_given_out), help("only the branches of an If are run once at most"))]
+    NotGivenOut {
+        /// The tensor.
+        tensor: String,
+        /// The node around it.
+        node: String,
+    },
     /// An edit names an input slot that is not there.
     #[error("{node} has no input {slot}; it has {inputs}")]
     #[diagnostic(code(prefold::onnx::no_slot), help("replace an input that exists"))]

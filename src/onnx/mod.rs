@@ -37,6 +37,7 @@ mod data_type;
 mod def;
 mod error;
 mod external;
+mod given_out;
 mod graph;
 mod index;
 mod listing;

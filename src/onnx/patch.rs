@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::def::{NodeDef, TensorDef, ValueDef, encode_entry, encode_opset};
+use super::given_out::GivenOut;
 use super::node::standard_domain;
 use super::proto::{attribute, entry, graph, model, node, tensor};
 use super::tensor::parse_entry;
@@ -23,6 +24,7 @@ pub struct Patch {
     replaced_initializers: Vec<TensorDef>,
     inputs: Vec<ValueDef>,
     outputs: Vec<ValueDef>,
+    given_out: Vec<GivenOut>,
     replaced: Vec<(usize, usize, String)>,
     opsets: Vec<(String, i64)>,
     metadata: Vec<(String, String)>,
@@ -90,6 +92,27 @@ impl Patch {
         self
     }
 
+    /// Adds a tensor of the graph that a node is in as an output of the model, and returns the name that it has there: a branch
+    /// of an `If` gives it to the node, and a run that takes another branch gives an empty tensor of as many dimensions.
+    ///
+    /// # Errors
+    /// When `model` has no such node, or the graph is nested in something else.
+    pub fn give_out(&mut self, model: &Model, inside: NodeId, value: ValueDef) -> Result<String> {
+        let (main, name) = (model.graph(), value.name().to_owned());
+        let Some(given) = GivenOut::new(model, inside, value.clone())? else {
+            let there = main.outputs().iter().any(|output| output.name() == name);
+            if !there && self.outputs.iter().all(|output| output.name() != name) {
+                self.outputs.push(value);
+            }
+            return Ok(name);
+        };
+        let name = given.output(main).name().to_owned();
+        if self.given_out.iter().all(|other| other.output(main).name() != name) {
+            self.given_out.push(given);
+        }
+        Ok(name)
+    }
+
     /// Lets an input slot of a node read another tensor.
     pub fn replace_input(&mut self, id: NodeId, slot: usize, tensor: impl Into<String>) -> &mut Self {
         self.replaced.push((id.index(), slot, tensor.into()));
@@ -135,7 +158,8 @@ impl Patch {
     fn edits_graph(&self) -> bool {
         let nodes = self.before.is_empty() && self.appended.is_empty() && self.replaced.is_empty();
         let constants = self.initializers.is_empty() && self.replaced_initializers.is_empty();
-        !(nodes && constants && self.inputs.is_empty() && self.outputs.is_empty())
+        let outputs = self.outputs.is_empty() && self.given_out.is_empty();
+        !(nodes && constants && self.inputs.is_empty() && outputs)
     }
 
     fn check_node_names(&self, graph: &Graph) -> Result<()> {
@@ -172,7 +196,8 @@ impl Patch {
         if let Some(tensor) = self.replaced_initializers.iter().find(|tensor| !has(tensor.name())) {
             return Err(Error::NoInitializer { tensor: tensor.name().to_owned() });
         }
-        let mut edits = Edits { before: &self.before, replaced: self.replacements()? };
+        let replaced = self.replacements()?;
+        let mut edits = Edits { before: &self.before, given_out: &self.given_out, replaced };
         let (named, nodes) = (edits.before.keys().chain(edits.replaced.keys()), graph.numbers().len());
         if let Some(&index) = { named }.find(|&&index| index >= nodes) {
             return Err(Error::NoNode { index, nodes });
@@ -183,7 +208,9 @@ impl Patch {
         insert(&mut fields, message, graph::NODE, self.appended.iter().map(NodeDef::encode))?;
         insert(&mut fields, message, graph::INITIALIZER, self.initializers.iter().map(TensorDef::encode))?;
         insert(&mut fields, message, graph::INPUT, self.inputs.iter().map(|value| Ok(value.encode())))?;
-        insert(&mut fields, message, graph::OUTPUT, self.outputs.iter().map(|value| Ok(value.encode())))?;
+        let given_out: Vec<ValueDef> = self.given_out.iter().map(|given| given.output(graph)).collect();
+        let outputs = self.outputs.iter().chain(&given_out);
+        insert(&mut fields, message, graph::OUTPUT, outputs.map(|value| Ok(value.encode())))?;
         Graph::from_fields(fields, 0)
     }
 
@@ -229,6 +256,7 @@ fn initializer_name(field: &Field) -> Result<Option<String>> {
 /// New nodes by the node that they stand before, and new input names by node and slot.
 struct Edits<'a> {
     before: &'a BTreeMap<usize, Vec<NodeDef>>,
+    given_out: &'a [GivenOut],
     replaced: BTreeMap<usize, BTreeMap<usize, &'a str>>,
 }
 
@@ -260,7 +288,9 @@ impl Edits<'_> {
     /// A node's field: the bytes that it was, unless some of its inputs or of its nested graphs are edited.
     fn node(&mut self, field: &Field, existing: &Node) -> Result<Field> {
         let slots = self.replaced.remove(&existing.id().index()).unwrap_or_default();
-        let nested = existing.subgraphs().any(|graph| self.touches(graph));
+        let given_out: Vec<&GivenOut> = self.given_out.iter().filter(|given| given.passes(existing)).collect();
+        let edited = |edits: &Self, graph: &Graph| !given_out.is_empty() || edits.touches(graph);
+        let nested = existing.subgraphs().any(|graph| edited(self, graph));
         if slots.is_empty() && !nested {
             return Ok(field.clone());
         }
@@ -281,19 +311,25 @@ impl Edits<'_> {
                     slot += 1;
                 }
                 node::ATTRIBUTE => match attributes.next() {
-                    Some(attribute) if attribute.graphs().iter().any(|graph| self.touches(graph)) => {
-                        encoder.message(node::ATTRIBUTE, &self.attribute(&part, attribute)?);
+                    Some(attribute) if attribute.graphs().iter().any(|graph| edited(self, graph)) => {
+                        encoder.message(node::ATTRIBUTE, &self.attribute(&part, (existing, attribute), &given_out)?);
                     }
                     _ => encoder.raw(&part),
                 },
                 _ => encoder.raw(&part),
             }
         }
+        given_out.iter().for_each(|given| encoder.string(node::OUTPUT, &given.name(existing)));
         wrap(graph::MESSAGE, graph::NODE, &encoder)
     }
 
-    /// An attribute whose graphs are edited. Of several fields for one graph, the last one counts.
-    fn attribute(&mut self, field: &Field, existing: &Attribute) -> Result<Encoder> {
+    /// An attribute of a node, whose graphs are edited. Of several fields for one graph, the last one counts.
+    fn attribute(
+        &mut self,
+        field: &Field,
+        (node, existing): (&Node, &Attribute),
+        given_out: &[&GivenOut],
+    ) -> Result<Encoder> {
         let parts = Fields::new(attribute::MESSAGE, field.bytes()?).collect::<Result<Vec<_>>>()?;
         let holds_graph = |part: &Field| matches!(part.number, attribute::G | attribute::GRAPHS);
         let count = parts.iter().filter(|part| holds_graph(part)).count();
@@ -303,10 +339,17 @@ impl Edits<'_> {
         for part in &parts {
             let next = if holds_graph(part) && skipped == 0 { graphs.next() } else { None };
             skipped = skipped.saturating_sub(usize::from(holds_graph(part)));
-            match next.filter(|graph| self.touches(graph)) {
+            match next.filter(|graph| !given_out.is_empty() || self.touches(graph)) {
                 Some(graph) => {
                     let mut content = Encoder::default();
-                    self.fields(graph)?.iter().for_each(|field| content.raw(field));
+                    let mut fields = self.fields(graph)?;
+                    for given in given_out {
+                        let (value, maker) = given.of_branch(node, graph);
+                        let message = graph::MESSAGE;
+                        insert(&mut fields, message, graph::NODE, maker.iter().map(NodeDef::encode))?;
+                        insert(&mut fields, message, graph::OUTPUT, std::iter::once(Ok(value.encode())))?;
+                    }
+                    fields.iter().for_each(|field| content.raw(field));
                     encoder.message(part.number, &content);
                 }
                 None => encoder.raw(part),
@@ -375,7 +418,7 @@ fn with_value(field: &Field, value: &str) -> Result<Field> {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{identity_branch, if_node, raw_model, reference_check, small_model};
-    use super::super::{DataType, Index};
+    use super::super::{DataType, Dim, Index};
     use super::*;
 
     fn find(model: &Model, name: &str) -> NodeId {
@@ -475,6 +518,40 @@ mod tests {
         assert_eq!(nodes[1], ("", 3, &["sum".to_owned()][..]));
         assert_eq!(edit(&edit(&model, "x", false), "h", false).to_bytes(), model.to_bytes());
         assert_eq!(Model::from_bytes(edited.to_bytes()).unwrap().to_bytes(), edited.to_bytes());
+    }
+
+    /// A tensor of a branch comes out of the model; where another branch is taken, nothing does.
+    #[test]
+    fn a_tensor_of_a_branch_is_given_out() {
+        let (taken, other) = (identity_branch("h", "inner"), identity_branch("h", "inner"));
+        let producer = NodeDef::new("Neg", "a").inputs(["x"]).outputs(["h"]).encode().unwrap();
+        let mut node = if_node(&taken, "x", "y");
+        let mut attribute = Encoder::default();
+        attribute.string(attribute::NAME, "else_branch");
+        attribute.message(attribute::G, &other);
+        node.message(node::ATTRIBUTE, &attribute);
+        let model = Model::from_bytes(raw_model(&[producer, node], &["x"], &["y"])).unwrap();
+        let mut patch = Patch::new("give out");
+        let value = |name: &str| ValueDef::new(name, DataType::Float, [2.into(), Dim::Unknown]);
+        let name = patch.give_out(&model, NodeId(2), value("inner")).unwrap();
+        assert_eq!(patch.give_out(&model, NodeId(2), value("inner")).unwrap(), name);
+        assert_eq!(patch.give_out(&model, NodeId(0), value("h")).unwrap(), "h");
+        assert_eq!(patch.give_out(&model, NodeId(0), value("y")).unwrap(), "y");
+        assert!(matches!(patch.give_out(&model, NodeId(9), value("h")), Err(Error::NoNode { index: 9, nodes: 4 })));
+        let edited = patch.apply(&model).unwrap();
+        let names = |values: &[super::super::ValueInfo]| -> Vec<String> {
+            values.iter().map(|value| value.name().to_owned()).collect()
+        };
+        assert_eq!(names(edited.graph().outputs()), ["y", "h", &name]);
+        let node = &edited.graph().nodes()[1];
+        assert_eq!(node.outputs(), ["y", &name]);
+        let branches: Vec<&Graph> = node.subgraphs().collect();
+        assert_eq!(names(branches[0].outputs()), ["inner", &format!("{name}/again")]);
+        let nothing = format!("{name}/nothing");
+        assert_eq!(names(branches[1].outputs()), ["inner", &nothing]);
+        let constant = branches[1].nodes().last().unwrap();
+        assert_eq!((constant.op_type(), constant.outputs()), ("Constant", &[nothing][..]));
+        assert_eq!(constant.attribute("value").unwrap().as_tensor().unwrap().dims(), [0, 0]);
     }
 
     #[test]

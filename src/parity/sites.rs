@@ -2,22 +2,28 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::{DType as CandleType, Tensor};
-use ndarray::{ArrayD, IxDyn};
+use ndarray::{ArrayD, Axis, IxDyn};
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Error, Result};
 use crate::base::{Decoder, Input, Site, SiteHook};
-use crate::runtime::{DType, Dim, Error as RuntimeError, NamedValues, Port, Session, Value};
+use crate::runtime::{DType, Dim, Error as RuntimeError, NamedValues, Port, Session, Value, derived_feed, present};
+
+/// The input that tells a prompt from what follows one.
+const BRANCH: &str = "use_cache_branch";
 
 /// A site's query in a graph that gives it out.
 #[derive(Clone, Debug)]
 pub struct CapturedQuery {
     /// The decoder layer.
     pub layer: usize,
-    /// The output that holds it.
+    /// The branch that the site is in; empty in the main graph.
+    pub scope: String,
+    /// The output that holds it; empty where another branch is taken.
     pub output: String,
     /// Whether it is `[batch, seq, heads · head_dim]`, and not `[batch, heads, seq, head_dim]`.
     pub merged: bool,
@@ -28,6 +34,9 @@ pub struct CapturedQuery {
 pub struct QueryDistance {
     /// The decoder layer.
     pub layer: usize,
+    /// The branch that the site is in; empty in the main graph.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub scope: String,
     /// The largest difference.
     pub distance: f64,
     /// The largest element of the model's own query.
@@ -63,25 +72,52 @@ impl Probe {
         }
     }
 
-    /// The feeds of a decoder graph: the tokens and an empty cache.
-    fn feeds(&self, inputs: &[Port], head_dim: usize) -> Result<NamedValues> {
+    /// Runs a decoder graph: once over all columns; or, where it has a branch for what follows a prompt, up to the padding and then over
+    /// the rest with the cache of the first run.
+    fn run(&self, graph: &mut dyn Session, head_dim: usize) -> Result<Vec<(Range<usize>, NamedValues)>> {
+        let (end, prompt) = (Self::SEQ, Self::SEQ - Self::PADDING);
+        let branches = graph.inputs().iter().any(|port| port.name == BRANCH);
+        let calls = if branches { vec![0..prompt, prompt..end] } else { vec![0..end] };
+        let mut runs: Vec<(Range<usize>, NamedValues)> = Vec::with_capacity(calls.len());
+        for columns in calls {
+            let before = runs.last().map(|(_, outputs)| outputs);
+            let feeds = self.feeds(&*graph, &columns, before, head_dim)?;
+            runs.push((columns, graph.run(feeds)?));
+        }
+        Ok(runs)
+    }
+
+    /// The feeds of a decoder graph: some columns of the tokens, and the cache that the run before gave.
+    fn feeds(
+        &self,
+        graph: &dyn Session,
+        columns: &Range<usize>,
+        before: Option<&NamedValues>,
+        head_dim: usize,
+    ) -> Result<NamedValues> {
         let mut feeds = NamedValues::new();
-        for port in inputs {
-            let values = match port.name.as_str() {
-                "input_ids" => &self.ids,
-                "attention_mask" => &self.mask,
-                "position_ids" => &self.positions,
-                "use_cache_branch" => {
-                    feeds.insert(&port.name, ArrayD::from_elem(IxDyn(&[1]), false));
-                    continue;
-                }
+        for port in graph.inputs() {
+            let (values, columns) = match port.name.as_str() {
+                "input_ids" => (&self.ids, columns.clone()),
+                "attention_mask" => (&self.mask, 0..columns.end),
+                "position_ids" => (&self.positions, columns.clone()),
                 _ => {
-                    feeds.insert(&port.name, empty(port, head_dim)?);
+                    let derived = derived_feed(port, Self::BATCH, columns.start, columns.len())?;
+                    let value = match (derived, before) {
+                        (Some(value), _) => value,
+                        (None, None) => empty(port, head_dim)?,
+                        (None, Some(before)) => {
+                            let name = &present(graph.outputs(), &port.name)?.name;
+                            before.get(name).cloned().ok_or_else(|| refused(port, "the run before gave no cache"))?
+                        }
+                    };
+                    feeds.insert(&port.name, value);
                     continue;
                 }
             };
             let array = ArrayD::from_shape_vec(IxDyn(&[Self::BATCH, Self::SEQ]), values.clone());
             let array = array.map_err(|error| refused(port, &error.to_string()))?;
+            let array = array.slice_axis(Axis(1), columns.into()).to_owned();
             let value: Value =
                 if port.dtype == DType::I32 { array.mapv(|value| value as i32).into() } else { array.into() };
             feeds.insert(&port.name, value);
@@ -99,17 +135,18 @@ impl Probe {
         other: &mut dyn Session,
         head_dim: usize,
     ) -> Result<Option<String>> {
-        let one = base.run(self.feeds(base.inputs(), head_dim)?)?;
-        let two = other.run(self.feeds(other.inputs(), head_dim)?)?;
-        for (name, value) in one.iter() {
-            if two.get(name).map(bits).transpose()? != Some(bits(value)?) {
-                return Ok(Some(name.to_owned()));
+        let (one, two) = (self.run(base, head_dim)?, self.run(other, head_dim)?);
+        for ((_, one), (_, two)) in one.iter().zip(&two) {
+            for (name, value) in one.iter() {
+                if two.get(name).map(bits).transpose()? != Some(bits(value)?) {
+                    return Ok(Some(name.to_owned()));
+                }
             }
         }
         Ok(None)
     }
 
-    /// Compares the queries that a graph gives out with those of the candle model, where tokens are real.
+    /// Compares the queries that a graph gives out with those of the candle model, where tokens are real. What no run reached is left out.
     ///
     /// # Errors
     /// When either fails, or they are of another shape.
@@ -124,37 +161,70 @@ impl Probe {
         decoder.hidden_states(&input, None, &capture)?;
         let attention = &decoder.spec().attention;
         let (heads, head_dim) = (attention.num_heads, attention.head_dim);
-        let mut outputs = graph.run(self.feeds(graph.inputs(), head_dim)?)?;
+        let runs = self.run(graph, head_dim)?;
         let own = capture.0.into_inner();
         let mut distances = Vec::with_capacity(queries.len());
         for query in queries {
             let expected = own.get(&query.layer).map(flat).transpose().map_err(candle)?.unwrap_or_default();
-            let found = outputs.take(&query.output)?.into_f64()?;
-            if found.len() != expected.len() {
-                let expected = vec![Self::BATCH, heads, Self::SEQ, head_dim];
-                return Err(Error::Logits { found: found.shape().to_vec(), expected });
-            }
-            let mut most = QueryDistance { layer: query.layer, distance: 0.0, largest: 0.0 };
-            for (at, found) in found.iter().enumerate() {
-                let (row, rest) = (at / (heads * Self::SEQ * head_dim), at % (heads * Self::SEQ * head_dim));
-                let (head, seq) = if query.merged {
-                    (rest / head_dim % heads, rest / (head_dim * heads))
-                } else {
-                    (rest / (head_dim * Self::SEQ), rest / head_dim % Self::SEQ)
+            let mut most =
+                QueryDistance { layer: query.layer, scope: query.scope.clone(), distance: 0.0, largest: 0.0 };
+            let mut was_run = false;
+            for (columns, outputs) in &runs {
+                let found = match outputs.get(&query.output) {
+                    Some(found) => found.clone().into_f64()?,
+                    None => continue,
                 };
-                let place = ((row * heads + head) * Self::SEQ + seq) * head_dim + rest % head_dim;
-                let expected = expected.get(place).copied().unwrap_or(f64::NAN);
-                if self.mask.get(row * Self::SEQ + seq) == Some(&1) {
-                    // what is no number is no small distance
-                    let distance = (found - expected).abs();
-                    most.distance = most.distance.max(if distance.is_nan() { f64::INFINITY } else { distance });
-                    most.largest = most.largest.max(expected.abs());
+                // of a branch that was not taken
+                if found.is_empty() {
+                    continue;
                 }
+                was_run = true;
+                let shape = Shape { heads, head_dim, columns: columns.clone(), merged: query.merged };
+                self.compare(&found, &expected, &shape, &mut most)?;
             }
-            distances.push(most);
+            if was_run {
+                distances.push(most);
+            }
         }
         Ok(distances)
     }
+
+    /// Adds the distance of a run's query to the largest so far, where tokens are real.
+    fn compare(&self, found: &ArrayD<f64>, expected: &[f64], shape: &Shape, most: &mut QueryDistance) -> Result<()> {
+        let Shape { heads, head_dim, columns, merged } = shape;
+        let (heads, head_dim, seq) = (*heads, *head_dim, columns.len());
+        let wanted = vec![Self::BATCH, heads, seq, head_dim];
+        if found.len() != wanted.iter().product::<usize>() {
+            return Err(Error::Logits { found: found.shape().to_vec(), expected: wanted });
+        }
+        for (at, found) in found.iter().enumerate() {
+            let (row, rest) = (at / (heads * seq * head_dim), at % (heads * seq * head_dim));
+            let (head, column) = if *merged {
+                (rest / head_dim % heads, rest / (head_dim * heads))
+            } else {
+                (rest / (head_dim * seq), rest / head_dim % seq)
+            };
+            let column = columns.start + column;
+            let place = ((row * heads + head) * Self::SEQ + column) * head_dim + rest % head_dim;
+            let expected = expected.get(place).copied().unwrap_or(f64::NAN);
+            if self.mask.get(row * Self::SEQ + column) == Some(&1) {
+                // what is no number is no small distance
+                let distance = (found - expected).abs();
+                most.distance = most.distance.max(if distance.is_nan() { f64::INFINITY } else { distance });
+                most.largest = most.largest.max(expected.abs());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a query lies in a run's output.
+struct Shape {
+    heads: usize,
+    head_dim: usize,
+    /// The tokens' columns.
+    columns: Range<usize>,
+    merged: bool,
 }
 
 /// Keeps the queries of all sites.

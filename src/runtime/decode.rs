@@ -82,6 +82,14 @@ impl Extra {
     }
 }
 
+/// What is fed to an input that follows from the others, for `new` columns after `past`; none where it is no such input.
+///
+/// # Errors
+/// When its shape is none of that kind of input.
+pub(crate) fn derived_feed(port: &Port, batch: usize, past: usize, new: usize) -> Result<Option<Value>> {
+    Extra::of(port).map(|extra| extra.feed(batch, past, new)).transpose()
+}
+
 /// One tensor of the cache, of shape `[batch, kv_heads, past, head_dim]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CachePort {
@@ -153,7 +161,10 @@ fn find<'a>(ports: &'a [Port], kind: &str, name: &str) -> Result<&'a Port> {
 }
 
 /// The output that an input of the cache becomes.
-fn present<'a>(outputs: &'a [Port], input: &str) -> Result<&'a Port> {
+///
+/// # Errors
+/// When there is none.
+pub(crate) fn present<'a>(outputs: &'a [Port], input: &str) -> Result<&'a Port> {
     let usual = input.replacen("past_key_values", "present", 1);
     let names = [input.replacen("past", "present", 1), format!("{input}_out"), usual.clone()];
     let found = names.iter().find_map(|name| find(outputs, "output", name).ok());

@@ -24,6 +24,7 @@ mod value;
 use std::path::PathBuf;
 
 pub use decode::{CachePort, DecoderPorts, GraphDecoder, last_logits, left_pad, positions};
+pub(crate) use decode::{derived_feed, present};
 pub use given::{Given, NamedGiven, WithGiven};
 pub use ort_session::{Optimization, OrtOptions, OrtSession, Provider};
 pub use process::{Launch, ProcessSession};

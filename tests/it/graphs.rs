@@ -5,11 +5,13 @@ use std::path::Path;
 use candle_core::Device;
 use ndarray::Array2;
 use prefold::base::Checkpoint;
-use prefold::export::{Dialect, ExportOptions, export};
+use prefold::export::{Dialect, ExportOptions, GENAI_NAME, export};
 use prefold::fold::fold_folder;
+use prefold::onnx::Model;
 use prefold::runtime::{GraphDecoder, OrtOptions, OrtSession, Session, TractOptions, TractSession, library};
 
 use crate::oracles::{Case, every_family};
+use crate::support::fixture;
 
 /// Every runtime at hand that can run a dialect.
 fn sessions(graph: &Path, dialect: Dialect) -> Vec<Box<dyn Session>> {
@@ -68,4 +70,39 @@ fn portable_graphs_compute_pytorch_s_logits() {
 #[test]
 fn fused_graphs_compute_pytorch_s_logits() {
     every_family().iter().for_each(|oracle| export_fold_and_check(oracle, Dialect::Ort));
+}
+
+/// onnxruntime-genai finds the graph's inputs and outputs by the names of the configuration that lies beside it.
+#[test]
+fn an_exported_graph_is_described_for_onnxruntime_genai() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(&fixture("oracles/llama_bias")).unwrap();
+    let path = export(&checkpoint, &ExportOptions::default(), folder.path()).unwrap();
+    let text = std::fs::read(folder.path().join(GENAI_NAME)).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let model = Model::open(&path).unwrap();
+    let decoder = &config["model"]["decoder"];
+    assert_eq!(decoder["filename"], "model.onnx");
+    let layers = usize::try_from(decoder["num_hidden_layers"].as_u64().unwrap()).unwrap();
+    for (ports, values) in [("inputs", model.graph().inputs()), ("outputs", model.graph().outputs())] {
+        let mut names: Vec<String> = Vec::new();
+        for name in decoder[ports].as_object().unwrap().values().map(|name| name.as_str().unwrap()) {
+            match name.contains("%d") {
+                true => names.extend((0..layers).map(|layer| name.replace("%d", &layer.to_string()))),
+                false => names.push(name.to_owned()),
+            }
+        }
+        let mut own: Vec<String> = values.iter().map(|value| value.name().to_owned()).collect();
+        names.sort_unstable();
+        own.sort_unstable();
+        assert_eq!(names, own);
+    }
+    let spec = checkpoint.spec();
+    assert_eq!(decoder["head_size"], spec.attention.head_dim);
+    assert_eq!(decoder["num_key_value_heads"], spec.attention.num_kv_heads);
+    assert_eq!(config["model"]["vocab_size"], spec.vocab_size);
+    assert_eq!(config["search"]["past_present_share_buffer"], false);
+    for token in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+        assert!(!config["model"][token].is_null(), "{token}: {config}");
+    }
 }

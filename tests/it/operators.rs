@@ -38,6 +38,8 @@ struct Graph {
     presents: Vec<&'static str>,
     /// Whether the inputs' last dimensions are declared.
     declared: bool,
+    /// Whether the operator is of opset 24, and not of 23.
+    newest: bool,
 }
 
 impl Graph {
@@ -59,7 +61,7 @@ impl Graph {
 
     fn builder(&self) -> ModelBuilder {
         let mut builder = ModelBuilder::new("one_operator", 10);
-        builder.opset("", 23).opset(MICROSOFT, 1);
+        builder.opset("", if self.newest { 24 } else { 23 }).opset(MICROSOFT, 1);
         for (name, value) in self.feeds.iter() {
             let data_type = match value.dtype() {
                 DType::I64 => DataType::Int64,
@@ -187,15 +189,26 @@ impl Graph {
         join: impl Fn(&mut NamedValues, &ArrayD<f32>, &ArrayD<f32>),
     ) {
         let (key, value) = (numbers(71, &[kv_heads, PREFIX, DIM]) * 8.0, numbers(72, &[kv_heads, PREFIX, DIM]));
-        let folded = self.with_prefix(kv_heads, &key, &value).unwrap_or_else(|error| panic!("{label}: {error}"));
         let mut longer = self.feeds.clone();
         join(&mut longer, &key, &value);
+        self.sees(library, label, (&key, &value), (self, &longer));
+    }
+
+    /// Folds a prefix, and finds the output to be that of a graph which is fed with the prefix before the tokens.
+    fn sees(
+        &self,
+        library: &Path,
+        label: &str,
+        (key, value): (&ArrayD<f32>, &ArrayD<f32>),
+        (judge, longer): (&Self, &NamedValues),
+    ) {
+        let folded = self.with_prefix(key.shape()[0], key, value).unwrap_or_else(|error| panic!("{label}: {error}"));
         let read = |model: &Model, feeds: &NamedValues| {
             let read = run(library, model, feeds).take("read").unwrap().into_f32().unwrap();
             if read.ndim() == 3 { heads_first(&read) } else { read.into_dimensionality().unwrap() }
         };
         let (found, plain) = (read(&folded, &self.feeds), read(&self.model(), &self.feeds));
-        near(label, &found, &read(&self.model(), &longer));
+        near(label, &found, &read(&judge.model(), longer));
         let moved = found.iter().zip(&plain).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max);
         assert!(moved > 0.05, "{label}: the prefix says nothing");
     }
@@ -523,6 +536,293 @@ fn the_projection_inside_attention_of_onnx_runtime_is_made_once_more() {
             joined(feeds, "past", 3, &both);
         });
     }
+}
+
+/// Whole numbers that 8 or 4 bits hold.
+fn whole(seed: usize, shape: &[usize], bits: i64) -> ArrayD<f32> {
+    numbers(seed, shape).mapv(|x| (x * if bits == 8 { 100.0 } else { 7.0 }).round())
+}
+
+/// As a cache keeps them: those of 4 bits two by two, the first one in the low bits, and 8 too large.
+fn kept(whole: &ArrayD<f32>, bits: i64) -> ArrayD<f32> {
+    if bits == 8 {
+        return whole.clone();
+    }
+    let axis = Axis(whole.ndim() - 1);
+    let half = |first: isize| whole.slice_axis(axis, ndarray::Slice::new(first, None, 2)).mapv(|x| x + 8.0);
+    half(0) + half(1) * 16.0
+}
+
+/// What a cache quantises is read again from what it puts out; a sink is a key that has no value.
+#[test]
+fn a_prefix_is_seen_beside_sinks_and_quantised_caches() {
+    let Some(library) = runtime() else { return };
+    let (seq, past) = (3, 2);
+    let grouped = |inputs: [&str; 4]| {
+        let inputs = ["query", "key", "value", inputs[0], inputs[1], "lengths", "total", "", "", "", "", inputs[2]]
+            .into_iter()
+            .chain([inputs[3], if inputs[3].is_empty() { "" } else { "value_scale" }]);
+        NodeDef::new("GroupQueryAttention", "attention")
+            .domain(MICROSOFT)
+            .inputs(inputs)
+            .outputs(["output", "present_key", "present_value"])
+            .attr_int("num_heads", HEADS as i64)
+            .attr_int("kv_num_heads", HEADS as i64)
+    };
+    let graph = |past_key: ArrayD<f32>, past_value: ArrayD<f32>| {
+        let total = (past + seq) as i32;
+        Graph::default()
+            .feed("query", numbers(1, &[1, seq, WIDTH]))
+            .feed("key", numbers(2, &[1, seq, WIDTH]))
+            .feed("value", numbers(3, &[1, seq, WIDTH]))
+            .feed("past_key", past_key)
+            .feed("past_value", past_value)
+            .feed("lengths", ArrayD::from_elem(vec![1], total - 1))
+            .feed("total", ArrayD::from_elem(vec![], total))
+    };
+    let counted = |feeds: &mut NamedValues| {
+        let total = (past + PREFIX + seq) as i32;
+        feeds.insert("lengths", ArrayD::from_elem(vec![1], total - 1));
+        feeds.insert("total", ArrayD::from_elem(vec![], total));
+    };
+    let of_past = |seed| numbers(seed, &[1, HEADS, past, DIM]);
+    for (label, sinks, node) in [
+        ("sinks", "sinks", grouped(["past_key", "past_value", "sinks", ""])),
+        ("smooth softmax", "", grouped(["past_key", "past_value", "", ""]).attr_int("smooth_softmax", 1)),
+    ] {
+        let mut graph = graph(of_past(4), of_past(5));
+        if !sinks.is_empty() {
+            graph = graph.constant(sinks, &(numbers(6, &[HEADS]) * 3.0));
+        }
+        graph.node(node).sees_prefix(&library, label, HEADS, |feeds, key, value| {
+            joined(feeds, "past_key", 2, key);
+            joined(feeds, "past_value", 2, value);
+            counted(feeds);
+        });
+    }
+    for (bits, by_channel) in [(8, false), (8, true), (4, false), (4, true)] {
+        let label = format!("{bits} bits, by channel: {by_channel}");
+        let step = if bits == 8 { 0.03 } else { 0.4 };
+        let scale = |seed: usize| match by_channel {
+            true => numbers(seed, &[1, HEADS, 1, DIM]).mapv(|x| step * (1.0 + x.abs())),
+            false => ArrayD::from_elem(vec![1], step),
+        };
+        let prefix = |seed: usize| whole(seed, &[HEADS, PREFIX, DIM], bits);
+        let of_prefix = |seed: usize, scale: &ArrayD<f32>| {
+            let rows = prefix(seed).insert_axis(Axis(0)) * scale;
+            rows.index_axis_move(Axis(0), 0)
+        };
+        let of_past = |seed: usize| kept(&whole(seed, &[1, HEADS, past, DIM], bits), bits);
+        let (key_scale, value_scale) = (scale(8), scale(9));
+        let (data_type, kind) = match (bits, by_channel) {
+            (8, true) => (DataType::Int8, "PER_CHANNEL"),
+            (8, false) => (DataType::Int8, "PER_TENSOR"),
+            (_, true) => (DataType::Uint8, "PER_CHANNEL"),
+            (_, false) => (DataType::Uint8, "PER_TENSOR"),
+        };
+        let cast = |from: &str, to: &str| {
+            NodeDef::new("Cast", to).attr_int("to", data_type.code().into()).inputs([from]).outputs([to])
+        };
+        let node = grouped(["kept_key", "kept_value", "", "key_scale"]).attr_int("kv_cache_bit_width", bits);
+        let node = node.attr_string("k_quant_type", kind).attr_string("v_quant_type", kind);
+        let graph = graph(of_past(4), of_past(5)).constant("key_scale", &key_scale);
+        let graph = graph.constant("value_scale", &value_scale);
+        let graph = graph.node(cast("past_key", "kept_key")).node(cast("past_value", "kept_value")).node(node);
+        let mut longer = graph.feeds.clone();
+        joined(&mut longer, "past_key", 2, &kept(&prefix(71), bits));
+        joined(&mut longer, "past_value", 2, &kept(&prefix(72), bits));
+        counted(&mut longer);
+        let (key, value) = (of_prefix(71, &key_scale), of_prefix(72, &value_scale));
+        graph.sees(&library, &label, (&key, &value), (&graph, &longer));
+    }
+}
+
+/// Where rows end, where they begin too, and which keys each query sees.
+#[test]
+fn a_prefix_is_seen_beside_every_kind_of_mask() {
+    let Some(library) = runtime() else { return };
+    let (batch, seq, total) = (2, 3, 4);
+    let key = numbers(71, &[HEADS, PREFIX, DIM]) * 8.0;
+    let value = numbers(72, &[HEADS, PREFIX, DIM]);
+    let rows = |mask: &[i32], shape: &[usize]| ArrayD::from_shape_vec(shape.to_vec(), mask.to_vec()).unwrap();
+    let graph = |mask: ArrayD<i32>| {
+        Graph::default()
+            .feed("query", numbers(1, &[batch, seq, WIDTH]))
+            .feed("key", numbers(7, &[batch, total, WIDTH]))
+            .feed("value", numbers(2, &[batch, total, WIDTH]))
+            .feed("mask", mask)
+            .node(
+                NodeDef::new("MultiHeadAttention", "attention")
+                    .domain(MICROSOFT)
+                    .inputs(["query", "key", "value", "", "mask"])
+                    .outputs(["output"])
+                    .attr_int("num_heads", HEADS as i64),
+            )
+    };
+    let longer = |mask: ArrayD<i32>| {
+        let mut feeds = graph(mask).feeds;
+        for (name, prefix) in [("key", &key), ("value", &value)] {
+            let by_token = prefix.clone().permuted_axes(vec![1, 0, 2]).as_standard_layout().into_owned();
+            joined(&mut feeds, name, 1, &by_token.into_shape_with_order(vec![PREFIX, WIDTH]).unwrap());
+        }
+        feeds
+    };
+    let pairs = ArrayD::from_shape_fn(vec![batch, seq, total], |at| i32::from((at[0] + at[1] * 3 + at[2]) % 4 != 0));
+    let ones = ArrayD::ones(vec![batch, seq, PREFIX]);
+    let longer_pairs = concatenate(Axis(2), &[ones.view(), pairs.view()]).unwrap();
+    let ends = rows(&[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], &[batch, PREFIX + total]);
+    let both = rows(&[1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0], &[batch, PREFIX + total]);
+    let cases = [
+        ("ends", rows(&[4, 1], &[2]), ends.clone()),
+        ("ends, and where packed rows begin", rows(&[4, 1, 0, 3, 6, 0, 4, 8], &[8]), ends),
+        ("each query's", pairs, longer_pairs),
+    ];
+    for (label, mask, judged) in cases {
+        let judge = graph(judged.clone());
+        graph(mask).sees(&library, label, (&key, &value), (&judge, &longer(judged)));
+    }
+    let projecting = |mask: ArrayD<i32>, past: &[Option<&ArrayD<f32>>]| {
+        let mut graph = Graph::default()
+            .feed("x", numbers(1, &[batch, seq, 24]))
+            .feed("past", numbers(3, &[2, batch, HEADS, 1, DIM]))
+            .feed("mask", mask)
+            .constant("weights", &numbers(5, &[24, 3 * WIDTH]))
+            .constant("bias", &numbers(7, &[3 * WIDTH]));
+        if let [Some(key), Some(value)] = past {
+            let both = ndarray::stack(Axis(0), &[key.view(), value.view()]).unwrap().insert_axis(Axis(1));
+            joined(&mut graph.feeds, "past", 3, &both);
+        }
+        let node = NodeDef::new("Attention", "attention").domain(MICROSOFT).attr_int("num_heads", HEADS as i64);
+        let node = node.attr_int("unidirectional", 1).inputs(["x", "weights", "bias", "mask", "past"]);
+        graph.node(node.outputs(["output", "present"]))
+    };
+    let ends = rows(&[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0], &[batch, PREFIX + total]);
+    for (label, mask, judged) in
+        [("ends", rows(&[4, 3], &[2]), ends), ("beginnings and ends", rows(&[4, 3, 1, 2], &[4]), both)]
+    {
+        let judge = projecting(judged, &[Some(&key), Some(&value)]);
+        projecting(mask, &[]).sees(&library, label, (&key, &value), (&judge, &judge.feeds));
+    }
+}
+
+/// Without a past, queries and keys begin together; with lengths, a row's queries stand at its end.
+#[test]
+fn a_prefix_is_seen_beside_the_standard_attention_s_own_masks() {
+    let Some(library) = runtime() else { return };
+    let (batch, seq, total) = (2, 3, 5);
+    let lengths = [5_usize, 4];
+    let (key, value) = (numbers(71, &[HEADS, PREFIX, DIM]) * 8.0, numbers(72, &[HEADS, PREFIX, DIM]));
+    let base = || Graph {
+        newest: true,
+        ..Graph::default()
+            .feed("query", numbers(1, &[batch, HEADS, seq, DIM]))
+            .feed("key", numbers(2, &[batch, HEADS, total, DIM]))
+            .feed("value", numbers(3, &[batch, HEADS, total, DIM]))
+    };
+    let node = |inputs: &[&str], causal: i64| {
+        let node = NodeDef::new("Attention", "attention").inputs(inputs.iter().copied()).outputs(["output"]);
+        node.attr_int("is_causal", causal)
+    };
+    for (label, causal, has_lengths) in [("causal", 1, false), ("lengths", 0, true), ("causal, lengths", 1, true)] {
+        let (mut graph, mut inputs) = (base(), vec!["query", "key", "value"]);
+        if has_lengths {
+            graph = graph.feed("lengths", ArrayD::from_shape_fn(vec![batch], |row| lengths[row[0]] as i64));
+            inputs.extend(["", "", "", "lengths"]);
+        }
+        let graph = graph.node(node(&inputs, causal));
+        let mask = ArrayD::from_shape_fn(vec![batch, 1, seq, PREFIX + total], |at| {
+            let (row, query, column) = (at[0], at[2], at[3]);
+            let Some(column) = column.checked_sub(PREFIX) else { return 0.0_f32 };
+            let end = if has_lengths { lengths[row] } else { total };
+            let first = if has_lengths { end - seq } else { 0 };
+            if column < end && (causal == 0 || column <= first + query) { 0.0 } else { -1e30 }
+        });
+        let mut judge = base().feed("mask", mask).node(node(&["query", "key", "value", "mask"], 0));
+        joined(&mut judge.feeds, "key", 2, &key);
+        joined(&mut judge.feeds, "value", 2, &value);
+        graph.sees(&library, label, (&key, &value), (&judge, &judge.feeds));
+    }
+}
+
+/// A block of standard operators: a table of which key each query sees, sinks in a column of their own, and the largest score
+/// taken off all of them; or another mask that is fed.
+fn block(mask: Option<&ArrayD<f32>>, window: usize) -> Graph {
+    let (batch, seq) = (2, 5);
+    let mut graph = Graph::default()
+        .feed("query", numbers(1, &[batch, HEADS, seq, DIM]))
+        .feed("key", numbers(2, &[batch, HEADS, seq, DIM]))
+        .feed("value", numbers(3, &[batch, HEADS, seq, DIM]))
+        .constant("scale", &ArrayD::from_elem(vec![], 0.3))
+        .constant("low", &ArrayD::from_elem(vec![], -1e30))
+        .constant("sinks", &numbers(4, &[batch, HEADS, seq, 1]));
+    let table = (0..8 * 8_usize).map(|at| u8::from(at % 8 <= at / 8 && at / 8 - at % 8 < window)).collect();
+    graph.constants.push(TensorDef::inline("table", DataType::Bool, &[1, 1, 8, 8], table));
+    for (name, values) in [("from", &[0, 0][..]), ("to", &[5, 5]), ("axes", &[2, 3])] {
+        graph.constants.push(TensorDef::from_i64s(name, &[2], values));
+    }
+    for (name, value) in [("first", 0), ("end", -1), ("last", 3)] {
+        graph.constants.push(TensorDef::from_i64s(name, &[1], &[value]));
+    }
+    let node = |op: &str, inputs: &[&str], output: &str| {
+        NodeDef::new(op, output).inputs(inputs.iter().copied()).outputs([output])
+    };
+    graph = graph
+        .node(node("Transpose", &["key"], "turned").attr_ints("perm", &[0, 1, 3, 2]))
+        .node(node("MatMul", &["query", "turned"], "product"))
+        .node(node("Mul", &["product", "scale"], "scaled"));
+    graph = match mask {
+        Some(mask) => graph.feed("mask", mask.clone()).node(node("Add", &["scaled", "mask"], "masked")),
+        None => graph.node(node("Slice", &["table", "from", "to", "axes"], "seen")).node(node(
+            "Where",
+            &["seen", "scaled", "low"],
+            "masked",
+        )),
+    };
+    graph
+        .node(node("Concat", &["masked", "sinks"], "joined").attr_int("axis", 3))
+        .node(node("ReduceMax", &["joined", "last"], "most"))
+        .node(node("Sub", &["joined", "most"], "shifted"))
+        .node(node("Softmax", &["shifted"], "weights").attr_int("axis", -1))
+        .node(node("Slice", &["weights", "first", "end", "last"], "kept"))
+        .node(node("MatMul", &["kept", "value"], "output"))
+}
+
+#[test]
+fn a_prefix_is_seen_in_a_block_with_sinks_and_a_table_of_its_window() {
+    let Some(library) = runtime() else { return };
+    let (key, value) = (numbers(71, &[HEADS, PREFIX, DIM]) * 8.0, numbers(72, &[HEADS, PREFIX, DIM]));
+    for window in [3, 8] {
+        let mask = ArrayD::from_shape_fn(vec![1, 1, 5, PREFIX + 5], |at| {
+            let (query, column) = (at[2] + PREFIX, at[3]);
+            if column <= query && query - column < window { 0.0_f32 } else { -1e30 }
+        });
+        let mut judge = block(Some(&mask), window);
+        joined(&mut judge.feeds, "key", 2, &key);
+        joined(&mut judge.feeds, "value", 2, &value);
+        let label = format!("window of {window}");
+        block(None, window).sees(&library, &label, (&key, &value), (&judge, &judge.feeds));
+    }
+}
+
+#[test]
+fn a_prefix_beside_a_bias_that_is_no_mask_is_refused() {
+    let prefix = numbers(7, &[HEADS, PREFIX, DIM]);
+    let refused = |bias: Vec<NodeDef>, constants: &[(&str, ArrayD<f32>)]| {
+        let mut graph = block(None, 8);
+        for (name, value) in constants {
+            graph = graph.constant(name, value);
+        }
+        let at = graph.nodes.iter().position(|node| node.name() == "masked").unwrap();
+        graph.nodes.splice(at..=at, bias);
+        graph.with_prefix(HEADS, &prefix, &prefix).unwrap_err().to_string()
+    };
+    let node = |op: &str, inputs: [&str; 2], output: &str| NodeDef::new(op, output).inputs(inputs).outputs([output]);
+    let of_heads = vec![node("Mul", ["slopes", "distances"], "bias"), node("Add", ["scaled", "bias"], "masked")];
+    let error = refused(of_heads, &[("slopes", numbers(8, &[HEADS, 1, 1])), ("distances", numbers(9, &[1, 5]))]);
+    assert!(error.contains("each head adds a bias of its own, as ALiBi does (`bias`)"), "{error}");
+    let of_tokens = vec![node("MatMul", ["value", "projection"], "bias"), node("Add", ["scaled", "bias"], "masked")];
+    let error = refused(of_tokens, &[("projection", numbers(8, &[DIM, 5]))]);
+    assert!(error.contains("a bias is added that is computed from the tokens (`bias`)"), "{error}");
 }
 
 /// Only GPU kernels of ONNX Runtime turn inside this operator, so the formula judges: halves, frequencies of base 10,000, a prompt

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::command_line::failure;
 use crate::fused::runtime;
-use crate::support::{arg, fixture, prefold, prefold_ok};
+use crate::support::{arg, fixture, prefold, prefold_ok, shared};
 
 const LAYERS: usize = 2;
 
@@ -83,6 +83,28 @@ fn sites_are_proved_and_the_manifest_says_by_what() {
     folded(folder.path(), "base", &["--out", "bank", "--emission", "bank"]);
     folded(folder.path(), "bank", &["--out", "over_bank", "--stack"]);
     assert_eq!(facts(&folder.path().join("over_bank"))["site_proof"]["zero_adapter"], "no bit changed");
+}
+
+/// Both branches of a merged decoder, the one for a prompt and the one for what follows it.
+#[test]
+fn the_queries_of_both_branches_are_the_model_s() {
+    let (graph, oracle) = ("graphs/optimum_merged/llama_gqa/decoder_model_merged.onnx", "oracles/llama_gqa");
+    let (Some(graph), Some(oracle), Some(_)) = (shared(graph), shared(oracle), runtime()) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = oracle.join("adapter.safetensors");
+    let args = ["fold", "--graph", arg(&graph), "--adapter", arg(&adapter), "--out", "out"];
+    prefold_ok(folder.path(), &[args.as_slice(), &["--checkpoint", arg(&oracle)]].concat());
+    let found = facts(&folder.path().join("out"));
+    check_schema(&found);
+    let queries = found["site_proof"]["queries"].as_array().unwrap();
+    let places: Vec<(&str, u64)> =
+        queries.iter().map(|query| (query["scope"].as_str().unwrap(), query["layer"].as_u64().unwrap())).collect();
+    let branches = ["optimum::if.else_branch", "optimum::if.then_branch"];
+    assert_eq!(places, branches.iter().flat_map(|branch| [(*branch, 0), (*branch, 1)]).collect::<Vec<_>>());
+    for query in queries {
+        let (distance, largest) = (query["distance"].as_f64().unwrap(), query["largest"].as_f64().unwrap());
+        assert!(largest > 0.1 && distance < 1e-5, "{query}");
+    }
 }
 
 #[test]

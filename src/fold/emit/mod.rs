@@ -13,6 +13,7 @@ mod types;
 
 use std::path::Path;
 
+use super::locate::scope;
 use super::{Error, Result, Site};
 use crate::adapter::{Adapter, Method};
 use crate::onnx::{DataType, Index, Model, Patch};
@@ -95,6 +96,16 @@ pub(super) fn emit(
     let Some(mut patch) = kept else { return Err(Error::NoAdapter) };
     emission::emit(&mut patch, place.model, emission, &values, folder)?;
     Ok((patch, values))
+}
+
+/// The float type of a site's query; none where nothing around it says.
+///
+/// # Errors
+/// When the site is of another graph.
+pub fn query_type(model: &Model, site: &Site) -> Result<Option<DataType>> {
+    scope::of_site(model, site, |index| {
+        Ok(types::float_type(index, &site.query).or_else(|| types::float_type(index, &site.output)))
+    })
 }
 
 fn check_heads(site: &Site, adapter: &Adapter) -> Result<()> {

@@ -16,6 +16,7 @@
 //! As slot and bank, `prefold.prefix.steps` counts the columns of the prefix from one: where it is zero there is none. Without
 //! any, `e` is zero and the sum is the output.
 
+mod bias;
 mod decomposed;
 mod operator;
 mod positions;

@@ -208,6 +208,7 @@ impl<'a, 'j> Writer<'a, 'j> {
     /// The query, heads first or by rows. What is written from here on computes in its type.
     fn query(&mut self, index: &Index, query: Query, term: &Term) -> Result<String> {
         let source = locate::query(self.job.model, self.site, query)?;
+        let found = types::float_type(index, source.made_of());
         // sites come in graph order, so that what several share stands before the first of them
         for node in source.nodes {
             if self.job.constants.is_new(node.name()) {
@@ -219,7 +220,7 @@ impl<'a, 'j> Writer<'a, 'j> {
                 self.job.patch.add_initializer(tensor);
             }
         }
-        if let Some(found) = types::float_type(index, &source.tensor).or(self.output_type) {
+        if let Some(found) = found.or(self.output_type) {
             self.job.constants.set_type(found);
         }
         if source.layout == Layout::HeadsFirst {

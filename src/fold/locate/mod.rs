@@ -149,6 +149,19 @@ pub struct QuerySource {
     pub initializers: Vec<TensorDef>,
 }
 
+impl QuerySource {
+    /// The tensor of the graph that it is made of, of the same type.
+    pub(in crate::fold) fn made_of(&self) -> &str {
+        let mut tensor = self.tensor.as_str();
+        for node in self.nodes.iter().rev().filter(|node| node.op_type() != "Cast") {
+            if node.outputs_made().iter().any(|output| output == tensor) {
+                tensor = node.inputs_read().first().map_or(tensor, String::as_str);
+            }
+        }
+        tensor
+    }
+}
+
 /// The query of a site as an adapter asks for it.
 ///
 /// # Errors

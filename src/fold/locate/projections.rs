@@ -49,7 +49,7 @@ impl Projections {
     /// Looks for the maps of all layers. `sites` are all of the graph, in order.
     pub fn find(index: &Index, sites: &[Site], config: &AdapterConfig) -> Self {
         let walk = Walk::new(index);
-        let mut finder = Finder { walk: &walk, config, found: BTreeMap::new() };
+        let mut finder = Finder { walk: &walk, config, found: BTreeMap::new(), inputs: BTreeMap::new() };
         for site in sites {
             finder.attention(site);
         }
@@ -99,6 +99,8 @@ struct Finder<'w, 'g> {
     walk: &'w Walk<'g>,
     config: &'w AdapterConfig,
     found: BTreeMap<(usize, Linear), std::result::Result<Projection, String>>,
+    /// What the queries of a layer are made from.
+    inputs: BTreeMap<usize, &'g str>,
 }
 
 type Found<T> = std::result::Result<T, String>;
@@ -116,6 +118,14 @@ impl<'g> Finder<'_, 'g> {
         const PARTS: [Linear; 3] = [Linear::Query, Linear::Key, Linear::Value];
         let own = self.walk.own(&site.output).ok_or("nothing makes the attention output".to_owned());
         let operands = own.clone().and_then(|output| self.operands(output));
+        let queries = operands.as_ref().ok().map(|operands| match operands {
+            Operands::Apart([query, ..]) => *query,
+            Operands::Packed(packed) => *packed,
+        });
+        let leaf = queries.and_then(|queries| self.only_leaf(queries).ok());
+        if let Some(input) = leaf.and_then(|leaf| self.input(leaf.linear)) {
+            self.inputs.insert(site.layer, input);
+        }
         match operands {
             Err(reason) => PARTS.map(|part| self.put(site.layer, part, Err(reason.clone()))),
             Ok(Operands::Apart(tensors)) => {
@@ -221,12 +231,6 @@ impl<'g> Finder<'_, 'g> {
         }
     }
 
-    /// The input of a layer: what its queries are made from.
-    fn layer_input(&self, layer: usize) -> Option<&'g str> {
-        let found = self.found.get(&(layer, Linear::Query))?.as_ref().ok()?;
-        self.walk.own(&found.node.input)
-    }
-
     /// What a linear map multiplies.
     fn input(&self, id: NodeId) -> Option<&'g str> {
         let unreadable = || self.walk.unreadable.get(&id).map(|found| &found.input);
@@ -236,7 +240,7 @@ impl<'g> Finder<'_, 'g> {
     fn feed_forward(&mut self, layers: usize) {
         let mut known = HashSet::new();
         for layer in 0..layers {
-            if let Some(input) = self.layer_input(layer) {
+            if let Some(input) = self.inputs.get(&layer) {
                 self.walk.mark(input, &mut known);
             }
             let down = self.down(layer, layers, &known);
@@ -263,7 +267,7 @@ impl<'g> Finder<'_, 'g> {
             Some(Ok(projection)) => projection.node.id,
             _ => return Err("its layer's o_proj was not found".into()),
         };
-        let mut from = if layer + 1 < layers { self.layer_input(layer + 1) } else { self.logits() };
+        let mut from = if layer + 1 < layers { self.inputs.get(&(layer + 1)).copied() } else { self.logits() };
         // the head, and for some models a projection before it, come after the last layer
         for _ in 0..3 {
             let Some(tensor) = from else { break };

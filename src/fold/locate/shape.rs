@@ -37,7 +37,7 @@ fn elements(constant: &TensorInfo) -> Option<usize> {
 }
 
 /// Whether a node multiplies matrices, be they of floats or of integers.
-pub(super) fn is_product(node: &Node) -> bool {
+pub(in crate::fold) fn is_product(node: &Node) -> bool {
     matches!(
         node.op_type(),
         "MatMul"

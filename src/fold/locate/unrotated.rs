@@ -11,7 +11,7 @@
 //! x ─┬ Slice ─ any of these ─ Concat ─ query            of part of a head
 //!    └ Slice ──────────────────┘
 //! ```
-//! What lays the rotated tensor out (Transpose, Reshape, Cast) is written again behind `x`. A query between which and its
+//! What lays the rotated tensor out (Transpose, Reshape) is written again behind `x`. A query between which and its
 //! projection no cosine stands is its own.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -95,6 +95,8 @@ fn before_rotation<'g>(index: &Index<'g>, rotated: &'g str) -> std::result::Resu
                 "Cast" | "DequantizeLinear" | "Gather" | "Identity" | "QuantizeLinear" | "Reshape" | "Slice" | "Split"
                 | "Squeeze" | "Transpose" | "Unsqueeze",
             ) => first(),
+            // a norm of what was turned
+            ("", "LayerNormalization" | "RMSNormalization" | "SimplifiedLayerNormalization") if !turned => first(),
             _ if !turned && !is_turned(index, rotated) => return Ok(None),
             _ => return Err(Some(node)),
         };
@@ -113,19 +115,25 @@ fn is_angle(index: &Index, tensor: &str) -> bool {
     angles(index, tensor).is_some()
 }
 
-/// What made the cosines or sines that a tensor holds: the function, or the Gather from a table of them.
+/// What made the cosines or sines that a tensor holds: the function, or what picks them from a table.
 pub(super) fn angles<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g Node> {
-    let mut tensor = tensor;
+    let (mut tensor, mut picked) = (tensor, None);
     // one for the whole way, which a graph asks for at each of its products
     let mut reader = shape::Reader::new(index);
     for _ in 0..MAX_STEPS {
+        if picked.is_some() && shape::is_weight(index, tensor) {
+            return picked;
+        }
         let node = index.producer(tensor)?;
         let behind = match node.op_type() {
             "Cos" | "Sin" => return Some(node),
-            "Gather" if node.input(0).is_some_and(|table| shape::is_weight(index, table)) => return Some(node),
-            "Cast" | "Concat" | "DequantizeLinear" | "Expand" | "Gather" | "Identity" | "QuantizeLinear"
-            | "Reshape" | "Slice" | "Split" | "Squeeze" | "Transpose" | "Unsqueeze" => node.input(0),
-            "Mul" | "Neg" => node.inputs().iter().map(String::as_str).take(2).find(|input| !reader.constant(input)),
+            "Gather" | "GatherElements" | "GatherND" => {
+                picked.get_or_insert(node);
+                node.input(0)
+            }
+            "Cast" | "Concat" | "DequantizeLinear" | "Expand" | "Identity" | "QuantizeLinear" | "Reshape" | "Slice"
+            | "Split" | "Squeeze" | "Tile" | "Transpose" | "Unsqueeze" => node.input(0),
+            "Mul" | "Neg" => node.inputs().iter().map(String::as_str).find(|input| !reader.constant(input)),
             _ => None,
         };
         tensor = behind?;
@@ -176,7 +184,9 @@ pub(super) fn is_unturned(index: &Index, tensor: &str) -> bool {
 fn rebuilt(site: &Site, tensor: &str, layout: &[&Node]) -> Result<QuerySource> {
     let mut tensor = tensor.to_owned();
     let mut nodes = Vec::with_capacity(layout.len());
-    for (count, node) in layout.iter().rev().enumerate() {
+    // a type that the rotation is computed in is not the query's
+    let layout = layout.iter().rev().filter(|node| node.op_type() != "Cast");
+    for (count, node) in layout.enumerate() {
         let name = format!("{}/unrotated/{}_{count}", site.prefix(), node.op_type());
         let output = format!("{name}/output_0");
         let inputs = std::iter::once(tensor.as_str()).chain(node.inputs().iter().skip(1).map(String::as_str));

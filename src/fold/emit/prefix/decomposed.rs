@@ -5,7 +5,8 @@
 //! softmax ─ (NaN guard) ─ ReduceMax ─ Log ─ Sub ─► logarithm of the sum of exponentials
 //! ```
 //! The largest weight is the exponential of the largest score over the sum, whatever masks, caps and sinks are in it.
-//! The scores of the prefix go the same way as the block's, but for its mask.
+//! The scores of the prefix go the same way as the block's, but for its mask. Where the block takes the largest score off all
+//! before its softmax, they are those before that.
 
 use candle_core::Tensor;
 
@@ -16,6 +17,8 @@ use crate::onnx::{DataType, Index, Node};
 
 /// Nodes on one way through a block.
 const MAX_STEPS: usize = 64;
+/// Nodes of scores and masks that are looked at on the way to the product.
+const MAX_NODES: usize = 512;
 /// Less than any weight of a softmax that is not zero.
 const TINY: f64 = 1e-37;
 
@@ -33,6 +36,10 @@ enum Step {
 struct Way<'g> {
     product: &'g Node,
     steps: Vec<Step>,
+    /// Scores that have a column for each key, and none for a sink.
+    keys: &'g str,
+    /// What is added on the way.
+    added: Vec<&'g str>,
 }
 
 impl Block<'_, '_> {
@@ -43,9 +50,12 @@ impl Block<'_, '_> {
         let (Some(scores), Some(weights)) = (scores, weights) else {
             return Err(stopped(site, "its softmax has no input or no output"));
         };
-        let Some(way) = way(index, scores, MAX_STEPS) else {
+        let scores = unshifted(index, scores);
+        let mut steps = MAX_NODES;
+        let Some(way) = way(index, scores, &mut steps).filter(|_| steps > 0) else {
             return Err(stopped(site, "the way from its product to its softmax is not known"));
         };
+        self.refuse_biases(&way.added)?;
         let side = |slot: usize, end: &str| way.product.input(slot).map_or(Vec::new(), |x| scales(index, x, end));
         let steps = [side(0, &site.query), side(1, ""), way.steps].concat();
 
@@ -72,9 +82,9 @@ impl Block<'_, '_> {
         prefix = self.cast("Cast_wide", &prefix, Some(data_type), wide);
         self.set_type(wide);
         let own = self.sum_of(scores, guarded(index, weights), &prefix)?;
-        let window = window::find(index, vec![scores]);
+        let window = window::find(index, vec![scores], self.writer.job.source);
         let column = window.map(|_| {
-            let (total, seq) = (self.size("total", scores, -1), self.size("seq", scores, -2));
+            let (total, seq) = (self.size("total", way.keys, -1), self.size("seq", scores, -2));
             self.columns(&total, &seq)
         });
         Ok(Scores { prefix, own, window, column })
@@ -113,10 +123,19 @@ fn guarded<'g>(index: &Index<'g>, weights: &'g str) -> &'g str {
     choice.and_then(|node| node.output(0)).unwrap_or(weights)
 }
 
-/// From scores back to the product of queries and keys.
-fn way<'g>(index: &Index<'g>, scores: &str, steps: usize) -> Option<Way<'g>> {
-    let (node, left) = (index.producer(scores)?, steps.checked_sub(1)?);
-    let behind = |slot: usize| way(index, node.input(slot)?, left);
+/// The scores that a softmax is of, before their largest is taken off all of them.
+fn unshifted<'g>(index: &Index<'g>, scores: &'g str) -> &'g str {
+    let shift = index.producer(scores).filter(|node| node.is("", "Sub"));
+    let Some((before, taken)) = shift.and_then(|node| node.input(0).zip(node.input(1))) else { return scores };
+    let largest = index.producer(taken).filter(|node| node.is("", "ReduceMax"));
+    if largest.and_then(|node| node.input(0)) == Some(before) { before } else { scores }
+}
+
+/// From scores back to the product of queries and keys; none where that takes more than `steps` nodes.
+fn way<'g>(index: &Index<'g>, scores: &'g str, steps: &mut usize) -> Option<Way<'g>> {
+    let node = index.producer(scores)?;
+    *steps = steps.checked_sub(1)?;
+    let mut behind = |slot: usize| way(index, node.input(slot)?, steps);
     let number = |slot: usize| node.input(slot).filter(|input| shape::is_number(index, input));
     let with = |way: Option<Way<'g>>, step: Step| {
         way.map(|mut way| {
@@ -129,7 +148,8 @@ fn way<'g>(index: &Index<'g>, scores: &str, steps: usize) -> Option<Way<'g>> {
             let is_weight = |slot: usize| node.input(slot).is_none_or(|side| shape::is_weight(index, side));
             let alpha = node.attribute("alpha").and_then(|a| a.as_float()).filter(|alpha| *alpha != 1.0);
             let steps = alpha.map(Step::Alpha).into_iter().collect();
-            (!is_weight(0) && !is_weight(1)).then_some(Way { product: node, steps })
+            let way = Way { product: node, steps, keys: scores, added: Vec::new() };
+            (!is_weight(0) && !is_weight(1)).then_some(way)
         }
         "Cast" => {
             let to = node.attribute("to")?.as_int()?;
@@ -143,9 +163,17 @@ fn way<'g>(index: &Index<'g>, scores: &str, steps: usize) -> Option<Way<'g>> {
             _ => None,
         },
         "Clip" | "DequantizeLinear" | "Identity" | "QuantizeLinear" | "Reshape" | "Squeeze" | "Unsqueeze" => behind(0),
-        // masks
-        "Add" | "Max" | "Min" | "Sub" => behind(0).or_else(|| behind(1)),
-        "Where" => behind(1).or_else(|| behind(2)),
+        // masks: one side leads to the product, the other does not
+        "Add" | "Max" | "Min" | "Sub" | "Where" => {
+            let first = usize::from(node.op_type() == "Where");
+            let (mut way, other) = match (behind(first), behind(first + 1)) {
+                (Some(way), None) => (way, first + 1),
+                (None, Some(way)) => (way, first),
+                _ => return None,
+            };
+            way.added.extend(node.input(other));
+            Some(way)
+        }
         "Concat" => (0..node.inputs().len()).find_map(behind),
         _ => None,
     }

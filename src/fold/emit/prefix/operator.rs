@@ -29,8 +29,17 @@ struct Inside {
     bias: Option<String>,
     /// Whether a key is seen: each broadcasts to the scores.
     seen: Vec<String>,
+    /// The score of a key without value that every query sees.
+    sink: Option<Sink>,
     window: Option<i64>,
     column: Option<String>,
+}
+
+enum Sink {
+    /// The same for all heads.
+    Number(f64),
+    /// One for each head.
+    OfHeads(String),
 }
 
 fn integer(node: &Node, name: &str) -> i64 {
@@ -92,8 +101,32 @@ impl<'a> Block<'a, '_> {
             scores = self.node("Where", "Where_seen", &[seen, &scores, &low]);
         }
         let own = self.reduce("ReduceLogSumExp", "ReduceLogSumExp", &scores);
-        let own = self.node("Max", "Max_lowest", &[&own, &low]);
+        let mut own = self.node("Max", "Max_lowest", &[&own, &low]);
+        if let Some(sink) = &inside.sink {
+            own = self.with_sink(&own, sink)?;
+        }
         Ok(Scores { prefix, own, window: inside.window, column: inside.column })
+    }
+
+    /// The logarithm of a sum of exponentials to which that of a sink is added.
+    fn with_sink(&mut self, own: &str, sink: &Sink) -> Result<String> {
+        let sink = match sink {
+            Sink::Number(number) => self.number(&format!("prefold/number_{number}"), *number)?,
+            Sink::OfHeads(sinks) => {
+                let wide = self.wide();
+                let sinks = self.cast("Cast_sinks", sinks, types::float_type(self.index, sinks), wide);
+                self.writer.reshape("Reshape_sinks", &sinks, "prefold/of_heads", &[1, -1, 1, 1])
+            }
+        };
+        let most = self.node("Max", "Max_sink", &[own, &sink]);
+        let mut sums = Vec::new();
+        for (what, score) in [("own", own), ("sink", &sink)] {
+            let exponent = self.node("Sub", &format!("Sub_sink_{what}"), &[score, &most]);
+            sums.push(self.node("Exp", &format!("Exp_sink_{what}"), &[&exponent]));
+        }
+        let sum = self.node("Sum", "Sum_sink", &sums.iter().map(String::as_str).collect::<Vec<_>>());
+        let sum = self.node("Log", "Log_sink", &[&sum]);
+        Ok(self.node("Add", "Add_sink", &[&sum, &most]))
     }
 
     /// The query heads of a key head side by side.
@@ -131,7 +164,7 @@ impl<'a> Block<'a, '_> {
         self.node("Range", "Range_keys", &[&zero, &total, &one])
     }
 
-    /// Whether a key is not after its query, `[seq, total]`; both end with the same token.
+    /// Whether a key is not after its query, `[seq, total]`, where both end with the same token.
     fn causal(&mut self, query: &str, keys: &str) -> String {
         let (seq, total) = (self.size("queries", query, 2), self.size("keys", keys, 2));
         let columns = self.columns(&total, &seq);
@@ -141,10 +174,6 @@ impl<'a> Block<'a, '_> {
 
     fn group_query(&mut self, node: &'a Node) -> Result<Inside> {
         let (index, site) = (self.index, self.writer.site);
-        self.refuse(node, &[(11, "sinks"), (12, "quantised keys"), (13, "quantised values")])?;
-        if integer(node, "smooth_softmax") != 0 {
-            return Err(stopped(site, "prefix tuning beside its smooth softmax is not known"));
-        }
         let Some(keys) = node.output(1) else {
             return Err(stopped(site, "it does not put out its keys, which its scores are made of once more"));
         };
@@ -169,20 +198,62 @@ impl<'a> Block<'a, '_> {
             seen.push(self.node("Greater", "Greater_window", &[&positions, &from]));
         }
         // an exporter may write the window into the bias instead
-        let window = window.or_else(|| window::find(index, node.input(10).into_iter().collect()));
+        let window =
+            window.or_else(|| window::find(index, node.input(10).into_iter().collect(), self.writer.job.source));
+        self.refuse_biases(node.input(10).as_slice())?;
+        let sinks = node.input(11).map(|sinks| Sink::OfHeads(sinks.to_owned()));
+        let smooth = (integer(node, "smooth_softmax") != 0).then_some(Sink::Number(0.0));
         Ok(Inside {
-            keys: keys.to_owned(),
+            keys: self.dequantised(node, keys)?,
             softcap: float(node, "softcap"),
             bias: node.input(10).map(str::to_owned),
             seen,
+            sink: sinks.or(smooth),
             window,
             column: Some(columns),
         })
     }
 
+    /// Keys of a quantised cache as the operator reads them again: 8 bits each, or two of 4 bits in one, the first one in the low
+    /// bits and 8 too large.
+    fn dequantised(&mut self, node: &Node, keys: &str) -> Result<String> {
+        const HALF: &str = "prefold/number_16";
+        let Some(scale) = node.input(12) else { return Ok(keys.to_owned()) };
+        let config = self.writer.job.adapter.config();
+        let (kv_heads, dim) = (config.kv_heads() as i64, config.head_dim as i64);
+        let query_type = self.writer.job.constants.data_type();
+        self.set_type(DataType::Float);
+        let mut keys = self.cast("Cast_kept_keys", keys, None, DataType::Float);
+        if integer(node, "kv_cache_bit_width") == 4 {
+            let (base, middle) = (self.number(HALF, 16.0)?, self.number("prefold/number_8", 8.0)?);
+            let high = self.node("Div", "Div_high", &[&keys, &base]);
+            let high = self.node("Floor", "Floor_high", &[&high]);
+            let above = self.node("Mul", "Mul_high", &[&high, &base]);
+            let low = self.node("Sub", "Sub_low", &[&keys, &above]);
+            let mut split = Vec::new();
+            for (what, part) in [("low", low), ("high", high)] {
+                let name = format!("Reshape_{what}");
+                split.push(self.writer.reshape(&name, &part, "prefold/halves_apart", &[0, 0, 0, dim / 2, 1]));
+            }
+            let both = self.writer.node_with(
+                |name| NodeDef::new("Concat", name).attr_int("axis", 4),
+                "Concat_halves",
+                &split.iter().map(String::as_str).collect::<Vec<_>>(),
+            );
+            keys = self.writer.reshape("Reshape_halves", &both, "prefold/halves_together", &[0, 0, 0, dim]);
+            keys = self.node("Sub", "Sub_middle", &[&keys, &middle]);
+        }
+        let mut scale = self.cast("Cast_key_scale", scale, types::float_type(self.index, scale), DataType::Float);
+        if node.attribute("k_quant_type").and_then(|a| a.as_str()) == Some("PER_CHANNEL") {
+            scale = self.writer.reshape("Reshape_key_scale", &scale, "prefold/of_channels", &[1, kv_heads, 1, dim]);
+        }
+        keys = self.node("Mul", "Mul_key_scale", &[&keys, &scale]);
+        self.set_type(query_type);
+        Ok(self.cast("Cast_dequantised", &keys, Some(DataType::Float), query_type))
+    }
+
     fn standard(&mut self, node: &'a Node) -> Result<Inside> {
         let (index, site) = (self.index, &self.writer.site.scaled());
-        self.refuse(node, &[(6, "lengths of keys (nonpad_kv_seqlen)")])?;
         if float(node, "softcap").is_some() {
             return Err(stopped(site, "runtimes differ in whether its soft cap comes before its mask"));
         }
@@ -209,16 +280,43 @@ impl<'a> Block<'a, '_> {
             } else {
                 inside.bias = Some(mask.to_owned());
             }
-            inside.window = window::find(index, vec![mask]);
+            inside.window = window::find(index, vec![mask], self.writer.job.source);
+            self.refuse_biases(&[mask])?;
         }
         let split = if site.query_layout == crate::fold::Layout::Merged {
             self.heads_first("of_columns", query)
         } else {
             query.to_owned()
         };
+        let lengths = node
+            .input(6)
+            .map(|lengths| self.writer.reshape("Reshape_lengths", lengths, "prefold/of_rows", &[-1, 1, 1, 1]));
+        let positions = lengths.as_ref().map(|_| self.positions_of_keys(&inside.keys.clone()));
+        if let (Some(lengths), Some(positions)) = (&lengths, &positions) {
+            inside.seen.push(self.node("Less", "Less_lengths", &[positions, lengths]));
+        }
         if integer(node, "is_causal") != 0 {
             let keys = inside.keys.clone();
-            let causal = self.causal(&split, &keys);
+            let causal = match (&lengths, node.input(4)) {
+                // the last query's own key is the last one
+                (None, Some(_)) => self.causal(&split, &keys),
+                // queries and keys begin together
+                (None, None) => {
+                    let seq = self.size("queries", &split, 2);
+                    let columns = self.columns(&seq, &seq);
+                    let positions = self.positions_of_keys(&keys);
+                    self.node("LessOrEqual", "LessOrEqual_causal", &[&positions, &columns])
+                }
+                // a row's last query stands where its keys end
+                (Some(lengths), _) => {
+                    let seq = self.size("queries", &split, 2);
+                    let columns = self.columns(&seq, &seq);
+                    let past = self.node("Sub", "Sub_lengths", &[lengths, &seq]);
+                    let columns = self.node("Add", "Add_lengths", &[&columns, &past]);
+                    let positions = self.positions_of_keys(&keys);
+                    self.node("LessOrEqual", "LessOrEqual_causal", &[&positions, &columns])
+                }
+            };
             inside.seen.push(causal);
         }
         if inside.window.is_some() {
@@ -233,6 +331,7 @@ impl<'a> Block<'a, '_> {
         let (index, site) = (self.index, self.writer.site);
         let config = self.writer.job.adapter.config();
         let width = (config.num_heads * config.head_dim) as i64;
+        self.refuse(node, &[(8, "buffer that past and present share"), (9, "cache of several beams")])?;
         let keys = match (node.output(1), node.input(1)) {
             (Some(present), _) => present.to_owned(),
             (None, Some(key)) if node.input(6).is_none() && super::rank_is(index, key, 3) => {
@@ -257,8 +356,12 @@ impl<'a> Block<'a, '_> {
             return Err(stopped(site, "its weights are not known"));
         };
         if integer(node, "do_rotary") != 0 {
-            return Err(stopped(site, "it rotates by angles of its own"));
+            return Err(stopped(
+                site,
+                "it rotates by angles of its own, which only kernels for GPUs do: nothing at hand could judge the prefix",
+            ));
         }
+        self.refuse(node, &[(6, "buffer that past and present share")])?;
         let keys = match (node.output(1), node.input(4)) {
             // [2, batch, heads, total, head_dim]
             (Some(present), _) => {
@@ -293,21 +396,73 @@ impl<'a> Block<'a, '_> {
         self.node("Slice", &format!("Slice_{what}"), &[x, &from, &to, &axis])
     }
 
-    /// The masks of MultiHeadAttention and Attention of ONNX Runtime: of keys, `[batch, total]`, and of what comes later.
+    /// Which keys are seen by where each row's end, `[batch]`, and begin too, `[2 · batch]`; of `[3 · batch + 2]` the first ones are the
+    /// ends. How many there are is known when the graph runs.
+    fn lengths_of_rows(&mut self, lengths: &str, keys: &str, seen: &mut Vec<String>) {
+        let lengths = self.cast("Cast_lengths", lengths, None, DataType::Int64);
+        let (zero, axis, two) = (
+            self.integers("prefold/zero", &[0]),
+            self.integers("prefold/list_0", &[0]),
+            self.integers("prefold/two", &[2]),
+        );
+        let shape = self.node("Shape", "Shape_key_rows", &[keys]);
+        let one = self.integers("prefold/one", &[1]);
+        let batch = self.node("Slice", "Slice_batch", &[&shape, &zero, &one]);
+        let twice = self.node("Mul", "Mul_batch", &[&batch, &two]);
+        let count = self.node("Shape", "Shape_lengths", &[&lengths]);
+        let positions = self.positions_of_keys(keys);
+        let ends = self.node("Slice", "Slice_ends", &[&lengths, &zero, &batch, &axis]);
+        let ends = self.writer.reshape("Reshape_ends", &ends, "prefold/of_rows", &[-1, 1, 1, 1]);
+        seen.push(self.node("Less", "Less_ends", &[&positions, &ends]));
+        // zeros behind them, so that there is always a second part
+        let zeros = self.node("Expand", "Expand_zeros", &[&zero, &batch]);
+        let padded = self.writer.node_with(
+            |name| NodeDef::new("Concat", name).attr_int("axis", 0),
+            "Concat_lengths",
+            &[&lengths, &zeros],
+        );
+        let starts = self.node("Slice", "Slice_starts", &[&padded, &batch, &twice, &axis]);
+        let has_starts = self.node("Equal", "Equal_twice", &[&count, &twice]);
+        let has_starts = self.cast("Cast_twice", &has_starts, Some(DataType::Bool), DataType::Int64);
+        let starts = self.node("Mul", "Mul_starts", &[&starts, &has_starts]);
+        let starts = self.writer.reshape("Reshape_starts", &starts, "prefold/of_rows", &[-1, 1, 1, 1]);
+        seen.push(self.node("GreaterOrEqual", "GreaterOrEqual_starts", &[&positions, &starts]));
+    }
+
+    /// The masks of MultiHeadAttention and Attention of ONNX Runtime: of keys, in each row or for each query, and of what comes later.
     fn masked(&mut self, node: &'a Node, slot: usize, inside: &mut Inside) -> Result<()> {
         let (index, site) = (self.index, self.writer.site);
         if let Some(mask) = node.input(slot) {
-            if !super::rank_is(index, mask, 2) {
-                return Err(stopped(
-                    site,
-                    "prefix tuning beside a mask of keys that is not [batch, total] is not known",
-                ));
+            match locate::shape::rank(index, mask) {
+                Some(1) => {
+                    let keys = inside.keys.clone();
+                    self.lengths_of_rows(mask, &keys, &mut inside.seen);
+                }
+                Some(2) => {
+                    let real = self.cast("Cast_mask", mask, None, DataType::Bool);
+                    let rows = self.writer.reshape("Reshape_mask", &real, "prefold/mask_of_keys", &[0, 1, 1, -1]);
+                    inside.seen.push(rows);
+                }
+                Some(3) => {
+                    let real = self.cast("Cast_mask", mask, None, DataType::Bool);
+                    let rows = self.writer.reshape("Reshape_mask", &real, "prefold/mask_of_pairs", &[0, 0, 1, -1]);
+                    inside.seen.push(self.writer.transpose("Transpose_mask", &rows));
+                }
+                found => {
+                    let found = found.map_or("unknown".to_owned(), |rank| rank.to_string());
+                    return Err(stopped(
+                        site,
+                        format!(
+                            "prefix tuning beside a mask of keys of {found} dimensions is not known: no kernel of ONNX Runtime's \
+                             CPU takes more than three"
+                        ),
+                    ));
+                }
             }
-            let real = self.cast("Cast_mask", mask, None, DataType::Bool);
-            inside.seen.push(self.writer.reshape("Reshape_mask", &real, "prefold/mask_of_keys", &[0, 1, 1, -1]));
         }
-        inside.window =
-            window::find(index, inside.bias.as_deref().into_iter().filter_map(|b| known(index, b)).collect());
+        let bias: Vec<&str> = inside.bias.as_deref().into_iter().filter_map(|bias| known(index, bias)).collect();
+        self.refuse_biases(&bias)?;
+        inside.window = window::find(index, bias, self.writer.job.source);
         if integer(node, "unidirectional") != 0 || inside.window.is_some() {
             let (query, _) = self.queries(None)?;
             let keys = inside.keys.clone();

@@ -4,20 +4,27 @@
 //! keys ──────────────────┐                 queries ─ Sub keys ─┐
 //! queries ─ Sub window ─ Greater ─► seen              window ─ Less ─► seen
 //! ```
-//! and what says the same with the other comparisons, with an Add, or of what is not seen.
+//! and what says the same with the other comparisons, with an Add, or of what is not seen. Older models keep a table of which key
+//! each query sees, `[…, positions, positions]`.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use crate::fold::locate::shape;
-use crate::onnx::{DataType, Index, Node};
+use crate::onnx::{DataType, Index, Node, TensorInfo};
 
 /// Nodes of a mask: more than any exporter writes.
 const MAX_NODES: usize = 512;
 
-/// How many keys a query sees by the masks that these tensors are made of; the narrowest, where there are several.
-pub(super) fn find<'g>(index: &Index<'g>, tensors: Vec<&'g str>) -> Option<i64> {
+/// How many keys a query sees by the masks that these tensors are made of; the narrowest, where there are several. `folder` is that of
+/// the graph's data files.
+pub(super) fn find<'g>(index: &Index<'g>, tensors: Vec<&'g str>, folder: &Path) -> Option<i64> {
     let (mut open, mut seen, mut found) = (tensors, BTreeSet::new(), None);
     while let Some(tensor) = open.pop() {
+        if let Some(table) = shape::constant(index, tensor) {
+            found = found.into_iter().chain(of_table(table, folder)).min();
+            continue;
+        }
         let Some(node) = index.producer(tensor).filter(|node| seen.len() < MAX_NODES && seen.insert(node.id())) else {
             continue;
         };
@@ -48,6 +55,28 @@ fn of_comparison(index: &Index, node: &Node) -> Option<i64> {
         ("Greater", true) | ("Less", false) | ("LessOrEqual", true) | ("GreaterOrEqual", false) => bound.abs(),
         _ => bound.abs() + 1,
     })
+}
+
+/// The keys that the last query of a table sees; none where that is all of them, or it is no such table.
+fn of_table(table: &TensorInfo, folder: &Path) -> Option<i64> {
+    let [outer @ .., rows, columns] = table.dims() else { return None };
+    let size = usize::try_from(*columns).ok().filter(|size| rows == columns && *size > 1)?;
+    if outer.iter().any(|dim| *dim != 1) {
+        return None;
+    }
+    let width = match table.data_type() {
+        DataType::Bool | DataType::Uint8 => 1,
+        DataType::Float => 4,
+        _ => return None,
+    };
+    let data = table.data_in(folder).ok()?;
+    let bytes = data.bytes();
+    let last = bytes.get(bytes.len().checked_sub(size.checked_mul(width)?)?..)?;
+    // what the last query has of its own key it has of all that it sees
+    let own = last.chunks(width).next_back()?;
+    let seen = last.chunks(width).rev().take_while(|value| *value == own).count();
+    let hidden = last.chunks(width).rev().skip(seen).all(|value| value != own);
+    (seen < size && hidden).then(|| i64::try_from(seen).ok())?
 }
 
 enum Side {
