@@ -33,5 +33,6 @@ mod support;
 mod training;
 mod verify;
 mod verify_adapters;
+mod verify_beside;
 mod verify_graphs;
 mod verify_known;
