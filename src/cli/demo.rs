@@ -144,7 +144,7 @@ fn ensure_onnx_runtime(context: &Context) {
         return;
     }
     eprintln!("installing ONNX Runtime {} with pip …", library::PINNED_VERSION);
-    if let Err(error) = library::install(&context.cache, false) {
+    if let Err(error) = library::install(&context.cache, false, None) {
         eprintln!("ONNX Runtime could not be installed, so tract alone is asked: {error}");
     }
 }

@@ -20,8 +20,10 @@ pub(super) struct Runtime {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Get the pinned onnxruntime wheel with pip and unpack its library into the cache
+    /// Get an onnxruntime wheel with pip and unpack its library into the cache
     Install {
+        /// The version, as in 1.24.4, for `verify --ort-lib` beside others [default: the one that prefold is tested with]
+        version: Option<String>,
         /// The wheel with CUDA, onnxruntime-gpu: a download of 300 MB
         #[arg(long)]
         cuda: bool,
@@ -59,7 +61,9 @@ struct ListedProvider {
 impl Runtime {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         match self.action {
-            Action::Install { cuda } => println!("{}", library::install(&context.cache, cuda)?.display()),
+            Action::Install { version, cuda } => {
+                println!("{}", library::install(&context.cache, cuda, version.as_deref())?.display());
+            }
             Action::List { json } => {
                 let listed = list(context)?;
                 if json {

@@ -1,5 +1,6 @@
 //! `prefold verify`
 
+mod beside;
 mod cases;
 mod lineup;
 mod localise;
@@ -19,13 +20,14 @@ use clap::{Args, ValueEnum};
 use miette::Result;
 use ndarray::Array2;
 
-use self::cases::cases;
+use self::beside::beside;
+use self::cases::{cases, length_unasked};
 use self::lineup::Lineup;
-use self::localise::{Judged, LocaliseArgs, localise};
+use self::localise::{Judged, LocaliseArgs, localise, localise_against};
 use self::no_op::no_op;
 use self::output::OutputArgs;
 pub(super) use self::output::{summary, table, write_report};
-use self::reference::{explain, judged, precision_of, prepare};
+use self::reference::{explain, judged, precision_of, prepare, reconsider};
 use self::runtimes::{Chosen, LevelArg, ProviderArg, chosen};
 use self::subject::{Adapted, Subject, facts};
 use super::export::ExportArgs;
@@ -50,10 +52,13 @@ use crate::train::ComputeType;
 
 /// The exit code of what could not be told.
 const COULD_NOT_TELL: u8 = 2;
-/// The longest prompt that is checked at the context limit unasked, in logits.
+/// A model is checked at its context limit unasked where that takes this many logits at most.
 const LOGITS_UNASKED: usize = 1 << 20;
+/// And at a length of this many logits and tokens where it takes more: what goes wrong beyond the usual prompts is often seen there.
+const LONG_LOGITS: usize = 1 << 23;
+const LONG_TOKENS: usize = 256;
 
-/// Compare a graph with the candle model it was made from, or should have been
+/// Compare a graph with the candle model it was made from, or should have been, or with another graph
 ///
 /// The graph may be anybody's. Each runtime runs in a process of its own. Exit code 0: parity; 1: no parity; 2: it could not be told
 /// (bad input, a runtime that is missing, a quantised graph without thresholds).
@@ -62,18 +67,19 @@ pub(super) struct Verify {
     /// The graph: its folder or its .onnx file
     #[arg(long, required_unless_present = "manifest")]
     graph: Option<PathBuf>,
-    /// The checkpoint: Hugging Face folder, .gguf file, or the name of a fetched model
-    #[arg(long, required_unless_present = "manifest")]
+    /// The checkpoint: Hugging Face folder, .gguf file, or the name of a fetched model. Without one the graph is compared with that of
+    /// --against alone
+    #[arg(long, required_unless_present_any = ["manifest", "against"])]
     model: Option<String>,
     /// The adapter that was folded in: its folder, or NAME=FOLDER; none for a base graph. Repeated for a bank, for adapters that
     /// are swapped in slots, and for a stack: each is checked alone, and in a bank all in one batch
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", requires = "model")]
     adapter: Vec<String>,
     /// The graph before the fold: it is judged against the checkpoint first, and the zero-adapter check starts from it
     /// [default: exported again where prefold wrote the graph, for the zero-adapter check alone]
-    #[arg(long)]
+    #[arg(long, requires = "model")]
     base_graph: Option<PathBuf>,
-    /// Compare with this graph too, output by output
+    /// Compare with this graph too, output by output; without --model it is the reference, run as it is written
     #[arg(long, value_name = "GRAPH")]
     against: Option<PathBuf>,
     #[command(flatten)]
@@ -116,6 +122,9 @@ pub(super) struct VerifyArgs {
     /// Type of the reference: f64, or f32 for a model that does not fit
     #[arg(long, default_value = "f64")]
     reference: ComputeType,
+    /// The runtime of a reference that is a graph [default: ONNX Runtime with nothing fused where it is found, else tract]
+    #[arg(long, value_enum)]
+    reference_runtime: Option<Engine>,
     /// Where the reference is computed: auto, cpu, cuda or cuda:N; auto takes the CPU where the model does not fit a GPU
     #[arg(long, default_value_t)]
     device: DeviceChoice,
@@ -128,7 +137,7 @@ pub(super) struct VerifyArgs {
     /// Only the cases of these names; may be repeated
     #[arg(long = "case", value_name = "NAME", value_delimiter = ',')]
     cases: Vec<String>,
-    /// Also random rows of these lengths; `max` is the model's context limit [default: max, for a small model]
+    /// Also random rows of these lengths; `max` is the model's context limit [default: max for a small model, else as long as is quick]
     #[arg(long, value_delimiter = ',')]
     lengths: Vec<String>,
     /// Only cases with padding on this side, beside those without: for graphs whose attention takes rows that end in padding
@@ -253,10 +262,37 @@ impl Verify {
     }
 
     fn one(&self, context: &Context) -> Result<Verdict> {
-        let (Some(graph), Some(model)) = (&self.graph, &self.model) else {
-            return Err(usage("--graph and --model are needed", "or give --manifest"));
+        let Some(graph) = &self.graph else {
+            return Err(usage("--graph is needed", "or give --manifest"));
         };
+        let graph = existing_graph(graph)?;
+        let against = self.against.as_deref().map(existing_graph).transpose()?;
+        let mut options = self.options.clone();
+        let beside_it = || self.output.out.with_extension("reproducer");
+        options.localise.reproducer.get_or_insert_with(beside_it);
         let baseline = self.output.baseline()?;
+        let report = match (&self.model, &against) {
+            (Some(model), _) => self.with_model(context, model, (&graph, against), &options)?,
+            (None, Some(other)) => (beside(context, &graph, other, &options)?, parity::Subject::Beside),
+            (None, None) => return Err(usage("--model is needed", "or give --against, or --manifest")),
+        };
+        let (mut report, kind) = report;
+        if let Some(baseline) = baseline {
+            report.compare_to(&baseline, self.output.baseline_slack, kind);
+        }
+        println!("{}", table(&report));
+        self.output.write(&report, &graph)?;
+        println!("{}, {}", summary(&report), self.output.out.display());
+        Ok(report.verdict)
+    }
+
+    fn with_model(
+        &self,
+        context: &Context,
+        model: &str,
+        (graph, against): (&Path, Option<PathBuf>),
+        options: &VerifyArgs,
+    ) -> Result<(Report, parity::Subject)> {
         let mut checkpoint = context.checkpoint(model)?;
         let mut adapters = Vec::new();
         for (name, path) in self.adapter.iter().map(|text| named_adapter(text)) {
@@ -266,23 +302,13 @@ impl Verify {
         }
         let subject = Subject {
             checkpoint: &checkpoint,
-            graph: existing_graph(graph)?,
+            graph: graph.to_owned(),
             adapters,
             base_graph: self.base_graph.as_deref().map(existing_graph).transpose()?,
             judge_base: true,
-            against: self.against.as_deref().map(existing_graph).transpose()?,
+            against,
         };
-        let mut options = self.options.clone();
-        let beside = || self.output.out.with_extension("reproducer");
-        options.localise.reproducer.get_or_insert_with(beside);
-        let mut report = verify(context, &subject, &options)?;
-        if let Some(baseline) = baseline {
-            report.compare_to(&baseline, self.output.baseline_slack, subject.kind());
-        }
-        println!("{}", table(&report));
-        self.output.write(&report, &subject.graph)?;
-        println!("{}, {}", summary(&report), self.output.out.display());
-        Ok(report.verdict)
+        Ok((verify(context, &subject, options)?, subject.kind()))
     }
 }
 
@@ -312,6 +338,7 @@ fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<
         for chosen in &chosen {
             of_base.run(Candidate { name: chosen.name.clone(), open: chosen.open(base) });
         }
+        reconsider(&mut of_base, checkpoint, models, &file)?;
         explain(&mut of_base, checkpoint, models, options)?;
         let judged = Judged { file: base, graph: &file, adapters: &[], lineup: &Lineup::base() };
         localise(context, &mut of_base, checkpoint, &judged, &chosen, options);
@@ -320,11 +347,13 @@ fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<
     for chosen in &chosen {
         check.run(Candidate { name: chosen.name.clone(), open: chosen.open_given(&subject.graph, &lineup.given) });
     }
+    reconsider(&mut check, checkpoint, models, &graph)?;
     explain(&mut check, checkpoint, models, options)?;
     let judged = Judged { file: &subject.graph, graph: &graph, adapters: &subject.adapters, lineup: &lineup };
     localise(context, &mut check, checkpoint, &judged, &chosen, options);
     if let Some(other) = &subject.against {
-        let of_other = Lineup::of(&Graph::open(other)?, folder_of(other), &subject.adapters)?;
+        let other_file = Graph::open(other)?;
+        let of_other = Lineup::of(&other_file, folder_of(other), &subject.adapters)?;
         if of_other.names != lineup.names {
             let names = [&lineup, &of_other].map(|lineup| lineup.names.join(", "));
             let help = "give the --adapter that both have active";
@@ -338,6 +367,7 @@ fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<
                 other: chosen.open_given(other, &of_other.given),
             });
         }
+        localise_against(context, &mut check, &judged, (other, &other_file, &of_other), &chosen, options);
     }
     if subject.adapters.first().is_some_and(|first| first.adapter.zeros_are_the_base()) {
         no_op(subject, &graph, &lineup, &chosen, &mut check)?;
@@ -357,6 +387,7 @@ impl Default for VerifyArgs {
             allow_cpu_fallback: false,
             timeout: 300.0,
             reference: ComputeType::F64,
+            reference_runtime: None,
             device: DeviceChoice::Auto,
             prompts: Vec::new(),
             prompts_file: None,

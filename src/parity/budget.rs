@@ -8,7 +8,8 @@ use super::{Error, Result};
 use crate::base::DecoderSpec;
 
 /// The error budget. With `e(x)` the largest absolute distance of a run's logits from the reference's, a run passes when
-/// `e(run) ≤ max(factor · e(candle), floor)`.
+/// `e(run) ≤ max(factor · e(candle), floor)`, where the larger of candle's distances counts, with products summed by blocks and in
+/// order; the second is only measured where the first does not do.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Budget {
     /// How many times candle's own distance, at the graph's precision, a run may be away.
@@ -22,9 +23,12 @@ pub struct Budget {
 pub struct Allowance {
     /// `factor · e(candle)`; none when candle's own run is not finite.
     pub from_candle: Option<f64>,
+    /// The same where candle sums its products in order; none where a verdict did not depend on it.
+    #[serde(default)]
+    pub in_order: Option<f64>,
     /// The floor in logits.
     pub floor: f64,
-    /// The larger of the two.
+    /// The largest of these.
     pub allowed: f64,
 }
 
@@ -54,9 +58,14 @@ impl Budget {
     /// # Errors
     /// When the precision is not a floating-point type that a decoder computes in.
     pub fn of(precision: DType, spec: &DecoderSpec) -> Result<Self> {
+        Self::for_depth(precision, spec.num_layers, spec.longest_dot_product())
+    }
+
+    /// The same for a number of layers and the terms of the longest dot product.
+    pub(super) fn for_depth(precision: DType, layers: usize, longest: usize) -> Result<Self> {
         let (bits, terms, least) = match precision {
-            DType::F64 => (53, spec.longest_dot_product(), 128.0f64),
-            DType::F32 => (24, spec.longest_dot_product(), 128.0),
+            DType::F64 => (53, longest, 128.0f64),
+            DType::F32 => (24, longest, 128.0),
             DType::F16 => (11, 4, 16.0),
             DType::BF16 => (8, 4, 16.0),
             other => {
@@ -64,7 +73,7 @@ impl Budget {
                 return Err(Error::Option { option: "precision", why });
             }
         };
-        let roundings = 2.0 * spec.num_layers as f64 * terms as f64;
+        let roundings = 2.0 * layers as f64 * terms as f64;
         Ok(Self { factor: Self::FACTOR, relative_floor: least.max(roundings.sqrt()) * 0.5f64.powi(bits) })
     }
 
@@ -85,7 +94,14 @@ impl Budget {
     pub fn allowance(&self, candle: Option<f64>, largest: f64) -> Allowance {
         let from_candle = candle.map(|distance| self.factor * distance);
         let floor = self.relative_floor * largest;
-        Allowance { from_candle, floor, allowed: from_candle.map_or(floor, |from_candle| from_candle.max(floor)) }
+        let allowed = from_candle.map_or(floor, |from_candle| from_candle.max(floor));
+        Allowance { from_candle, in_order: None, floor, allowed }
+    }
+
+    /// The allowance where candle is `distance` away with its products summed in order.
+    pub(super) fn in_order(&self, allowance: Allowance, distance: f64) -> Allowance {
+        let in_order = self.factor * distance;
+        Allowance { in_order: Some(in_order), allowed: allowance.allowed.max(in_order), ..allowance }
     }
 }
 
@@ -98,11 +114,13 @@ mod tests {
     fn the_larger_of_factor_and_floor_counts() {
         let budget = Budget { factor: 4.0, relative_floor: 0.001 };
         let found = budget.allowance(Some(0.5), 100.0);
-        assert_eq!(found, Allowance { from_candle: Some(2.0), floor: 0.1, allowed: 2.0 });
+        assert_eq!(found, Allowance { from_candle: Some(2.0), in_order: None, floor: 0.1, allowed: 2.0 });
         let found = budget.allowance(Some(0.01), 100.0);
-        assert_eq!(found, Allowance { from_candle: Some(0.04), floor: 0.1, allowed: 0.1 });
+        assert_eq!(found, Allowance { from_candle: Some(0.04), in_order: None, floor: 0.1, allowed: 0.1 });
+        assert_eq!(budget.in_order(found, 0.02), Allowance { in_order: Some(0.08), ..found });
+        assert_eq!(budget.in_order(found, 0.5), Allowance { in_order: Some(2.0), allowed: 2.0, ..found });
         let found = budget.allowance(None, 100.0);
-        assert_eq!(found, Allowance { from_candle: None, floor: 0.1, allowed: 0.1 });
+        assert_eq!(found, Allowance { from_candle: None, in_order: None, floor: 0.1, allowed: 0.1 });
     }
 
     #[test]

@@ -33,6 +33,21 @@ pub struct Case {
     models: Vec<usize>,
 }
 
+/// What prompts must fit: a model's tokens and positions, or a graph's as far as they are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Tokens.
+    pub vocab: usize,
+    /// Positions.
+    pub positions: usize,
+}
+
+impl From<&DecoderSpec> for Room {
+    fn from(spec: &DecoderSpec) -> Self {
+        Self { vocab: spec.vocab_size, positions: spec.max_positions }
+    }
+}
+
 /// How [`generated_prompts`] makes prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaseOptions {
@@ -72,6 +87,16 @@ impl Case {
     /// When the prompt is empty.
     pub fn row(name: &str, prompt: &[u32], steps: usize) -> Result<Self> {
         Self::padded(name, &[prompt.to_vec()], prompt.len(), Padding::Left, steps)
+    }
+
+    /// As many rows as prompts, each cut to the shortest, and so without padding, followed by `steps` cached steps.
+    ///
+    /// # Errors
+    /// When there is no prompt or one of them is empty.
+    pub fn even(name: &str, prompts: &[Vec<u32>], steps: usize) -> Result<Self> {
+        let shortest = prompts.iter().map(Vec::len).min().unwrap_or(0);
+        let cut: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.iter().copied().take(shortest).collect()).collect();
+        Self::padded(name, &cut, shortest, Padding::Left, steps)
     }
 
     fn padded(name: &str, prompts: &[Vec<u32>], width: usize, padding: Padding, steps: usize) -> Result<Self> {
@@ -169,17 +194,18 @@ impl Case {
 }
 
 /// Prompts of random tokens, the same for the same options. A model with few positions gets shorter ones.
-pub fn generated_prompts(spec: &DecoderSpec, options: &CaseOptions) -> Vec<Vec<u32>> {
+pub fn generated_prompts(room: impl Into<Room>, options: &CaseOptions) -> Vec<Vec<u32>> {
+    let Room { vocab, positions } = room.into();
     let mut random = rand_pcg::Pcg64Mcg::seed_from_u64(options.seed);
-    let room = spec.max_positions.saturating_sub(options.steps).max(1);
-    let vocab = u32::try_from(spec.vocab_size).unwrap_or(u32::MAX).max(1);
+    let room = positions.saturating_sub(options.steps).max(1);
+    let vocab = u32::try_from(vocab).unwrap_or(u32::MAX).max(1);
     let prompt = |length: &usize| (0..(*length).min(room)).map(|_| random.random_range(0..vocab)).collect();
     options.lengths.iter().map(prompt).collect()
 }
 
 /// The cases that every graph must pass: one token; a single row; all prompts as a batch with padding on the left and on the
-/// right; the longest prompt, one token, and the batch, each continued by `steps` cached steps; the longest prompt fed
-/// in pieces and then continued.
+/// right; the longest prompt, one token, and the batch, padded and not, each continued by `steps` cached steps; the longest
+/// prompt fed in pieces and then continued.
 ///
 /// # Errors
 /// When there is no prompt or one of them is empty.
@@ -196,6 +222,7 @@ pub fn standard_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
         Case::row("cached_decode", longest, steps)?,
         Case::row("cached_decode_from_one_token", one, steps)?,
         Case::batch("cached_decode_left_padding", prompts, Padding::Left, steps)?,
+        Case::even("cached_decode_batch", prompts, steps)?,
         Case::row("chunked_prefill", longest, steps)?.chunked(piece),
     ])
 }
@@ -217,14 +244,15 @@ pub fn named_cases(prompts: &[Vec<u32>], steps: usize) -> Result<Vec<Case>> {
 ///
 /// # Errors
 /// When a length is zero.
-pub fn length_cases(spec: &DecoderSpec, lengths: &[usize], seed: u64) -> Result<Vec<Case>> {
+pub fn length_cases(room: impl Into<Room>, lengths: &[usize], seed: u64) -> Result<Vec<Case>> {
+    let room = room.into();
     let case = |length: &usize| {
         let options = CaseOptions { seed, lengths: vec![*length], steps: 0 };
-        if *length > spec.max_positions {
-            let why = format!("it needs {length} positions and the model has {}", spec.max_positions);
+        if *length > room.positions {
+            let why = format!("it needs {length} positions and the model has {}", room.positions);
             return Err(Error::Case { case: format!("length_{length}"), why });
         }
-        Case::row(&format!("length_{length}"), &generated_prompts(spec, &options).concat(), 0)
+        Case::row(&format!("length_{length}"), &generated_prompts(room, &options).concat(), 0)
     };
     lengths.iter().map(case).collect()
 }
@@ -306,6 +334,11 @@ mod tests {
         let left = Case::batch("l", &[vec![5], vec![6]], Padding::Left, 0).unwrap();
         assert_eq!(left.mask(), &arr2(&[[0, 1], [0, 1]]));
         assert_eq!(Case::row("s", &[5, 6], 0).unwrap().mask(), &arr2(&[[1, 1]]));
+        let even = Case::even("e", &[vec![5, 6, 7], vec![8, 9]], 1).unwrap();
+        assert_eq!(
+            (even.ids(), even.mask(), even.padding()),
+            (&arr2(&[[5, 6], [8, 9]]), &arr2(&[[1, 1], [1, 1]]), None)
+        );
     }
 
     #[test]
@@ -333,7 +366,7 @@ mod tests {
         let mut spec = testing::tiny_spec();
         let options = CaseOptions::default();
         let prompts = generated_prompts(&spec, &options);
-        assert_eq!(prompts, generated_prompts(&spec, &options));
+        assert_eq!(prompts, generated_prompts(Room::from(&spec), &options));
         assert_ne!(prompts, generated_prompts(&spec, &CaseOptions { seed: 1, ..options.clone() }));
         assert_eq!(prompts.iter().map(Vec::len).collect::<Vec<_>>(), options.lengths);
         assert!(prompts.iter().flatten().all(|id| (*id as usize) < spec.vocab_size));

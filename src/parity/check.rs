@@ -6,17 +6,14 @@ use ndarray::Array2;
 
 use super::cause::{Failed, Suspect, recognise};
 use super::figures::by_spot;
-use super::reference::ReferenceCase;
+use super::reference::{CANDLE_VERSION, ReferenceCase};
 use super::report::RULE;
 use super::run::{GraphRunner, Runner, Script, replay};
 use super::{
     AgainstReport, Budget, CaseReport, Environment, Error, Facts, Figures, Finding, FindingKind, Greedy, Localise,
-    Model, NoOpReport, Reference, Report, Result, RunCase, RunReport, SCHEMA_VERSION, Thresholds, Verdict,
+    Model, NoOpReport, Ports, Reference, Report, Result, RunCase, RunReport, SCHEMA_VERSION, Thresholds, Verdict,
 };
 use crate::runtime::{self, Session};
-
-/// The version in Cargo.lock; a test holds them together.
-const CANDLE_VERSION: &str = "0.11.1";
 
 /// Opens a graph in a runtime. Called when its turn has come, so that there is one session at a time.
 pub type Open<'a> = Box<dyn FnOnce() -> runtime::Result<Box<dyn Session>> + 'a>;
@@ -47,10 +44,10 @@ pub struct Check {
     base_cause: Option<String>,
 }
 
-/// Runs that were judged, to be localised: names and scripts of the cases, in the order of each run's.
+/// What runs were judged by, to localise them: names and scripts of the cases, in the order of each run's.
 pub(super) struct ToLocalise<'a> {
     pub(super) cases: &'a [(&'a str, &'a Script)],
-    pub(super) runs: &'a mut [RunReport],
+    pub(super) ports: Ports,
     pub(super) budget: Budget,
 }
 
@@ -85,6 +82,8 @@ impl Check {
         let environment = Environment {
             candle: CANDLE_VERSION.into(),
             reference: reference.precision.into(),
+            source: reference.source.clone(),
+            against_a_graph: reference.spec.is_none(),
             precision: precision.into(),
             threads: rayon::current_num_threads(),
         };
@@ -151,7 +150,7 @@ impl Check {
     }
 
     fn judge(&self, open: Open<'_>) -> Result<Judged> {
-        let mut runner = GraphRunner::new(open()?, self.reference.spec.attention.head_dim)?;
+        let mut runner = GraphRunner::new(open()?, self.reference.ports.head_dim)?;
         let cases = self.reference.cases.iter().zip(&self.cases);
         let cases = cases.map(|(case, report)| self.judge_case(&mut runner, case, report)).collect();
         Ok((runner.session_mut().info(), runner.session_mut().nodes(), cases))
@@ -176,7 +175,21 @@ impl Check {
     /// When candle fails.
     pub fn localise(&mut self, what: &Localise<'_>) -> Result<()> {
         let cases: Vec<_> = self.reference.cases.iter().map(|case| (case.case.name(), &case.script)).collect();
-        what.runs(ToLocalise { cases: &cases, runs: &mut self.runs, budget: self.budget })
+        what.runs(&ToLocalise { cases: &cases, ports: self.reference.ports, budget: self.budget }, &mut self.runs)
+    }
+
+    /// Finds where the graph departs from the other one that it was compared with.
+    ///
+    /// # Errors
+    /// When a graph cannot be edited.
+    pub fn localise_against(&mut self, what: &Localise<'_>) -> Result<()> {
+        let cases: Vec<_> = self.reference.cases.iter().map(|case| (case.case.name(), &case.script)).collect();
+        what.pairs(&ToLocalise { cases: &cases, ports: self.reference.ports, budget: self.budget }, &mut self.against)
+    }
+
+    /// Whether a comparison with another graph failed whose cases ran.
+    pub fn departs_from_other(&self) -> bool {
+        self.against.iter().any(|pair| pair.verdict == Verdict::Fail && !pair.cases.is_empty())
     }
 
     /// Whether a run failed whose cases ran.
@@ -190,6 +203,63 @@ impl Check {
         self
     }
 
+    /// Judges once more what the budget failed and rounding may explain: `logits` computes candle's own in some cases with their
+    /// products summed in order, as [`Reference::in_order`] does. Nothing is computed where nothing failed so.
+    ///
+    /// # Errors
+    /// Those of `logits`.
+    pub fn reconsider(
+        &mut self,
+        mut logits: impl FnMut(&Reference, &[usize]) -> Result<Vec<Array2<f64>>>,
+    ) -> Result<()> {
+        let Judgement::Budget = self.judgement else { return Ok(()) };
+        // rounding of K terms in order is at most about √K times that of one
+        let most = (self.reference.ports.longest_dot_product as f64).sqrt();
+        let doubtful = |case: &RunCase| {
+            let distance = case.figures.map_or(f64::INFINITY, |figures| figures.max_abs);
+            distance > case.allowed && distance <= most * case.allowed
+        };
+        let is_doubtful = |number: &usize| self.runs.iter().filter_map(|run| run.cases.get(*number)).any(doubtful);
+        let cases: Vec<usize> = (0..self.cases.len()).filter(is_doubtful).collect();
+        if cases.is_empty() {
+            return Ok(());
+        }
+        for (number, logits) in cases.iter().zip(logits(&self.reference, &cases)?) {
+            let (Some(case), Some(report)) = (self.reference.cases.get(*number), self.cases.get_mut(*number)) else {
+                continue;
+            };
+            if let Ok(figures) = case.figures(&logits) {
+                report.allowance = self.budget.in_order(report.allowance, figures.max_abs);
+            }
+        }
+        self.judge_again(&cases);
+        Ok(())
+    }
+
+    /// Gives the runs the verdicts of the allowances as they are now, in these cases.
+    fn judge_again(&mut self, cases: &[usize]) {
+        let mut runs = std::mem::take(&mut self.runs);
+        for run in &mut runs {
+            for number in cases {
+                let (Some(case), Some(report)) = (run.cases.get_mut(*number), self.cases.get(*number)) else {
+                    continue;
+                };
+                case.allowed = report.allowance.allowed;
+                if let (Some(figures), Some(greedy)) = (&case.figures, &mut case.greedy) {
+                    greedy.judge_ties(case.allowed);
+                    (case.verdict, case.failure) = self.verdict(figures, greedy, case.allowed);
+                }
+            }
+            if !run.cases.is_empty() && run.failure.is_none() {
+                run.verdict = Verdict::all(run.cases.iter().map(|case| case.verdict));
+            }
+        }
+        self.runs = runs;
+        let allowed = |case: usize| self.cases.get(case).map_or(0.0, |report| report.allowance.allowed);
+        self.failed.iter_mut().for_each(|failed| failed.allowed = allowed(failed.case));
+        self.failed.retain(|failed| !cases.contains(&failed.case) || failed.distance > failed.allowed);
+    }
+
     /// Looks for the cause of the first run that failed: `logits` computes those of a suspect in some cases, as
     /// [`Reference::suspected`] does. Nothing is computed where nothing failed.
     ///
@@ -201,7 +271,8 @@ impl Check {
     ) -> Result<()> {
         let reference = &self.reference;
         let mut of_reference = |suspect: &Suspect, cases: &[usize]| logits(reference, suspect, cases);
-        self.cause = recognise(&reference.spec, &reference.cases, &self.failed, &mut of_reference)?;
+        let Some(spec) = &reference.spec else { return Ok(()) };
+        self.cause = recognise(spec, &reference.cases, &self.failed, &mut of_reference)?;
         self.failed.clear();
         Ok(())
     }
@@ -213,7 +284,7 @@ impl Check {
         case: &ReferenceCase,
         report: &CaseReport,
     ) -> (RunCase, Option<Array2<f64>>) {
-        let logits = replay(runner, &case.script, self.reference.spec.vocab_size).map_err(|error| error.to_string());
+        let logits = replay(runner, &case.script, self.reference.ports.vocab).map_err(|error| error.to_string());
         let judged = logits.and_then(|logits| Ok((case.figures(&logits)?, logits)));
         let allowed = report.allowance.allowed;
         let row = RunCase {

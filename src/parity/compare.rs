@@ -50,10 +50,9 @@ impl Check {
         base: Open<'_>,
         folded: Open<'_>,
     ) -> Result<(runtime::RuntimeInfo, usize, Option<no_op::FirstDifference>)> {
-        let spec = &self.reference.spec;
         let outputs = |open| {
             let scripts = self.reference.cases.iter().map(|case| &case.script);
-            no_op::outputs(open, spec.attention.head_dim, spec.vocab_size, scripts)
+            no_op::outputs(open, self.reference.ports, scripts)
         };
         let (base, folded) = (outputs(base)?, outputs(folded)?);
         let names: Vec<&str> = self.reference.cases.iter().map(|case| case.case.name()).collect();
@@ -68,11 +67,11 @@ impl Check {
         let report = match self.compare_graphs(graph, other) {
             Ok((runtime, cases)) => {
                 let verdict = Verdict::all(cases.iter().map(|case| case.verdict));
-                AgainstReport { name, verdict, runtime: Some(runtime), failure: None, cases }
+                AgainstReport { name, verdict, runtime: Some(runtime), failure: None, departure: None, cases }
             }
             Err(error) => {
                 let (verdict, failure) = (verdict_of(&error), Some(error.to_string()));
-                AgainstReport { name, verdict, runtime: None, failure, cases: Vec::new() }
+                AgainstReport { name, verdict, runtime: None, failure, departure: None, cases: Vec::new() }
             }
         };
         let verdict = report.verdict;
@@ -81,10 +80,9 @@ impl Check {
     }
 
     fn compare_graphs(&self, graph: Open<'_>, other: Open<'_>) -> Result<(runtime::RuntimeInfo, Vec<AgainstCase>)> {
-        let spec = &self.reference.spec;
         let run = |open| {
             let scripts = self.reference.cases.iter().map(|case| &case.script);
-            no_op::last_outputs(open, spec.attention.head_dim, spec.vocab_size, scripts)
+            no_op::last_outputs(open, self.reference.ports, scripts)
         };
         let ((_, other), (info, graph)) = (run(other)?, run(graph)?);
         let cases = self.reference.cases.iter().zip(&self.cases).zip(graph.iter().zip(&other));

@@ -27,6 +27,8 @@ pub enum FindingKind {
     UnfaithfulBase,
     /// The graph is the checkpoint's function but for rows with padding.
     PaddingOnly,
+    /// The graph is the checkpoint's function for single rows, and another where a batch has several.
+    BatchOnly,
     /// The graph is the checkpoint's function where a prompt is computed at once, and another with its cache.
     CacheOnly,
     /// The runtimes disagree: the graph passes in some of them.
@@ -48,7 +50,12 @@ impl Finding {
     pub(super) fn of(report: &Report, subject: Subject) -> Self {
         let kind = Self::kind(report, subject);
         let departure = report.base.iter().chain(&report.runs).find_map(|run| run.departure.as_ref());
-        let departs = departure.map(|departure| format!("; it departs in {departure}")).unwrap_or_default();
+        let from_other = report.against.iter().find_map(|pair| pair.departure.as_ref());
+        let departs = match (departure, from_other) {
+            (Some(departure), _) => format!("; it departs in {departure}"),
+            (None, Some(departure)) => format!("; it departs from the other graph in {departure}"),
+            (None, None) => String::new(),
+        };
         Self { kind, text: text(kind, report, subject) + &departs, cause: None }
     }
 
@@ -101,11 +108,13 @@ impl Finding {
                 && report.cases.iter().any(|case| !is(case))
         };
         let padded = |case: &super::CaseReport| case.attention_mask.iter().flatten().any(|real| *real == 0);
+        let batched = |case: &super::CaseReport| case.input_ids.len() > 1;
         let cached = |case: &super::CaseReport| {
             case.steps > 0 || case.input_ids.first().is_some_and(|row| row.len() > case.chunk)
         };
         match base {
             _ if all(&padded) => Kind::PaddingOnly,
+            _ if all(&batched) => Kind::BatchOnly,
             _ if all(&cached) => Kind::CacheOnly,
             true => Kind::UnfaithfulBase,
             false => Kind::NoParity,
@@ -140,23 +149,25 @@ fn text(kind: FindingKind, report: &Report, subject: Subject) -> String {
         .find(|row| row.verdict == report.verdict)
         .and_then(|row| Some(format!("{}, {}: {}", row.run, row.case, row.failure?)));
     let worst = worst.map(|worst| format!(" ({worst})")).unwrap_or_default();
+    let model = if subject == Subject::Beside { "the other graph" } else { "the model" };
     match kind {
-        FindingKind::Parity => "the graph computes what the model computes".into(),
+        FindingKind::Parity => format!("the graph computes what {model} computes"),
         FindingKind::UnfaithfulBase => {
             format!("{base} is unfaithful: without any adapter it is another function than the checkpoint{worst}")
         }
         FindingKind::PaddingOnly => {
-            format!("{base} computes the model but for rows with padding{}{worst}", side(report))
+            format!("{base} computes {model} but for rows with padding{}{worst}", side(report))
         }
-        FindingKind::CacheOnly => format!("{base} computes the model but not with its cache{worst}"),
-        FindingKind::RuntimeDependent => format!("{base} computes the model in some runtimes only{worst}"),
-        FindingKind::CpuFallback => format!("the graph computes the model, but not where it was asked to{worst}"),
+        FindingKind::BatchOnly => format!("{base} computes {model} but for batches of several rows{worst}"),
+        FindingKind::CacheOnly => format!("{base} computes {model} but not with its cache{worst}"),
+        FindingKind::RuntimeDependent => format!("{base} computes {model} in some runtimes only{worst}"),
+        FindingKind::CpuFallback => format!("the graph computes {model}, but not where it was asked to{worst}"),
         FindingKind::RuntimeFailure => format!("no runtime that was asked ran the graph{worst}"),
-        FindingKind::NoParity => format!("the graph is another function than the model{worst}"),
+        FindingKind::NoParity => format!("the graph is another function than {model}{worst}"),
         FindingKind::Regression => match report.regressions.first() {
             Some(first) => format!("a figure is worse than before: {first}"),
             None => "a figure is worse than before".into(),
         },
-        FindingKind::CouldNotTell => format!("it could not be told whether the graph computes the model{worst}"),
+        FindingKind::CouldNotTell => format!("it could not be told whether the graph computes {model}{worst}"),
     }
 }

@@ -38,6 +38,12 @@ pub struct GreedyDifference {
 }
 
 impl Greedy {
+    /// Says anew which differences are ties.
+    pub(super) fn judge_ties(&mut self, allowed: f64) {
+        self.differences.iter_mut().for_each(|difference| difference.tie = difference.gap <= allowed);
+        self.agrees = self.differences.iter().all(|difference| difference.tie);
+    }
+
     /// Compares the picks, indices of rows of the logits by step and batch row, of two `[spots, vocab]`.
     pub(super) fn of(reference: &Array2<f64>, run: &Array2<f64>, picks: &[Vec<usize>], allowed: f64) -> Self {
         let batch = picks.first().map_or(0, Vec::len);

@@ -17,7 +17,9 @@ mod check;
 mod compare;
 mod figures;
 mod finding;
+mod graph_reference;
 mod greedy;
+mod in_order;
 mod localise;
 mod no_op;
 mod reference;
@@ -36,7 +38,7 @@ mod together;
 pub use baseline::Regression;
 pub use budget::{Allowance, Budget};
 pub use cases::{
-    Case, CaseOptions, Padding, adapter_cases, generated_prompts, length_cases, named_cases, select_cases,
+    Case, CaseOptions, Padding, Room, adapter_cases, generated_prompts, length_cases, named_cases, select_cases,
     standard_cases,
 };
 pub use cause::Suspect;
@@ -45,9 +47,9 @@ pub use compare::Other;
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};
 pub use greedy::{Greedy, GreedyDifference};
-pub use localise::{Departure, Fault, LayerErrors, Localise, OpenAt, Place, Way};
+pub use localise::{Departure, Fault, LayerErrors, Localise, OpenAt, Place, Truth, Way};
 pub use no_op::{FirstDifference, NoOpPair};
-pub use reference::{Model, Reference};
+pub use reference::{Model, Ports, Reference};
 pub use report::{
     AgainstCase, AgainstReport, CaseReport, Environment, Facts, NoOpReport, Report, RunCase, RunReport, SCHEMA_VERSION,
     Subject, Verdict,

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::run::{GraphRunner, Script, replay};
-use super::{Open, Result};
+use super::{Open, Ports, Result};
 use crate::runtime::{self, NamedValues, Port, RuntimeInfo, Session, Tensor, Value};
 
 /// A base graph and the same with a zero adapter folded in, in one runtime.
@@ -86,16 +86,11 @@ pub(super) struct Outputs {
 }
 
 /// Replays all scripts in one session, which is closed afterwards.
-pub(super) fn outputs<'a>(
-    open: Open<'_>,
-    head_dim: usize,
-    vocab: usize,
-    scripts: impl Iterator<Item = &'a Script>,
-) -> Result<Outputs> {
-    let mut runner = GraphRunner::new(Recorder { inner: open()?, calls: Vec::new() }, head_dim)?;
+pub(super) fn outputs<'a>(open: Open<'_>, ports: Ports, scripts: impl Iterator<Item = &'a Script>) -> Result<Outputs> {
+    let mut runner = GraphRunner::new(Recorder { inner: open()?, calls: Vec::new() }, ports.head_dim)?;
     let mut cases = Vec::new();
     for script in scripts {
-        replay(&mut runner, script, vocab)?;
+        replay(&mut runner, script, ports.vocab)?;
         cases.push(std::mem::take(&mut runner.session_mut().calls));
     }
     Ok(Outputs { info: runner.session_mut().info(), cases })
@@ -107,14 +102,13 @@ type LastOutputs = (Array2<f64>, NamedValues);
 /// The logits of all scripts in one session, and the outputs of each script's last call.
 pub(super) fn last_outputs<'a>(
     open: Open<'_>,
-    head_dim: usize,
-    vocab: usize,
+    ports: Ports,
     scripts: impl Iterator<Item = &'a Script>,
 ) -> Result<(RuntimeInfo, Vec<LastOutputs>)> {
-    let mut runner = GraphRunner::new(Recorder { inner: open()?, calls: Vec::new() }, head_dim)?;
+    let mut runner = GraphRunner::new(Recorder { inner: open()?, calls: Vec::new() }, ports.head_dim)?;
     let mut cases = Vec::new();
     for script in scripts {
-        let logits = replay(&mut runner, script, vocab)?;
+        let logits = replay(&mut runner, script, ports.vocab)?;
         let last = std::mem::take(&mut runner.session_mut().calls).pop();
         cases.push((logits, last.unwrap_or_default()));
     }

@@ -8,6 +8,9 @@ use super::run::{CandleRunner, Script, record, replay};
 use super::{Case, Error, Figures, Result};
 use crate::base::{Decoder, DecoderSpec, SiteHook};
 
+/// The version in Cargo.lock; a test holds them together.
+pub(super) const CANDLE_VERSION: &str = "0.11.1";
+
 /// A model as candle runs it.
 #[derive(Clone, Copy)]
 pub struct Model<'a> {
@@ -20,9 +23,35 @@ pub struct Model<'a> {
 /// The cases with the reference's logits. Holds no model: what computed it can be dropped.
 #[derive(Debug)]
 pub struct Reference {
-    pub(super) spec: DecoderSpec,
+    /// The model; none where the reference is a graph.
+    pub(super) spec: Option<DecoderSpec>,
+    pub(super) ports: Ports,
     pub(super) precision: &'static str,
+    /// What it is, in words.
+    pub(super) source: String,
     pub(super) cases: Vec<ReferenceCase>,
+}
+
+/// What is known of the graphs that are judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Ports {
+    /// Tokens that have a logit.
+    pub vocab: usize,
+    /// Width of a head, for graphs that do not declare the last dimension of their cache.
+    pub head_dim: Option<usize>,
+    /// Terms of the longest dot product.
+    pub longest_dot_product: usize,
+}
+
+impl Ports {
+    /// Those of a model's graph.
+    pub fn of(spec: &DecoderSpec) -> Self {
+        Self {
+            vocab: spec.vocab_size,
+            head_dim: Some(spec.attention.head_dim),
+            longest_dot_product: spec.longest_dot_product(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -52,7 +81,8 @@ impl Reference {
         let spec = first.decoder.spec().clone();
         let mut runner = CandleRunner::new(models);
         let cases = cases.into_iter().map(|case| ReferenceCase::compute(&mut runner, case, &spec));
-        Ok(Self { cases: cases.collect::<Result<_>>()?, precision: first.decoder.dtype().as_str(), spec })
+        let (precision, ports) = (first.decoder.dtype().as_str(), Ports::of(&spec));
+        Ok(Self { cases: cases.collect::<Result<_>>()?, precision, source: candle(precision), ports, spec: Some(spec) })
     }
 
     /// The logits of the same model in another precision, by case.
@@ -68,8 +98,12 @@ impl Reference {
     /// # Errors
     /// As [`replay`](Self::replay).
     pub fn replay_each(&self, models: &[Model<'_>]) -> Result<Vec<Array2<f64>>> {
-        let all: Vec<usize> = (0..self.cases.len()).collect();
-        self.replay_some(models, |model| *model.decoder.spec() == self.spec, Reading::Faithful, &all)
+        self.replay_numbered(models, &(0..self.cases.len()).collect::<Vec<_>>())
+    }
+
+    /// The same in some cases, by number.
+    pub(super) fn replay_numbered(&self, models: &[Model<'_>], cases: &[usize]) -> Result<Vec<Array2<f64>>> {
+        self.replay_some(models, |model| self.spec.as_ref() == Some(model.decoder.spec()), Reading::Faithful, cases)
     }
 
     /// The logits of some cases, by number, of models that must be `right`.
@@ -85,8 +119,13 @@ impl Reference {
         }
         let mut runner = CandleRunner::reading(models, reading);
         let cases = cases.iter().filter_map(|number| self.cases.get(*number));
-        cases.map(|case| replay(&mut runner, &case.script, self.spec.vocab_size)).collect()
+        cases.map(|case| replay(&mut runner, &case.script, self.ports.vocab)).collect()
     }
+}
+
+/// What a reference by candle is.
+pub(super) fn candle(precision: &str) -> String {
+    format!("the model in candle {CANDLE_VERSION}, {precision}")
 }
 
 impl ReferenceCase {

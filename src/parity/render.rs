@@ -75,7 +75,7 @@ impl Report {
             &[
                 facts("Repeat with", self.command.clone()),
                 facts("Written by", self.tool.clone()),
-                facts("Reference", format!("candle {} in {}", environment.candle, environment.reference)),
+                facts("Reference", environment.source.clone()),
                 facts("Graph computes in", environment.precision.clone()),
                 facts("Tolerance that would just pass", tolerance),
             ],

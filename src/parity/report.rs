@@ -18,11 +18,13 @@ pub const SCHEMA_VERSION: u32 = 2;
 /// What the budget's numbers mean, for who reads a report.
 pub(super) const RULE: &str = "e(x) is the largest absolute distance of the logits of x from the reference's over all \
     positions that are not padding. A run passes a case when its logits are finite, \
-    e(run) <= max(factor * e(candle), relative_floor * largest reference logit), and its greedy tokens are the \
+    e(run) <= max(factor * e(candle), relative_floor * largest reference logit), where e(candle) is the larger one of \
+    candle with its products summed by blocks and, if a run fails otherwise, in order, and its greedy tokens are the \
     reference's, each picked after the reference's own tokens; a token that differs is a tie, and counts as equal, only \
     when the reference's logits of the two tokens are no further apart than that limit. A zero adapter passes when every \
     output is equal bit for bit. Where thresholds are stated they take the budget's place. Another graph may be twice as far \
-    from the graph as the graph may be from the reference.";
+    from the graph as the graph may be from the reference. Where another graph is the reference itself, e(candle) is how far that \
+    graph is from itself in the runtimes that were asked, and the floor is twice that of a model.";
 
 /// The outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -86,6 +88,8 @@ pub enum Subject {
     /// A graph with an adapter folded in.
     #[default]
     Folded,
+    /// A graph that is compared with another one, without a checkpoint.
+    Beside,
 }
 
 /// The whole result of a verification.
@@ -138,6 +142,12 @@ pub struct Environment {
     pub candle: String,
     /// The precision of the reference.
     pub reference: String,
+    /// What the reference is, in words: the model in candle, or another graph in a runtime.
+    #[serde(default)]
+    pub source: String,
+    /// Whether the reference is another graph, so that no checkpoint stands behind the verdict.
+    #[serde(default)]
+    pub against_a_graph: bool,
     /// The graph's precision, in which candle's own distance was measured.
     pub precision: String,
     /// Threads of candle's pool.
@@ -247,6 +257,9 @@ pub struct AgainstReport {
     pub runtime: Option<RuntimeInfo>,
     /// Why there is nothing to compare.
     pub failure: Option<String>,
+    /// Where the graph first departs from the other one, where that was looked for.
+    #[serde(default)]
+    pub departure: Option<Departure>,
     /// The cases, in the report's order.
     pub cases: Vec<AgainstCase>,
 }

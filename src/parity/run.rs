@@ -265,9 +265,13 @@ pub(super) struct GraphRunner<S> {
 
 impl<S: Session> GraphRunner<S> {
     /// # Errors
-    /// When the graph is not a decoder; see [`GraphDecoder::with_head_dim`].
-    pub(super) fn new(session: S, head_dim: usize) -> Result<Self> {
-        Ok(Self { decoder: GraphDecoder::with_head_dim(session, head_dim)? })
+    /// When the graph is not a decoder; see [`GraphDecoder::new`].
+    pub(super) fn new(session: S, head_dim: Option<usize>) -> Result<Self> {
+        let decoder = match head_dim {
+            Some(head_dim) => GraphDecoder::with_head_dim(session, head_dim)?,
+            None => GraphDecoder::new(session)?,
+        };
+        Ok(Self { decoder })
     }
 
     pub(super) fn session_mut(&mut self) -> &mut S {

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use ndarray::Array2;
 
-use super::reference::ReferenceCase;
+use super::reference::{Ports, ReferenceCase, candle};
 use super::run::{Call, Script};
 use super::{Case, Reference, Result};
 use crate::base::DecoderSpec;
@@ -57,7 +57,8 @@ impl ReferenceStore {
         if let Ok(file) = std::fs::File::options().append(true).open(&path) {
             let _ = file.set_modified(SystemTime::now());
         }
-        Some((Reference { spec: spec.clone(), precision, cases }, own))
+        let (ports, source) = (Ports::of(spec), candle(precision));
+        Some((Reference { spec: Some(spec.clone()), ports, precision, source, cases }, own))
     }
 
     /// Keeps a reference. A single one that is larger than the whole store is not kept.

@@ -176,19 +176,25 @@ pub fn providers(library: &Path) -> Vec<Provider> {
 /// Packages that hold ONNX Runtime, and the cache's folders of them.
 const PACKAGES: [&str; 2] = ["onnxruntime", "onnxruntime-gpu"];
 
-/// Gets the pinned wheel with pip, `onnxruntime-gpu` with `cuda`, and unpacks its libraries into `<cache>/<package>/<version>`.
-/// When they are there already nothing is done.
+/// Gets a wheel with pip, the pinned one or that of `version`, `onnxruntime-gpu` with `cuda`, and unpacks its libraries into
+/// `<cache>/<package>/<version>`. When they are there already nothing is done.
 ///
 /// # Errors
-/// When Python, pip or the package index cannot be had, there is no such wheel for this platform, or the wheel's content is
+/// When the version is none, or too old; when Python, pip or the package index cannot be had, there is no such wheel for this platform, or the wheel's content is
 /// not what its record says.
-pub fn install(cache: &Path, cuda: bool) -> Result<PathBuf> {
+pub fn install(cache: &Path, cuda: bool, version: Option<&str>) -> Result<PathBuf> {
     let package = PACKAGES[usize::from(cuda)];
-    let target = cache.join(package).join(PINNED_VERSION);
+    let version = version.unwrap_or(PINNED_VERSION);
+    let target = cache.join(package).join(version);
+    let plain = version.chars().all(|c| c.is_ascii_alphanumeric() || c == '.');
+    let problem = if plain && minor(version).is_some() { too_old(version) } else { Some("it is no version".into()) };
+    if let Some(reason) = problem {
+        return Err(Error::Library { path: target, reason });
+    }
     if let Some(library) = library_in(&target) {
         return Ok(library);
     }
-    let requirement = format!("{package}=={PINNED_VERSION}");
+    let requirement = format!("{package}=={version}");
     // The library inside does not depend on Python's version; an interpreter that is too old or too new for the package
     // can still download the wheel of another one.
     let mut wheel = match Wheel::download(&requirement, &[], cache) {
@@ -381,14 +387,24 @@ mod tests {
         assert!(matches!(load(&root.path().join("absent")), Err(Error::Files(_))));
     }
 
+    #[test]
+    fn what_is_no_version_or_too_old_is_not_downloaded() {
+        for (version, say) in
+            [("../1.24.4", "it is no version"), ("latest", "it is no version"), ("1.2.0", "older than")]
+        {
+            let error = install(Path::new("nowhere"), false, Some(version)).unwrap_err().to_string();
+            assert!(error.contains(say), "{version}: {error}");
+        }
+    }
+
     /// Fills the cache that the other tests look into; run it once with `cargo test -- --ignored` where pip works.
     #[test]
     #[ignore = "downloads the onnxruntime wheel with pip"]
     fn installs_the_pinned_library() {
         let cache = files::cache_folder().unwrap();
-        let path = install(&cache, false).unwrap();
+        let path = install(&cache, false, None).unwrap();
         assert_eq!(version_of(&path).as_deref(), Some(PINNED_VERSION));
-        assert_eq!(install(&cache, false).unwrap(), path, "a second time finds it there");
+        assert_eq!(install(&cache, false, None).unwrap(), path, "a second time finds it there");
         assert_eq!(load(&path).map(|_| ()).map_err(|error| error.to_string()), Ok(()));
         let candidates = list(None, &cache);
         assert!(candidates.iter().any(|candidate| candidate.source == Source::Cache && candidate.path == path));

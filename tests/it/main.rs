@@ -35,5 +35,6 @@ mod support;
 mod training;
 mod verify;
 mod verify_adapters;
+mod verify_beside;
 mod verify_graphs;
 mod verify_known;

@@ -106,6 +106,48 @@ fn each_level_is_a_run_and_the_profile_tells_where_nodes_ran() {
     assert!(nodes[0] > nodes[2] && nodes[2] > 10, "{nodes:?}: fused operators are fewer");
 }
 
+/// The usable libraries of different versions that are found, at most three.
+fn libraries() -> Vec<(String, PathBuf)> {
+    let usable = library::list(None, &prefold::files::cache_folder().unwrap()).into_iter();
+    let usable = usable.filter(|candidate| candidate.problem.is_none());
+    let mut all: Vec<(String, PathBuf)> =
+        usable.filter_map(|candidate| Some((candidate.version?, candidate.path))).collect();
+    all.sort();
+    all.dedup_by(|a, b| a.0 == b.0);
+    all.truncate(3);
+    all
+}
+
+#[test]
+fn several_real_libraries_are_asked_side_by_side() {
+    let libraries = libraries();
+    if libraries.len() < 2 {
+        eprintln!("skipped: one version of ONNX Runtime is here; `prefold runtime install 1.24.4` gets a second");
+        return;
+    }
+    let folder = exported();
+    let at = folder.path();
+    let mut args = vec!["--runtime", "ort", "--ort-level", "off,all"];
+    args.extend(libraries.iter().flat_map(|(_, path)| ["--ort-lib", arg(path)]));
+    let (code, report, output) = verify(at, &args);
+    assert_eq!(code, 0, "{}", text(&output));
+    let runs = report["runs"].as_array().unwrap();
+    let found: Vec<_> =
+        runs.iter().map(|run| (run["name"].as_str().unwrap(), run["runtime"]["version"].as_str().unwrap())).collect();
+    assert_eq!(found.len(), 2 * libraries.len());
+    for ((version, _), pair) in libraries.iter().zip(found.chunks(2)) {
+        let right = |(name, own): &(&str, &str)| own == version && name.contains(version.as_str());
+        assert!(pair.iter().all(right), "each library is the one that ran: {found:?}");
+    }
+    for run in runs {
+        let library = run["runtime"]["library"].as_str().unwrap();
+        let (_, path) = libraries.iter().find(|(version, _)| *version == run["runtime"]["version"]).unwrap();
+        assert_eq!(Path::new(library).canonicalize().unwrap(), path.canonicalize().unwrap());
+        let cases = run["cases"].as_array().unwrap();
+        assert!(cases.len() == 2 && cases.iter().all(|case| case["verdict"] == "pass"), "{run:#}");
+    }
+}
+
 #[test]
 fn reports_are_what_their_schema_says_and_a_worse_figure_fails() {
     let folder = exported();
@@ -211,6 +253,65 @@ fn a_manifest_runs_its_checks_and_its_worst_verdict_counts() {
         let output = run();
         assert!(output.status.code() == Some(2) && text(&output).contains(say), "{}", text(&output));
     }
+}
+
+/// Proportional set sizes of a process's descendants together, in bytes.
+#[cfg(target_os = "linux")]
+fn memory_of_children(root: u32) -> u64 {
+    let text = |path: String| std::fs::read_to_string(path).unwrap_or_default();
+    let all: Vec<u32> = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    let parent = |id: &u32| -> Option<u32> {
+        text(format!("/proc/{id}/stat")).rsplit(')').next()?.split(' ').nth(2)?.parse().ok()
+    };
+    let parents: Vec<(u32, u32)> = all.iter().filter_map(|id| Some((*id, parent(id)?))).collect();
+    let mut tree = vec![root];
+    let mut at = 0;
+    while let Some(id) = tree.get(at).copied() {
+        tree.extend(parents.iter().filter(|(_, parent)| *parent == id).map(|(child, _)| *child));
+        at += 1;
+    }
+    let size = |id: &u32| -> Option<u64> {
+        let sizes = text(format!("/proc/{id}/smaps_rollup"));
+        let line = sizes.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    tree.iter().skip(1).filter_map(size).sum::<u64>() * 1024
+}
+
+/// What checks need is estimated before they run; what they use is no more than the bound that they were let run by.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_processes_of_a_manifest_stay_within_its_bound() {
+    const BOUND: u64 = 350_000_000;
+    let folder = exported();
+    let at = folder.path();
+    let model = fixture("demo/model");
+    let check = |name: &str| {
+        format!("[[check]]\nname = \"{name}\"\ngraph = \"base\"\nmodel = {:?}\nno-cache = true\n", arg(&model))
+    };
+    std::fs::write(at.join("parity.toml"), ["a", "b", "c", "d"].map(check).concat()).unwrap();
+    let args = ["verify", "--manifest", "parity.toml", "--out", "reports.json", "--jobs", "4"];
+    let mut running = Command::new(env!("CARGO_BIN_EXE_prefold"))
+        .current_dir(at)
+        .args(args)
+        .args(["--memory", &BOUND.to_string()])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut peak = 0;
+    let status = loop {
+        peak = peak.max(memory_of_children(running.id()));
+        if let Some(status) = running.try_wait().unwrap() {
+            break status;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    eprintln!("at most {} MB of {} MB", peak / 1_000_000, BOUND / 1_000_000);
+    assert!(status.success() && peak > 0 && peak <= BOUND, "{status}: {peak} of {BOUND}");
 }
 
 /// Graphs of other exporters and what they are: against float64 candle, which is PyTorch's to 1e-6 on these checkpoints.

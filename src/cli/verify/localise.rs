@@ -3,7 +3,7 @@
 use super::reference::{is_quantised, models};
 use super::runtimes::with_others;
 use super::*;
-use crate::parity::{Localise, Way};
+use crate::parity::{Localise, Truth, Way};
 
 /// How a departure is looked for.
 #[derive(Args, Clone, Debug, Default)]
@@ -34,12 +34,22 @@ pub(super) fn localise(
     chosen: &[Chosen],
     options: &VerifyArgs,
 ) {
-    let quantised = is_quantised(judged.graph.graph());
-    if options.localise.no_localise || quantised || !check.departs() {
-        return;
+    if options.localise.wanted(&[judged.graph]) && check.departs() {
+        LocaliseArgs::warn(try_localise(context, check, checkpoint, judged, chosen, options));
     }
-    if let Err(error) = try_localise(context, check, checkpoint, judged, chosen, options) {
-        tracing::warn!("where the graph departs was not found: {error}");
+}
+
+impl LocaliseArgs {
+    /// Whether departures are looked for: in a quantised graph every tensor departs.
+    pub(super) fn wanted(&self, graphs: &[&Graph]) -> bool {
+        !self.no_localise && !graphs.iter().any(|graph| is_quantised(graph.graph()))
+    }
+
+    /// What keeps a departure from being found is a warning: the verdict stands.
+    pub(super) fn warn(found: Result<()>) {
+        if let Err(error) = found {
+            tracing::warn!("where the graph departs was not found: {error}");
+        }
     }
 }
 
@@ -56,20 +66,50 @@ fn try_localise(
     let load = |dtype| Decoder::load(checkpoint, dtype, &Device::Cpu);
     let reference = load(options.reference.dtype())?;
     let own = (precision != options.reference.dtype()).then(|| load(precision)).transpose()?;
+    let truth = Truth::Model {
+        spec: checkpoint.spec(),
+        reference: &models(&reference, &hooks),
+        own: &models(own.as_ref().unwrap_or(&reference), &hooks),
+    };
+    localise_by(context, judged, truth, chosen, options, |what| Ok(check.localise(what)?))
+}
+
+/// Where a graph departs from the other one that it was compared with.
+pub(super) fn localise_against(
+    context: &Context,
+    check: &mut Check,
+    judged: &Judged<'_>,
+    (file, graph, lineup): (&Path, &Graph, &Lineup),
+    chosen: &[Chosen],
+    options: &VerifyArgs,
+) {
+    if options.localise.wanted(&[judged.graph, graph]) && check.departs_from_other() {
+        let truth = Truth::Graph { file, graph, given: &lineup.given, way: None };
+        let found = |what: &Localise<'_>| Ok(check.localise_against(what)?);
+        LocaliseArgs::warn(localise_by(context, judged, truth, chosen, options, found));
+    }
+}
+
+/// Looks for departures from what a graph should compute, in the chosen runtimes and with others to ask.
+pub(super) fn localise_by(
+    context: &Context,
+    judged: &Judged<'_>,
+    truth: Truth<'_>,
+    chosen: &[Chosen],
+    options: &VerifyArgs,
+    find: impl FnOnce(&Localise<'_>) -> Result<()>,
+) -> Result<()> {
     let all = with_others(context, chosen);
     let ways: Vec<Way<'_>> = all
         .iter()
         .map(|chosen| Way { name: chosen.name.clone(), open: Box::new(|file, fed| chosen.open_fed(file, fed)) })
         .collect();
-    let what = Localise {
+    find(&Localise {
         file: judged.file,
         graph: judged.graph,
         given: &judged.lineup.given,
-        spec: checkpoint.spec(),
-        reference: &models(&reference, &hooks),
-        own: &models(own.as_ref().unwrap_or(&reference), &hooks),
+        truth,
         ways: &ways,
         reproducers: options.localise.reproducer.as_deref(),
-    };
-    Ok(check.localise(&what)?)
+    })
 }

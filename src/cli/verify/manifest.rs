@@ -26,7 +26,8 @@ struct Entry {
     /// Its name, and that of its files.
     name: String,
     graph: PathBuf,
-    model: String,
+    /// None for a graph that is compared with that of `against` alone.
+    model: Option<String>,
     /// Other options of `verify`, by their long names.
     #[serde(flatten)]
     options: BTreeMap<String, toml::Value>,
@@ -56,10 +57,21 @@ impl Verify {
         let jobs = self.jobs_of(context, path, &folder)?;
         std::fs::create_dir_all(&folder).map_err(crate::files::Error::io("create folder", &folder))?;
         let memory = output::bytes(&self.memory)?;
-        let done = run_all(&jobs, self.jobs.max(1), memory, context)?;
-        let mut table = style::table(&["check", "verdict", "what was found"]);
+        let program = std::env::current_exe().map_err(crate::files::Error::io("find", "prefold"))?;
+        let quiet = context.global.quiet;
+        let done = run_all(&jobs, self.jobs.max(1), memory, &|job| {
+            let done = job.run(&program);
+            if !quiet {
+                eprintln!("{}: {}", job.name, done.verdict.name());
+            }
+            done
+        });
+        let lost = || Done { verdict: Verdict::Unknown, text: "the check was lost".into() };
+        let done: Vec<Done> = done.into_iter().map(|done| done.unwrap_or_else(lost)).collect();
+        let mut table = style::table(&["check", "memory, by estimate", "verdict", "what was found"]);
         for (job, done) in jobs.iter().zip(&done) {
-            table.add_row([job.name.as_str(), done.verdict.name(), done.text.lines().next().unwrap_or_default()]);
+            let found = done.text.lines().next().unwrap_or_default();
+            table.add_row([job.name.as_str(), &style::bytes(job.memory), done.verdict.name(), found]);
         }
         println!("{table}");
         let passed = done.iter().filter(|done| done.verdict.passed()).count();
@@ -88,21 +100,39 @@ impl Verify {
                 return Err(usage(format!("two checks are named `{}`", entry.name), "name each once"));
             }
             let graph = beside.join(&entry.graph);
-            let model = beside.join(&entry.model);
-            let model = if model.exists() { model.to_string_lossy().into_owned() } else { entry.model };
+            let model = entry.model.map(|model| {
+                let path = beside.join(&model);
+                if path.exists() { path.to_string_lossy().into_owned() } else { model }
+            });
             let out = folder.join(format!("{}.json", entry.name));
             let mut arguments = vec!["verify".to_owned(), "--quiet".into()];
-            arguments.extend(["--graph".into(), graph.to_string_lossy().into_owned(), "--model".into(), model.clone()]);
+            arguments.extend(["--graph".into(), graph.to_string_lossy().into_owned()]);
+            arguments.extend(model.iter().flat_map(|model| ["--model".to_owned(), model.clone()]));
             arguments.extend(["--out".into(), out.to_string_lossy().into_owned()]);
             for library in &context.global.ort_libs {
                 arguments.extend(["--ort-lib".into(), library.to_string_lossy().into_owned()]);
             }
             let mut options = checks.defaults.clone();
             options.extend(entry.options);
+            let number = |value: &toml::Value| match value {
+                toml::Value::Integer(number) => usize::try_from(*number).ok(),
+                toml::Value::String(text) => text.parse().ok(),
+                _ => None,
+            };
+            let lengths: Vec<usize> = match options.get("lengths") {
+                Some(toml::Value::Array(lengths)) => lengths.iter().filter_map(number).collect(),
+                Some(length) => number(length).into_iter().collect(),
+                None => Vec::new(),
+            };
+            let steps = options.get("steps").and_then(number).unwrap_or(CaseOptions::default().steps);
+            let against = options.get("against").and_then(toml::Value::as_str).map(ToOwned::to_owned);
             for (name, value) in options {
                 arguments.extend(argument(&name, &value, beside)?);
             }
-            jobs.push(Job { memory: estimate(context, &model, &graph), name: entry.name, arguments, out });
+            let other = against.map(|other| beside.join(other));
+            let graphs: Vec<&Path> = std::iter::once(graph.as_path()).chain(other.as_deref()).collect();
+            let memory = estimate(context, model.as_deref(), &graphs, &lengths, steps);
+            jobs.push(Job { memory, name: entry.name, arguments, out });
         }
         Ok(jobs)
     }
@@ -139,25 +169,47 @@ fn argument(name: &str, value: &toml::Value, beside: &Path) -> Result<Vec<String
     }
 }
 
-/// What a check needs: the model in float64, and the graph twice, as its file and packed. A model that does not open needs nothing
-/// to say so.
-fn estimate(context: &Context, model: &str, graph: &Path) -> u64 {
+/// What two processes hold whatever they run: programs, their threads and the library of a runtime.
+const PROCESSES: u64 = 160_000_000;
+/// What is kept of every logit: the reference's, candle's own and a run's.
+const LOGIT: u64 = 3 * 8;
+
+/// What a check needs with its runtime's process: the model in float64 and beside it in float32, where a departure is looked for; the
+/// logits of all cases; and the graph's file twice and a quarter, as it is and packed. A model that does not open needs nothing to
+/// say so.
+fn estimate(context: &Context, model: Option<&str>, graphs: &[&Path], lengths: &[usize], steps: usize) -> u64 {
+    let files: u64 = graphs.iter().map(|graph| graph_bytes(graph)).sum();
+    let Some(model) = model else {
+        return PROCESSES.saturating_add(files.saturating_mul(9) / 4);
+    };
     let Ok(checkpoint) = context.checkpoint(model) else { return 0 };
+    let spec = checkpoint.spec();
     let elements = |shape: &[usize]| shape.iter().map(|dim| *dim as u64).product::<u64>();
-    let weights: u64 = checkpoint.spec().weights().iter().map(|weight| elements(&weight.shape)).sum();
+    let weights: u64 = spec.weights().iter().map(|weight| elements(&weight.shape)).sum();
+    let options = CaseOptions { steps, ..CaseOptions::default() };
+    let prompts = generated_prompts(spec, &options);
+    let cases = standard_cases(&prompts, steps).unwrap_or_default();
+    let of_case = |case: &Case| case.ids().nrows().saturating_mul(case.ids().ncols().saturating_add(case.steps()));
+    let positions: usize = cases.iter().map(of_case).sum::<usize>().saturating_add(lengths.iter().sum());
+    let positions =
+        positions.saturating_add(if lengths.is_empty() { length_unasked(spec.into()).unwrap_or(0) } else { 0 });
+    let logits = (positions as u64).saturating_mul(spec.vocab_size as u64).saturating_mul(LOGIT);
+    let all = [weights.saturating_mul(8 + 4), logits, files.saturating_mul(9) / 4, PROCESSES];
+    all.into_iter().fold(0, u64::saturating_add)
+}
+
+/// The bytes of a graph's files.
+fn graph_bytes(graph: &Path) -> u64 {
     let graph = crate::fold::graph_file(graph);
     let size = |path: &Path| std::fs::metadata(path).map_or(0, |facts| facts.len());
     let data = Graph::open(&graph).ok().and_then(|file| external_files(&file).ok()).unwrap_or_default();
     let folder = graph.parent().unwrap_or(Path::new("."));
-    let files: u64 = size(&graph) + data.iter().map(|name| size(&folder.join(name))).sum::<u64>();
-    weights.saturating_mul(8).max(files.saturating_mul(2))
+    size(&graph) + data.iter().map(|name| size(&folder.join(name))).sum::<u64>()
 }
 
-/// Runs jobs in the order given, `most` at a time, as far as their memory fits. One that needs more than there is runs alone.
-fn run_all(jobs: &[Job], most: usize, memory: u64, context: &Context) -> Result<Vec<Done>> {
-    let program = std::env::current_exe().map_err(crate::files::Error::io("find", "prefold"))?;
+/// Does jobs in the order given, `most` at a time, as far as their memory fits. One that needs more than there is is done alone.
+fn run_all<T: Send>(jobs: &[Job], most: usize, memory: u64, run: &(dyn Fn(&Job) -> T + Sync)) -> Vec<Option<T>> {
     let (used, freed) = (Mutex::new((0usize, 0u64)), Condvar::new());
-    let quiet = context.global.quiet;
     std::thread::scope(|scope| {
         let mut running = Vec::new();
         for job in jobs {
@@ -170,20 +222,16 @@ fn run_all(jobs: &[Job], most: usize, memory: u64, context: &Context) -> Result<
             }
             *now = (now.0.saturating_add(1), now.1.saturating_add(job.memory));
             drop(now);
-            let (program, used, freed) = (&program, &used, &freed);
+            let (used, freed) = (&used, &freed);
             running.push(scope.spawn(move || {
-                let done = job.run(program);
+                let done = run(job);
                 let mut now = used.lock().unwrap_or_else(PoisonError::into_inner);
                 *now = (now.0.saturating_sub(1), now.1.saturating_sub(job.memory));
                 freed.notify_all();
-                if !quiet {
-                    eprintln!("{}: {}", job.name, done.verdict.name());
-                }
                 done
             }));
         }
-        let lost = |_| Done { verdict: Verdict::Unknown, text: "the check was lost".into() };
-        Ok(running.into_iter().map(|thread| thread.join().unwrap_or_else(lost)).collect())
+        running.into_iter().map(|thread| thread.join().ok()).collect()
     })
 }
 
@@ -211,5 +259,38 @@ impl Job {
             }
         };
         Done { verdict, text }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(memory: u64) -> Job {
+        Job { name: String::new(), arguments: Vec::new(), memory, out: PathBuf::new() }
+    }
+
+    /// Every job waits until others run that it fits beside, or none; the bound is passed by one that is alone only.
+    #[test]
+    fn what_runs_together_needs_no_more_than_the_bound() {
+        let jobs: Vec<Job> = [3, 5, 4, 9, 2, 2, 2, 8, 1].map(job).into();
+        let running = Mutex::new(Vec::<u64>::new());
+        let seen = Mutex::new(Vec::<Vec<u64>>::new());
+        let run = |job: &Job| {
+            let mut now = running.lock().unwrap();
+            now.push(job.memory);
+            seen.lock().unwrap().push(now.clone());
+            drop(now);
+            std::thread::sleep(Duration::from_millis(20));
+            let mut now = running.lock().unwrap();
+            let place = now.iter().position(|memory| *memory == job.memory).unwrap();
+            now.remove(place);
+            job.memory
+        };
+        let done = run_all(&jobs, 3, 8, &run);
+        assert_eq!(done.into_iter().flatten().collect::<Vec<_>>(), [3, 5, 4, 9, 2, 2, 2, 8, 1]);
+        let seen = seen.into_inner().unwrap();
+        assert!(seen.iter().all(|now| now.len() == 1 || now.len() <= 3 && now.iter().sum::<u64>() <= 8), "{seen:?}");
+        assert!(seen.iter().any(|now| now.len() > 1), "some fit together: {seen:?}");
     }
 }

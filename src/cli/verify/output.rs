@@ -152,12 +152,17 @@ pub(in crate::cli) fn summary(report: &Report) -> String {
         let given = given.iter().filter_map(|(name, value)| Some(format!(" {name} {}", (*value)?)));
         out += &format!("thresholds that would just pass:{}\n", given.collect::<String>());
     }
+    if report.environment.against_a_graph {
+        out += &format!("reference: {}\n", report.environment.source);
+    }
     if report.verdict != Verdict::Pass {
         out += &format!("{}\n", report.finding.text);
     }
     // the finding names the first departure
     let departures =
         report.base.iter().chain(&report.runs).filter_map(|run| Some((&run.name, run.departure.as_ref()?)));
+    let from_other = report.against.iter().filter_map(|pair| Some((&pair.name, pair.departure.as_ref()?)));
+    let departures = departures.chain(from_other);
     for (number, (run, departure)) in departures.enumerate() {
         if number > 0 {
             out += &format!("{run} departs in {departure}\n");

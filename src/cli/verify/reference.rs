@@ -99,6 +99,24 @@ fn compute(
     })
 }
 
+/// Asks whether rounding in another order of sums explains what failed.
+pub(super) fn reconsider(
+    check: &mut Check,
+    checkpoint: &Checkpoint,
+    (lineup, adapters): (&Lineup, &[Adapted]),
+    graph: &Graph,
+) -> Result<()> {
+    if precision_of(graph) != DType::F32 {
+        return Ok(());
+    }
+    let hooks = lineup.hooks(adapters, checkpoint.spec(), &Device::Cpu)?;
+    check.reconsider(|reference, cases| {
+        let decoder = Decoder::load(checkpoint, DType::F32, &Device::Cpu)?;
+        reference.in_order(&models(&decoder, &hooks), cases)
+    })?;
+    Ok(())
+}
+
 /// Looks for the cause of a failure, by the models that a graph may be in the checkpoint's place.
 pub(super) fn explain(
     check: &mut Check,

@@ -112,12 +112,31 @@ pub(super) fn with_others(context: &Context, chosen: &[Chosen]) -> Vec<Chosen> {
     all
 }
 
-/// The runtimes asked for, or those that are at hand and know the graph's operators.
-pub(super) fn chosen(context: &Context, graph: &Graph, options: &VerifyArgs) -> Result<Vec<Chosen>> {
+/// The runtime that runs a graph as it is written, for one that is the reference: ONNX Runtime with nothing fused where it is found
+/// and another is not asked for, else tract.
+pub(super) fn plainest(context: &Context, options: &VerifyArgs) -> Result<Chosen> {
+    let named = context.global.ort_libs.first().map(PathBuf::as_path);
+    let found = library::find(named, &context.cache);
+    let setup = match (options.reference_runtime, found) {
+        (Some(Engine::Tract), _) | (None, Err(_)) => Ok(Setup::Tract),
+        (_, found) => {
+            let options = OrtOptions { optimization: Optimization::Off, ..OrtOptions::default() };
+            found.map(|library| Setup::Ort { library, options }).map_err(|error| Missing::of(error, named))
+        }
+    };
+    Ok(Chosen { name: "the reference".into(), launch: launch(options)?, setup })
+}
+
+fn launch(options: &VerifyArgs) -> Result<Launch> {
     let timeout = Duration::try_from_secs_f64(options.timeout).ok().filter(|timeout| !timeout.is_zero());
     let timeout = timeout.ok_or_else(|| usage("--timeout is no time", "give seconds, more than 0"))?;
     let program = std::env::current_exe().map_err(crate::files::Error::io("find", "prefold"))?;
-    let launch = Launch { program, arguments: vec![crate::cli::RUNTIME_PROCESS.into()], timeout };
+    Ok(Launch { program, arguments: vec![crate::cli::RUNTIME_PROCESS.into()], timeout })
+}
+
+/// The runtimes asked for, or those that are at hand and know the graph's operators.
+pub(super) fn chosen(context: &Context, graph: &Graph, options: &VerifyArgs) -> Result<Vec<Chosen>> {
+    let launch = launch(options)?;
     let mut all = Vec::new();
     for engine in engines(context, graph, &options.runtime) {
         match engine {

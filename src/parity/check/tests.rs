@@ -37,7 +37,7 @@ fn the_same_model_passes_with_and_without_an_adapter() {
     for adapter in [None, Some(&tiny_adapter(0.3))] {
         let report = in_tiny(adapter, tiny_session(adapter, FAITHFUL));
         assert_eq!((report.verdict, failures(&report)), (Verdict::Pass, vec![]));
-        assert_eq!(report.runs[0].cases.len(), 8);
+        assert_eq!(report.runs[0].cases.len(), 9);
         for case in &report.runs[0].cases {
             let greedy = case.greedy.as_ref().unwrap();
             assert_eq!(greedy.run, greedy.reference, "{}", case.case);
@@ -48,7 +48,7 @@ fn the_same_model_passes_with_and_without_an_adapter() {
 #[test]
 fn a_missing_adapter_is_told() {
     let report = in_tiny(Some(&tiny_adapter(0.3)), tiny_session(None, FAITHFUL));
-    assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 8));
+    assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 9));
     let message = failures(&report)[0];
     assert!(message.contains("away from the reference") && message.contains("is allowed"), "{message}");
 }
@@ -59,7 +59,7 @@ fn shifted_positions_are_told_by_an_adapter_alone() {
     assert_eq!(in_tiny(None, tiny_session(None, SHIFTED)).verdict, Verdict::Pass);
     let adapter = tiny_adapter(0.3);
     let report = in_tiny(Some(&adapter), tiny_session(Some(&adapter), SHIFTED));
-    assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 8));
+    assert_eq!((report.verdict, failures(&report).len()), (Verdict::Fail, 9));
 }
 
 /// Padding after a row is hidden by causality, whatever the mask says.
@@ -153,7 +153,7 @@ fn a_runtime_that_fails_is_a_failed_row_and_an_absent_one_tells_nothing() {
     assert_eq!((rows[0].run, rows[0].case), ("absent", "load"));
     assert!(rows[0].failure.unwrap().contains("no usable ONNX Runtime library"));
     assert!(rows[1].failure.unwrap().contains("the logits are [1, 12, 41]"), "{:?}", rows[1]);
-    assert_eq!(rows.len(), 1 + 8 + 8);
+    assert_eq!(rows.len(), 1 + 9 + 9);
 }
 
 #[test]
@@ -220,8 +220,8 @@ fn a_zero_adapter_changes_nothing_or_the_first_bit_is_named() {
     assert_eq!(check.no_op(no_op_pair(last_bit)), Verdict::Fail);
     let report = report(check);
     assert_eq!(report.verdict, Verdict::Fail);
-    // Three prefills without steps, one of one token, three with four steps, one of three pieces with four steps.
-    assert_eq!(report.no_op[0].tensors, 4 + 3 * 5 + (3 + 4));
+    // Three prefills without steps, one of one token, four with four steps, one of three pieces with four steps.
+    assert_eq!(report.no_op[0].tensors, 4 + 4 * 5 + (3 + 4));
     let found = report.no_op[1].first_difference.as_ref().unwrap();
     assert_eq!((found.case.as_str(), found.call, found.output.as_str()), ("left_padding", 0, "logits"));
     assert_eq!(found.index, [1, 2, 3]);
@@ -464,4 +464,60 @@ fn the_cause_of_a_failure_is_recognised() {
     );
     // half of the layers is none of what is known
     assert_eq!(cause(&|spec| spec.layers[0].window = None), None);
+}
+
+/// A run that is too far away for the budget, and not for candle with another order of sums.
+#[test]
+fn what_rounding_explains_is_judged_by_what_was_measured() {
+    let distances = |scale: f64| {
+        let mut check = check(tiny_decoder, None);
+        check.cases[0].allowance.allowed = 1e-12;
+        check.run(candidate(tiny_session(None, FAITHFUL)));
+        let away = check.runs[0].cases[0].figures.unwrap().max_abs;
+        assert_eq!((check.runs[0].verdict, check.failed.len()), (Verdict::Fail, 1));
+        // within √24 of what is allowed, which other orders of 24 terms can be
+        check.runs[0].cases[0].allowed = 0.5 * away;
+        let asked = std::cell::Cell::new(0);
+        check
+            .reconsider(|reference, cases| {
+                asked.set(cases.len());
+                assert_eq!(cases, [0]);
+                let mut logits = reference.cases[0].logits.clone();
+                logits[[0, 0]] += scale * away;
+                Ok(vec![logits])
+            })
+            .unwrap();
+        assert_eq!(asked.get(), 1);
+        check
+    };
+    let explained = distances(0.5);
+    let case = &explained.runs[0].cases[0];
+    assert_eq!((case.verdict, &case.failure, explained.runs[0].verdict), (Verdict::Pass, &None, Verdict::Pass));
+    assert!(explained.failed.is_empty() && explained.cases[0].allowance.in_order == Some(case.allowed));
+    let unexplained = distances(0.2);
+    assert_eq!((unexplained.runs[0].verdict, unexplained.failed.len()), (Verdict::Fail, 1));
+    assert!(unexplained.runs[0].cases[0].failure.is_some());
+}
+
+/// What is as far away as no order of sums can be is a fault, and nothing is computed for it.
+#[test]
+fn a_fault_is_not_reconsidered() {
+    let mut check = check(tiny_decoder, Some(&tiny_adapter(0.3)));
+    check.run(candidate(tiny_session(None, FAITHFUL)));
+    check.reconsider(|_, _| panic!("nothing is to be computed")).unwrap();
+    assert_eq!(check.runs[0].verdict, Verdict::Fail);
+}
+
+/// candle with its sums in order is candle, but for rounding.
+#[test]
+fn sums_in_order_are_the_same_function() {
+    let adapter = tiny_adapter(0.3);
+    let check = check(tiny_decoder, Some(&adapter));
+    let model = Candle::new(tiny_decoder(DType::F32), Some(&adapter));
+    let all: Vec<usize> = (0..check.cases.len()).collect();
+    let logits = check.reference.in_order(&[model.model()], &all).unwrap();
+    for (case, logits) in check.reference.cases.iter().zip(&logits) {
+        let figures = case.figures(logits).unwrap();
+        assert!(figures.max_abs > 0.0 && figures.max_abs < 1e-4, "{}: {:.2e}", case.case.name(), figures.max_abs);
+    }
 }

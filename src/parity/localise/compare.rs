@@ -77,9 +77,14 @@ impl Calls<'_> {
     }
 
     fn gap(&self, call: usize, tap: &Tap, budget: &Budget) -> Option<Gap> {
+        self.gap_of(call, tap, self.seen.get(call)?.get(&tap.tensor)?, budget)
+    }
+
+    /// How far a value is from what a place should hold in a call.
+    pub(super) fn gap_of(&self, call: usize, tap: &Tap, value: &Value, budget: &Budget) -> Option<Gap> {
         let expected = self.reference.get(call)?.get(&tap.at)?;
         let own = self.own.get(call)?.get(&tap.at)?;
-        let value = self.seen.get(call)?.get(&tap.tensor)?.clone();
+        let value = value.clone();
         let shape = value.shape().to_vec();
         let cache = matches!(tap.at.place, Place::Keys | Place::Values);
         let view = View::new(tap, &shape, expected.dim())?;
@@ -98,6 +103,10 @@ impl Calls<'_> {
                 let mut error = 0.0f64;
                 for at in 0..width {
                     let reference = expected.get([row, column, at]).copied().unwrap_or(f64::NAN);
+                    // what a mask hides, or a place leaves open
+                    if reference.is_nan() {
+                        continue;
+                    }
                     // a column that a cache lacks counts as zeros
                     let run = view.index(row, column, at).map_or(Some(0.0), |index| found.get(index).copied())?;
                     error = error.max(finite((run - reference).abs()));
@@ -145,7 +154,7 @@ impl Calls<'_> {
         let columns = reference.dim().1;
         for ((row, column, at), wanted) in reference.indexed_iter() {
             let place = view.index(row, column, at).filter(|_| self.is_real(gap.call, row, column, columns));
-            if let Some(element) = place.and_then(|place| elements.get_mut(place)) {
+            if let Some(element) = place.and_then(|place| elements.get_mut(place)).filter(|_| !wanted.is_nan()) {
                 *element = *wanted;
             }
         }

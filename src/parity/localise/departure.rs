@@ -63,6 +63,9 @@ pub struct LayerErrors {
     pub errors: Vec<f64>,
 }
 
+/// What a mask adds is larger than this.
+const HIDDEN: f64 = 1e30;
+
 impl Departure {
     /// The distance in units of what is allowed.
     pub fn times_allowed(&self) -> f64 {
@@ -81,6 +84,8 @@ impl std::fmt::Display for Departure {
         }
         if self.distance == f64::MAX {
             f.write_str(" is not finite")?;
+        } else if self.distance >= HIDDEN {
+            f.write_str(" hides what it should show")?;
         } else {
             write!(f, " is {:.2e} away, {:.1} times what is allowed", self.distance, self.times_allowed())?;
         }

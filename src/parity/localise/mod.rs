@@ -6,11 +6,14 @@
 //! the nodes at fault. Another runtime computes each of them from the same inputs: where one differs, a runtime is wrong; where none
 //! does, the graph is. What was cut out is written as a test of `onnx`'s own kind (`reproducer`).
 
+mod by_value;
 mod compare;
+mod counterpart;
 mod departure;
 mod layout;
 mod place;
 mod reference;
+mod scores;
 mod segment;
 mod tapped;
 mod taps;
@@ -18,20 +21,25 @@ mod taps;
 mod tests;
 mod types;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::rc::Rc;
 
 pub use departure::{Departure, Fault, LayerErrors};
 pub use place::Place;
 
+use self::by_value::by_value;
 use self::compare::{Calls, Gap, departure, is_stream};
+use self::counterpart::counterparts;
 use self::reference::{Trace, trace};
-use self::segment::{Cut, Disagreement, Segment, second_way};
+use self::segment::{Cut, Disagreement, Second, Segment, second_way};
 use self::tapped::{Seen, Tapped};
 use self::taps::Taps;
+use self::types::floats;
 use super::check::ToLocalise;
 use super::run::Script;
-use super::{Budget, Model, Result, RunCase, Verdict, reproducer};
+use super::{AgainstCase, AgainstReport, Budget, Model, Ports, Result, RunCase, RunReport, Verdict, reproducer};
 use crate::base::DecoderSpec;
 use crate::onnx;
 use crate::runtime::{self, NamedGiven, NamedValues, RuntimeInfo, Session};
@@ -55,25 +63,78 @@ pub struct Localise<'a> {
     pub graph: &'a onnx::Model,
     /// What it is given with every run, beside what a decoder is fed, by model.
     pub given: &'a [NamedGiven],
-    /// The checkpoint's decoder.
-    pub spec: &'a DecoderSpec,
-    /// The reference: the models that the rows of a case name.
-    pub reference: &'a [Model<'a>],
-    /// The same in the graph's precision.
-    pub own: &'a [Model<'a>],
+    /// What it should compute.
+    pub truth: Truth<'a>,
     /// The runtimes: those of the check's runs, by their names, and others to ask for a second opinion.
     pub ways: &'a [Way<'a>],
     /// Where reproducers are written, a folder for each run.
     pub reproducers: Option<&'a Path>,
 }
 
+/// What a graph should compute.
+pub enum Truth<'a> {
+    /// What candle computes.
+    Model {
+        /// The checkpoint's decoder.
+        spec: &'a DecoderSpec,
+        /// The reference: the models that the rows of a case name.
+        reference: &'a [Model<'a>],
+        /// The same in the graph's precision.
+        own: &'a [Model<'a>],
+    },
+    /// What another graph computes.
+    Graph {
+        /// The graph's file.
+        file: &'a Path,
+        /// The graph.
+        graph: &'a onnx::Model,
+        /// What it is given, as [`Localise::given`].
+        given: &'a [NamedGiven],
+        /// The runtime that runs it; the one that is looked at where there is none.
+        way: Option<&'a Way<'a>>,
+    },
+}
+
 /// A case shows a fault well whose distance, in units of what is allowed, is this part of the largest.
 const CLEAR: f64 = 0.1;
 
-/// candle's tensors of a case.
+/// What the places of a case should hold.
+#[derive(Clone)]
 struct Traces {
-    reference: Vec<Trace>,
-    own: Vec<Trace>,
+    reference: Rc<Vec<Trace>>,
+    /// The same in the graph's precision.
+    own: Rc<Vec<Trace>>,
+}
+
+/// What was computed for one run and serves others.
+#[derive(Default)]
+struct Known {
+    taps: Option<Taps>,
+    /// By case.
+    traces: BTreeMap<usize, Traces>,
+    /// What the other graph computes, by case and the run's runtime.
+    other: BTreeMap<(usize, Option<usize>), Rc<Vec<Seen>>>,
+}
+
+/// A case of a run: whether it failed, how far it is from the reference, and how far it may be.
+pub(super) struct Outcome {
+    failed: bool,
+    distance: Option<f64>,
+    allowed: f64,
+}
+
+impl From<&RunCase> for Outcome {
+    fn from(case: &RunCase) -> Self {
+        let distance = case.figures.map(|figures| figures.max_abs);
+        Self { failed: case.verdict == Verdict::Fail, distance, allowed: case.allowed }
+    }
+}
+
+impl From<&AgainstCase> for Outcome {
+    fn from(case: &AgainstCase) -> Self {
+        let distance = case.figures.map(|figures| figures.max_abs);
+        Self { failed: case.verdict == Verdict::Fail, distance, allowed: case.allowed }
+    }
 }
 
 /// A case and what it is compared by.
@@ -83,8 +144,12 @@ struct Subject<'a> {
     traces: &'a Traces,
     case: &'a str,
     script: &'a Script,
+    ports: Ports,
     budget: Budget,
 }
+
+/// Where a run departs, and the stream's errors by layer.
+type Found = (Option<Departure>, Vec<LayerErrors>);
 
 /// A graph's run with tensors given out.
 struct Capture {
@@ -95,45 +160,153 @@ struct Capture {
 }
 
 impl Localise<'_> {
-    /// Finds where each failing run departs, in the failing case of the fewest positions that shows it well. What cannot be found leaves the run as
-    /// it is, with a warning.
+    /// Finds where each failing run departs. What cannot be found leaves the run as it is, with a warning.
     ///
     /// # Errors
     /// When candle fails.
-    pub(super) fn runs(&self, judged: ToLocalise<'_>) -> Result<()> {
-        let ToLocalise { cases, runs, budget } = judged;
-        let mut taps = None;
-        let mut traces: BTreeMap<usize, Traces> = BTreeMap::new();
+    pub(super) fn runs(&self, judged: &ToLocalise<'_>, runs: &mut [RunReport]) -> Result<()> {
+        let mut known = Known::default();
         for run in runs.iter_mut().filter(|run| run.verdict == Verdict::Fail) {
-            let failing = run.cases.iter().enumerate().filter(|(_, case)| case.verdict == Verdict::Fail);
-            let size = |case: usize| cases.get(case).map_or(usize::MAX, |case| case.1.spots.len());
-            // a small case that shows the fault well; one without figures may be one that the runtime does not run at all
-            let ratio = |case: &RunCase| case.figures.map_or(0.0, |figures| figures.max_abs / case.allowed);
-            let most = run.cases.iter().map(ratio).fold(0.0, f64::max);
-            let shows = |case: &RunCase| case.figures.is_some() && ratio(case) >= CLEAR * most;
-            let found = failing.min_by_key(|(number, case)| (!shows(case), case.figures.is_none(), size(*number)));
-            let Some((case, ran)) = found.map(|(number, case)| (number, case.figures.is_some())) else { continue };
-            let (Some((name, script)), Some(way)) =
-                (cases.get(case), self.ways.iter().position(|way| way.name == run.name))
-            else {
-                continue;
-            };
-            let taps = taps.get_or_insert_with(|| Taps::find(self.graph, self.spec));
-            let traces = match traces.entry(case) {
-                std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::btree_map::Entry::Vacant(entry) => {
-                    entry.insert(Traces { reference: trace(self.reference, script)?, own: trace(self.own, script)? })
-                }
-            };
-            let subject = Subject { what: self, taps, traces, case: name, script, budget };
-            match subject.departure(way) {
-                Ok((departure, layers)) => (run.departure, run.layers) = (departure, layers),
-                Err(error) if ran => tracing::warn!("where {} departs was not found: {error}", run.name),
-                Err(error) => tracing::debug!("{} gives no tensors: {error}", run.name),
+            let outcomes: Vec<Outcome> = run.cases.iter().map(Outcome::from).collect();
+            if let Some((departure, layers)) = self.run(&run.name, &outcomes, judged, &mut known)? {
+                (run.departure, run.layers) = (departure, layers);
             }
         }
         Ok(())
     }
+
+    /// The same for runs that are compared with another graph's.
+    ///
+    /// # Errors
+    /// As [`runs`](Self::runs).
+    pub(super) fn pairs(&self, judged: &ToLocalise<'_>, pairs: &mut [AgainstReport]) -> Result<()> {
+        let mut known = Known::default();
+        for pair in pairs.iter_mut().filter(|pair| pair.verdict == Verdict::Fail) {
+            let outcomes: Vec<Outcome> = pair.cases.iter().map(Outcome::from).collect();
+            if let Some((departure, _)) = self.run(&pair.name, &outcomes, judged, &mut known)? {
+                pair.departure = departure;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a run departs, in the failing case of the fewest positions that shows it well.
+    fn run(
+        &self,
+        name: &str,
+        outcomes: &[Outcome],
+        judged: &ToLocalise<'_>,
+        known: &mut Known,
+    ) -> Result<Option<Found>> {
+        let size = |case: usize| judged.cases.get(case).map_or(usize::MAX, |case| case.1.spots.len());
+        // a small case that shows the fault well; one without figures may be one that the runtime does not run at all
+        let ratio = |case: &Outcome| case.distance.map_or(0.0, |distance| distance / case.allowed);
+        let most = outcomes.iter().map(ratio).fold(0.0, f64::max);
+        let shows = |case: &Outcome| case.distance.is_some() && ratio(case) >= CLEAR * most;
+        let failing = outcomes.iter().enumerate().filter(|(_, case)| case.failed);
+        let found = failing.min_by_key(|(number, case)| (!shows(case), case.distance.is_none(), size(*number)));
+        let Some((case, ran)) = found.map(|(number, case)| (number, case.distance.is_some())) else { return Ok(None) };
+        let (Some((case_name, script)), Some(way)) =
+            (judged.cases.get(case), self.ways.iter().position(|way| way.name == name))
+        else {
+            return Ok(None);
+        };
+        let places = match &self.truth {
+            Truth::Model { spec, reference, own } => {
+                let traces = match known.traces.entry(case) {
+                    Entry::Occupied(entry) => entry.get().clone(),
+                    Entry::Vacant(entry) => {
+                        let [reference, own] = [trace(reference, script)?, trace(own, script)?].map(Rc::new);
+                        entry.insert(Traces { reference, own }).clone()
+                    }
+                };
+                let taps = known.taps.get_or_insert_with(|| Taps::find(self.graph, spec)).clone();
+                self.completed(taps, &traces, way, script, judged).map(|taps| (taps, traces))
+            }
+            Truth::Graph { .. } => self.counterparts(case, way, script, judged, known),
+        };
+        let found = places.and_then(|(taps, traces)| {
+            let (what, taps, traces) = (self, &taps, &traces);
+            let subject =
+                Subject { what, taps, traces, case: case_name, script, ports: judged.ports, budget: judged.budget };
+            subject.departure(way)
+        });
+        match found {
+            Ok(found) => return Ok(Some(found)),
+            Err(error) if ran => tracing::warn!("where {name} departs was not found: {error}"),
+            Err(error) => tracing::debug!("{name} gives no tensors: {error}"),
+        }
+        Ok(None)
+    }
+
+    /// Looks by value for the places that were not found by data flow, where attention was not recognised.
+    fn completed(
+        &self,
+        taps: Taps,
+        traces: &Traces,
+        way: usize,
+        script: &Script,
+        judged: &ToLocalise<'_>,
+    ) -> Result<Taps> {
+        if taps.attention {
+            return Ok(taps);
+        }
+        let way = self.way(way)?;
+        let seen = seen_all(way, (self.file, self.graph, self.given), script, judged.ports)?;
+        let masks = script.calls().0.map(|(_, mask)| mask).collect();
+        let calls = Calls { masks, reference: &traces.reference, own: &traces.own, seen: &seen };
+        Ok(by_value(taps, self.graph, &calls, &judged.budget))
+    }
+
+    /// The tensors that this graph and the other one have in common, and what the other one computes there.
+    fn counterparts(
+        &self,
+        case: usize,
+        way: usize,
+        script: &Script,
+        judged: &ToLocalise<'_>,
+        known: &mut Known,
+    ) -> Result<(Taps, Traces)> {
+        let Truth::Graph { file, graph, given, way: of_other } = &self.truth else {
+            return Ok((Taps::default(), Traces { reference: Rc::default(), own: Rc::default() }));
+        };
+        let own_way = self.way(way)?;
+        let key = (case, of_other.is_none().then_some(way));
+        let other = match known.other.entry(key) {
+            Entry::Occupied(entry) => Rc::clone(entry.get()),
+            Entry::Vacant(entry) => {
+                let seen = seen_all(of_other.unwrap_or(own_way), (file, graph, given), script, judged.ports)?;
+                Rc::clone(entry.insert(Rc::new(seen)))
+            }
+        };
+        let seen = seen_all(own_way, (self.file, self.graph, self.given), script, judged.ports)?;
+        let masks: Vec<_> = script.calls().0.map(|(_, mask)| mask).collect();
+        let (taps, reference) = counterparts((self.graph, &seen), (graph, &other), &masks, &judged.budget);
+        let reference = Rc::new(reference);
+        Ok((taps, Traces { own: Rc::clone(&reference), reference }))
+    }
+
+    fn way(&self, way: usize) -> runtime::Result<&Way<'_>> {
+        self.ways.get(way).ok_or(runtime::Error::NoLibrary { tried: Vec::new() })
+    }
+}
+
+/// Runs a graph with every tensor of floating-point numbers given out.
+fn seen_all(
+    way: &Way<'_>,
+    (file, graph, given): (&Path, &onnx::Model, &[NamedGiven]),
+    script: &Script,
+    ports: Ports,
+) -> Result<Vec<Seen>> {
+    let tapped = Tapped::new(file, graph, &floats(graph.graph()))?;
+    let session = (way.open)(&tapped.path(), &names_of(given))?;
+    Ok(tapped.run(session, given, script, ports)?.1)
+}
+
+/// The inputs that are given.
+fn names_of(given: &[NamedGiven]) -> Vec<String> {
+    let fed: BTreeSet<String> = given.iter().flatten().map(|(name, _)| name.clone()).collect();
+    fed.into_iter().collect()
 }
 
 impl Subject<'_> {
@@ -157,7 +330,7 @@ impl Subject<'_> {
             notes.push(
                 "with its inner tensors given out the graph does not depart: what the runtime fuses is at fault".into(),
             );
-            let departure = gaps.iter().rev().find(|gap| gap.tap.at.place == Place::Logits).map(|gap| Departure {
+            let departure = gaps.iter().rev().find(|gap| gap.tap.named().1 == Place::Logits).map(|gap| Departure {
                 fault: Fault::Runtime,
                 notes,
                 ..self.named(&graph, gap)
@@ -169,6 +342,15 @@ impl Subject<'_> {
             notes.push(format!("rounding before it is up to {before:.1} times what is allowed"));
         }
         let mut departure = Departure { notes, ..self.named(&graph, first) };
+        let before = |gap: &&Gap| gap.call == first.call && gap.tap.at < first.tap.at && gap.ratio() <= usual;
+        let last = gaps.iter().filter(before).map(|gap| gap.tap.at).max();
+        let open = self.taps.open.iter().filter(|at| last.is_none_or(|last| **at > last) && **at < first.tap.at);
+        if let Some(open) = open.min() {
+            (departure.layer, departure.place) = (open.decoder_layer(), open.place);
+            departure
+                .notes
+                .push("no tensor of the graph holds this place: the one that is named comes after it".into());
+        }
         let agreeing = gaps.iter().filter(|gap| gap.call == first.call && gap.ratio() <= usual);
         let agreeing: Vec<&str> = agreeing.map(|gap| gap.tap.tensor.as_str()).collect();
         self.bisect(way, &graph, (first, usual), &agreeing, &mut departure)?;
@@ -177,17 +359,9 @@ impl Subject<'_> {
 
     fn capture(&self, way: usize, graph: &onnx::Model, tensors: &BTreeSet<String>) -> Result<Capture> {
         let tapped = Tapped::new(self.what.file, graph, tensors)?;
-        let fed: BTreeSet<String> = self.what.given.iter().flatten().map(|(name, _)| name.clone()).collect();
-        let session = self.open(way, &tapped.path(), &fed.into_iter().collect::<Vec<_>>())?;
-        let (info, seen) = tapped.run(session, self.what.given, self.script, self.what.spec)?;
+        let session = (self.what.way(way)?.open)(&tapped.path(), &names_of(self.what.given))?;
+        let (info, seen) = tapped.run(session, self.what.given, self.script, self.ports)?;
         Ok(Capture { graph: tapped.model, info, seen, left_out: tapped.left_out })
-    }
-
-    fn open(&self, way: usize, path: &Path, fed: &[String]) -> runtime::Result<Box<dyn Session>> {
-        match self.what.ways.get(way) {
-            Some(way) => (way.open)(path, fed),
-            None => Err(runtime::Error::NoLibrary { tried: Vec::new() }),
-        }
     }
 
     fn calls<'s>(&'s self, seen: &'s [Seen]) -> Calls<'s> {
@@ -212,12 +386,13 @@ impl Subject<'_> {
     /// A departure at a place, of which nothing more is known.
     fn named(&self, graph: &onnx::Model, gap: &Gap) -> Departure {
         let tensor = gap.tap.tensor.clone();
+        let (layer, place) = gap.tap.named();
         let node = graph.graph().nodes().iter().find(|node| node.outputs().contains(&tensor));
         Departure {
             case: self.case.to_owned(),
             call: gap.call,
-            layer: gap.tap.at.decoder_layer(),
-            place: gap.tap.at.place,
+            layer,
+            place,
             node: node.map(label),
             tensor,
             distance: gap.distance,
@@ -259,33 +434,15 @@ impl Subject<'_> {
         }
         let folder = self.what.file.parent().unwrap_or(Path::new("."));
         let Some(cut) = segment.model(&capture.graph, folder, seen, &segment.makes) else { return Ok(()) };
-        let found = self.second(way, &cut, &capture.graph, &segment, seen);
-        if let Some((other, found)) = &found {
-            match found {
-                Some(found) => {
-                    departure.fault = Fault::Runtime;
-                    departure.nodes = names(graph, &Segment::only(graph, found.node));
-                    departure.tensor.clone_from(&found.tensor);
-                    departure.node = departure.nodes.first().cloned();
-                    let distance = found.distance;
-                    departure.notes.push(format!(
-                        "{other} computes this node otherwise from the same inputs, {distance:.2e} away"
-                    ));
-                }
-                None if departure.fault == Fault::Unknown => {
-                    departure.fault = Fault::Graph;
-                    departure.notes.push(format!("{other} computes each of these nodes alike: the graph is at fault"));
-                }
-                None => {}
-            }
-        }
+        let second = self.second(way, &cut, &capture.graph, &segment, seen);
+        let blamed = second.and_then(|(other, second)| self.blame(&other, second, (graph, gap, usual), departure));
         let Some(reproducers) = self.what.reproducers else { return Ok(()) };
         let run = self.what.ways.get(way).map_or("run", |way| way.name.as_str());
         let name: String = run.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect();
         // onnx's loader knows a test by the beginning of its name
         let target = reproducers.join(format!("test_{name}"));
         let mut outputs = NamedValues::new();
-        let written = match found.and_then(|(_, found)| found) {
+        let written = match blamed {
             Some(found) => {
                 let one = Segment::only(&capture.graph, found.node);
                 outputs.insert(found.tensor.as_str(), found.other);
@@ -304,6 +461,43 @@ impl Subject<'_> {
         Ok(())
     }
 
+    /// Says whether graph or runtime is at fault by what another runtime makes of the same inputs; the node that the runtime computes
+    /// wrongly, where it is that. Runtimes may differ in a little that explains nothing: where the other one departs too, the graph is
+    /// at fault.
+    fn blame(
+        &self,
+        other: &str,
+        second: Second,
+        (graph, gap, usual): (&onnx::Model, &Gap, f64),
+        departure: &mut Departure,
+    ) -> Option<Disagreement> {
+        let Second { made, first } = second;
+        let there = made.get(&gap.tap.tensor);
+        let there = there.and_then(|value| self.calls(&[]).gap_of(gap.call, &gap.tap, value, &self.budget));
+        let Some(found) = first else {
+            if departure.fault == Fault::Unknown {
+                departure.fault = Fault::Graph;
+                departure.notes.push(format!("{other} computes each of these nodes alike: the graph is at fault"));
+            }
+            return None;
+        };
+        if let Some(there) = there.filter(|there| there.ratio() > usual) {
+            departure.fault = Fault::Graph;
+            let distance = there.distance;
+            departure.notes.push(format!(
+                "{other} departs there too from the same inputs, by {distance:.2e}: the graph is at fault"
+            ));
+            return None;
+        }
+        departure.fault = Fault::Runtime;
+        departure.nodes = names(graph, &Segment::only(graph, found.node));
+        departure.tensor.clone_from(&found.tensor);
+        departure.node = departure.nodes.first().cloned();
+        let distance = found.distance;
+        departure.notes.push(format!("{other} computes this node otherwise from the same inputs, {distance:.2e} away"));
+        Some(found)
+    }
+
     /// What the first other runtime that can run a segment makes of it, and its name.
     fn second(
         &self,
@@ -312,7 +506,7 @@ impl Subject<'_> {
         graph: &onnx::Model,
         segment: &Segment,
         seen: &Seen,
-    ) -> Option<(String, Option<Disagreement>)> {
+    ) -> Option<(String, Second)> {
         let others = self.what.ways.iter().enumerate().filter(|(index, _)| *index != way);
         { others }.find_map(|(_, other)| {
             let open = |path: &Path| (other.open)(path, &[]);

@@ -23,6 +23,12 @@ pub enum Place {
     Keys,
     /// All values so far: the cache.
     Values,
+    /// What the softmax reads: scores, scaled and capped, of the keys that a query sees.
+    #[serde(rename = "attention_scores")]
+    Scores,
+    /// What the softmax gives.
+    #[serde(rename = "attention_weights")]
+    Weights,
     /// The attention output before the adapter's term.
     Attention,
     /// The adapter's term.
@@ -49,6 +55,8 @@ pub enum Place {
     FinalNorm,
     /// The logits.
     Logits,
+    /// A tensor that another graph has too, where that is the reference.
+    Tensor,
 }
 
 impl Place {
@@ -63,6 +71,8 @@ impl Place {
             Self::Query => "the query after its rotation",
             Self::Keys => "the keys in the cache",
             Self::Values => "the values in the cache",
+            Self::Scores => "the attention scores",
+            Self::Weights => "the attention weights",
             Self::Attention => "the attention output",
             Self::Term => "the adapter's term",
             Self::OutputInput => "the sum of attention output and adapter's term",
@@ -76,6 +86,7 @@ impl Place {
             Self::Stream => "the residual stream after the layer",
             Self::FinalNorm => "the final norm",
             Self::Logits => "the logits",
+            Self::Tensor => "the tensor",
         }
     }
 }
@@ -94,7 +105,7 @@ impl At {
 
     /// The layer, where it is one's.
     pub(super) fn decoder_layer(self) -> Option<usize> {
-        let outside = matches!(self.place, Place::Embedding | Place::FinalNorm | Place::Logits);
+        let outside = matches!(self.place, Place::Embedding | Place::FinalNorm | Place::Logits | Place::Tensor);
         (!outside).then_some(self.layer)
     }
 }

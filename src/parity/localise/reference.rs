@@ -7,6 +7,7 @@ use candle_core::{DType, Result as CandleResult, Tensor};
 use ndarray::{Array2, Array3, Axis, concatenate};
 
 use super::place::{At, Place};
+use super::scores::add_scores;
 use crate::base::{Input, KvCache, Linear, LinearMap, Site, SiteHook, Wiring};
 use crate::parity::run::Script;
 use crate::parity::{Error, Model, Result};
@@ -64,7 +65,11 @@ fn trace_rows(model: Model<'_>, script: &Script, rows: &[usize]) -> Result<Vec<T
         let logits = model.decoder.logits(&hidden)?;
         keeper.keep(At::new(layers, Place::FinalNorm), &hidden).map_err(failed)?;
         keeper.keep(At::new(layers, Place::Logits), &logits).map_err(failed)?;
-        calls.push(finished(keeper.kept.into_inner(), calls.last(), model)?);
+        let mut kept = finished(keeper.kept.into_inner(), calls.last(), model)?;
+        if let Some(mask) = seen.as_ref().filter(|_| model.hook.prefix_length() == 0) {
+            add_scores(&mut kept, model.decoder.spec(), mask);
+        }
+        calls.push(kept);
     }
     Ok(calls)
 }

@@ -1,6 +1,6 @@
 //! The nodes between what agrees and what departs, and what each computes in another runtime from the same inputs.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
 use super::tapped::Seen;
@@ -122,7 +122,15 @@ pub(super) struct Disagreement {
     pub(super) other: Value,
 }
 
-/// Runs a segment in another runtime and compares what each node makes; none where all is equal to the last few bits.
+/// What another runtime makes of a segment.
+pub(super) struct Second {
+    /// All that its nodes make.
+    pub(super) made: NamedValues,
+    /// The first that differs; none where all is equal to the last few bits.
+    pub(super) first: Option<Disagreement>,
+}
+
+/// Runs a segment in another runtime and compares what each node makes.
 ///
 /// # Errors
 /// When the runtime cannot run it.
@@ -133,22 +141,32 @@ pub(super) fn second_way(
     seen: &Seen,
     relative: f64,
     open: &dyn Fn(&Path) -> runtime::Result<Box<dyn Session>>,
-) -> Result<Option<Disagreement>> {
+) -> Result<Second> {
     let failed = crate::files::Error::io("create a temporary folder in", std::env::temp_dir());
     let folder = TemporaryFolder::new().map_err(failed)?;
     let path = folder.path().join(MODEL_NAME);
     cut.model.save(&path)?;
     let made = open(&path)?.run(cut.feeds.clone())?;
-    let made: HashMap<&str, &Value> = made.iter().collect();
+    let first = first_difference(&made, whole, segment, seen, relative);
+    Ok(Second { made, first })
+}
+
+fn first_difference(
+    made: &NamedValues,
+    whole: &Model,
+    segment: &Segment,
+    seen: &Seen,
+    relative: f64,
+) -> Option<Disagreement> {
     let nodes = segment.nodes.iter().filter_map(|id| whole.graph().node(*id));
     for (node, output) in nodes.flat_map(|node| node.outputs().iter().map(move |output| (node, output))) {
-        let (Some(own), Some(other)) = (seen.get(output), made.get(output.as_str())) else { continue };
+        let (Some(own), Some(other)) = (seen.get(output), made.get(output)) else { continue };
         if let Some(distance) = too_far(own, other, relative) {
-            let (tensor, other) = (output.clone(), (*other).clone());
-            return Ok(Some(Disagreement { node: node.id(), tensor, distance, other }));
+            let (tensor, other) = (output.clone(), other.clone());
+            return Some(Disagreement { node: node.id(), tensor, distance, other });
         }
     }
-    Ok(None)
+    None
 }
 
 /// The distance of two tensors where it is more than a part of their largest element.

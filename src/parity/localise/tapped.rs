@@ -4,11 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::types::element_types;
-use crate::base::DecoderSpec;
 use crate::files::TemporaryFolder;
 use crate::onnx::{MODEL_NAME, Model, Patch, ValueDef, data_files};
-use crate::parity::Result;
 use crate::parity::run::{GraphRunner, Script, replay};
+use crate::parity::{Ports, Result};
 use crate::runtime::{self, NamedGiven, NamedValues, Port, RuntimeInfo, Session, Tensor, WithGiven};
 
 /// A copy of a graph in a folder of its own that gives more tensors out.
@@ -52,11 +51,11 @@ impl Tapped {
         session: Box<dyn Session>,
         given: &[NamedGiven],
         script: &Script,
-        spec: &DecoderSpec,
+        ports: Ports,
     ) -> Result<(RuntimeInfo, Vec<Seen>)> {
         let watcher = Watcher { inner: session, calls: Vec::new() };
-        let mut runner = GraphRunner::new(WithGiven::switching(watcher, given.to_vec())?, spec.attention.head_dim)?;
-        replay(&mut runner, script, spec.vocab_size)?;
+        let mut runner = GraphRunner::new(WithGiven::switching(watcher, given.to_vec())?, ports.head_dim)?;
+        replay(&mut runner, script, ports.vocab)?;
         let watcher = runner.into_session().into_session();
         Ok((watcher.inner.info(), watcher.calls))
     }

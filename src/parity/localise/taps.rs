@@ -34,11 +34,44 @@ pub(super) struct Tap {
     pub(super) columns: Option<Vec<usize>>,
 }
 
+impl Tap {
+    /// Layer and place for people: a tensor of two graphs is known by its name alone.
+    pub(super) fn named(&self) -> (Option<usize>, Place) {
+        if self.at.place != Place::Tensor {
+            return (self.at.decoder_layer(), self.at.place);
+        }
+        let layer = layer_of(&self.tensor);
+        match (self.tensor.as_str(), self.tensor.rsplit_once('.')) {
+            ("logits", _) => (None, Place::Logits),
+            (name, Some((_, "key"))) if name.starts_with("present") => (layer, Place::Keys),
+            (name, Some((_, "value"))) if name.starts_with("present") => (layer, Place::Values),
+            _ => (layer, Place::Tensor),
+        }
+    }
+}
+
+/// The number that follows `layers`, `h`, `layer` or `present` in a name.
+fn layer_of(name: &str) -> Option<usize> {
+    let mut parts = name.split(['.', '/', '_']);
+    while let Some(part) = parts.next() {
+        if ["layers", "layer", "h", "present", "block", "blocks"].contains(&part)
+            && let Some(Ok(layer)) = parts.clone().next().map(str::parse)
+        {
+            return Some(layer);
+        }
+    }
+    None
+}
+
 /// The tensors that were found, and why others were not.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Taps {
     pub(super) taps: Vec<Tap>,
     pub(super) notes: Vec<String>,
+    /// Whether the attention of every layer was recognised.
+    pub(super) attention: bool,
+    /// Places that no tensor of the graph holds, where they were looked for by value.
+    pub(super) open: Vec<At>,
     /// Nodes that make a query that the graph does not hold.
     pub(super) patch: Option<Patch>,
 }
@@ -76,6 +109,7 @@ impl Taps {
             return found;
         }
         let index = Index::new(model.graph());
+        found.attention = true;
         let finder = Finder { view: &view, view_index: Index::new(view.graph()), index, model, spec };
         finder.all(&own, &mut found);
         found
@@ -179,6 +213,7 @@ impl Finder<'_> {
         let mut missing = Vec::new();
         for site in sites {
             self.query(site, &mut made, found);
+            self.softmax(site, found);
             found.push(site.layer, Place::Attention, &site.output, site.output_layout);
             self.term(site, found);
             for linear in self.spec.linears() {
@@ -232,6 +267,15 @@ impl Finder<'_> {
             }
         }
         found.push(site.layer, Place::Query, &source.tensor, source.layout);
+    }
+
+    /// What a softmax reads and gives, where the graph has one of its own.
+    fn softmax(&self, site: &Site, found: &mut Taps) {
+        let softmax = self.view.graph().node(site.node).filter(|node| node.is("", "Softmax"));
+        if let Some((scores, weights)) = softmax.and_then(|node| node.input(0).zip(node.output(0))) {
+            found.push(site.layer, Place::Scores, scores, Layout::HeadsFirst);
+            found.push(site.layer, Place::Weights, weights, Layout::HeadsFirst);
+        }
     }
 
     /// The fold's part of the sum that is read in the place of the attention output.

@@ -1,6 +1,6 @@
 //! Element types of the tensors of a graph, as far as they can be told.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use crate::onnx::{AttributeValue, DataType, Graph, Node};
 
@@ -21,6 +21,16 @@ pub(super) fn element_types(graph: &Graph) -> HashMap<&str, DataType> {
     }
     types.retain(|_, found| *found != DataType::Undefined);
     types
+}
+
+const FLOATS: [DataType; 4] = [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double];
+
+/// The tensors of floating-point numbers that nodes of a graph's main level make.
+pub(super) fn floats(graph: &Graph) -> BTreeSet<String> {
+    let types = element_types(graph);
+    let made = graph.nodes().iter().flat_map(|node| node.outputs()).filter(|output| !output.is_empty());
+    let is_float = |output: &&String| types.get(output.as_str()).is_some_and(|found| FLOATS.contains(found));
+    made.filter(is_float).cloned().collect()
 }
 
 fn made(node: &Node, slot: usize, types: &HashMap<&str, DataType>) -> Option<DataType> {

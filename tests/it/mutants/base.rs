@@ -5,7 +5,7 @@ use prefold::onnx::{Model, TensorDef};
 use super::graph::{attribute, behind, insert, node, op, read, rounded, swap, weight};
 use super::{Dialect, Kind, Mutant, at, outside};
 
-fn indices(name: &str, values: &[i64]) -> TensorDef {
+pub fn indices(name: &str, values: &[i64]) -> TensorDef {
     TensorDef::from_i64s(name, &[values.len() as i64], values)
 }
 
@@ -200,12 +200,13 @@ pub fn all() -> Vec<Mutant> {
     vec![
         folded("positions are off by one", positions, at(0, "query")),
         folded("the rotation has another base", theta, at(0, "query")),
-        folded("the causal mask is dropped", causal, at(0, "attention")).only(Dialect::Portable),
-        folded("the padding mask is dropped", padding, at(0, "attention")),
-        gemma2("the sliding window is dropped", window, at(0, "attention")),
-        gemma2("the sliding window is one key too wide", wide_window, at(0, "attention")),
-        gemma2("the soft cap of the scores is dropped", soft_cap, at(0, "attention")),
-        folded("the scores have another scale", scale, at(1, "attention")),
+        folded("the causal mask is dropped", causal, at(0, "attention_weights")).only(Dialect::Portable),
+        folded("the padding mask is dropped", padding, at(0, "attention_weights")).in_ort(at(0, "attention")),
+        gemma2("the sliding window is dropped", window, at(0, "attention_weights")).in_ort(at(0, "attention")),
+        gemma2("the sliding window is one key too wide", wide_window, at(0, "attention_weights"))
+            .in_ort(at(0, "attention")),
+        gemma2("the soft cap of the scores is dropped", soft_cap, at(0, "attention_scores")).in_ort(at(0, "attention")),
+        folded("the scores have another scale", scale, at(1, "attention_scores")).in_ort(at(1, "attention")),
         folded("the groups of key-value heads are exchanged", groups, at(0, "attention")).in_ort(at(0, "values")),
         folded("query heads are in another order", head_order, at(0, "query")),
         folded("a row of the cached keys is stale", stale_row, at(1, "keys")),

@@ -67,6 +67,42 @@ pub fn behind(model: &Model, tensor: &str, constants: Vec<TensorDef>, nodes: Vec
     done(patch, model)
 }
 
+/// The name that what gave an output of the graph has after [`replace_output`].
+pub fn inner(output: &str) -> String {
+    format!("{}~", &output[..output.len() - 1])
+}
+
+/// Lets `nodes` give an output of the graph, as `last`, from [`inner`], which is what gave it before and what its readers read.
+pub fn replace_output(
+    model: &Model,
+    output: &str,
+    constants: Vec<TensorDef>,
+    nodes: Vec<NodeDef>,
+    last: &str,
+) -> Model {
+    // the node's output in its message: field 2, and a name of the same length
+    let (mut bytes, inner) = (model.to_bytes(), inner(output));
+    let made = [&[0x12, output.len() as u8], output.as_bytes()].concat();
+    let at = (0..bytes.len() - made.len()).find(|at| bytes[*at..].starts_with(&made)).unwrap();
+    bytes[at + 2..at + made.len()].copy_from_slice(inner.as_bytes());
+    let model = Model::from_bytes(bytes).unwrap();
+    let mut patch = Patch::new("mutant");
+    for node in model.graph().nodes() {
+        let readers = node.inputs().iter().enumerate().filter(|(_, input)| *input == output);
+        readers.for_each(|(slot, _)| {
+            patch.replace_input(node.id(), slot, inner.as_str());
+        });
+    }
+    constants.into_iter().for_each(|tensor| {
+        patch.add_initializer(tensor);
+    });
+    nodes.into_iter().for_each(|node| {
+        patch.append_node(node);
+    });
+    patch.append_node(NodeDef::new("Identity", "mutant/output").inputs([last]).outputs([output]));
+    done(patch, &model)
+}
+
 /// Values of a float constant, with its dimensions.
 pub fn values(model: &Model, tensor: &str) -> (Vec<i64>, Vec<f32>) {
     let found = model.graph().initializers().iter().find(|found| found.name() == tensor);

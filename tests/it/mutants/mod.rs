@@ -4,8 +4,9 @@
 mod adapter;
 mod base;
 mod foreign;
-mod graph;
+pub mod graph;
 mod reproducer;
+mod wiring;
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -79,11 +80,15 @@ pub struct Mutant {
     place: Place,
     in_ort: Place,
     only: Option<Dialect>,
+    cases: &'static str,
 }
+
+/// Cases that show most mutants.
+const CASES: &str = "single_row,left_padding,cached_decode";
 
 impl Mutant {
     pub fn new(what: &'static str, kind: Kind, change: fn(&Model, Dialect) -> Model, place: Place) -> Self {
-        Self { what, kind, change, place, in_ort: place, only: None }
+        Self { what, kind, change, place, in_ort: place, only: None, cases: CASES }
     }
 
     /// Another place in the `ort` dialect, where the tensor that is changed is what the site has.
@@ -93,6 +98,11 @@ impl Mutant {
 
     pub fn only(self, dialect: Dialect) -> Self {
         Self { only: Some(dialect), ..self }
+    }
+
+    /// Another case, where the usual ones do not show it.
+    pub fn in_case(self, case: &'static str) -> Self {
+        Self { cases: case, ..self }
     }
 
     fn place(&self, dialect: Dialect) -> Place {
@@ -158,14 +168,19 @@ impl Bench {
     }
 
     /// Breaks a graph and verifies it: the exit code and the report.
-    fn verify(&self, number: usize, kind: Kind, change: fn(&Model, Dialect) -> Model) -> (i32, Value, String) {
+    fn verify(
+        &self,
+        number: usize,
+        (kind, cases): (Kind, &str),
+        change: fn(&Model, Dialect) -> Model,
+    ) -> (i32, Value, String) {
         let (graph, model, adapter) = self.whole(kind);
         let folder = self.made(&format!("mutant_{number}"));
         change(&Model::open(&self.at(graph)).unwrap(), self.dialect).save(&folder.join("model.onnx")).unwrap();
         let checkpoint = self.model(model);
         let mut args =
             vec!["verify", "--graph", arg(&folder), "--model", arg(&checkpoint), "--steps", "2", "--no-cache"];
-        args.extend(["--case", "single_row,left_padding,cached_decode", "--runtime", self.dialect.runtime()]);
+        args.extend(["--case", cases, "--runtime", self.dialect.runtime()]);
         args.extend(adapter.iter().flat_map(|adapter| ["--adapter", adapter]));
         let report = format!("{number}.json");
         args.extend(["--out", report.as_str()]);
@@ -189,7 +204,7 @@ fn dialects() -> Vec<Dialect> {
 
 /// What `verify` says of a mutant: `Err` where it is not what it should be.
 fn judged(mutant: &Mutant, bench: &Bench, number: usize) -> Result<String, String> {
-    let (code, report, text) = bench.verify(number, mutant.kind, mutant.change);
+    let (code, report, text) = bench.verify(number, (mutant.kind, mutant.cases), mutant.change);
     let departure = &report["runs"][0]["departure"];
     let layer = departure["layer"].as_u64().map(|layer| layer as usize);
     let (wanted_layer, wanted) = mutant.place(bench.dialect);
@@ -216,7 +231,7 @@ fn judged(mutant: &Mutant, bench: &Bench, number: usize) -> Result<String, Strin
 
 #[test]
 fn every_mutant_is_caught_and_its_place_named() {
-    let mutants: Vec<Mutant> = adapter::all().into_iter().chain(base::all()).collect();
+    let mutants: Vec<Mutant> = adapter::all().into_iter().chain(base::all()).chain(wiring::all()).collect();
     let benches: Vec<Bench> = dialects().into_iter().map(Bench::new).collect();
     let jobs: Vec<(usize, &Mutant, &Bench)> = mutants
         .iter()
@@ -275,7 +290,7 @@ fn a_graph_that_is_not_broken_departs_nowhere() {
     for dialect in dialects() {
         let bench = Bench::new(dialect);
         for (number, kind) in [Kind::Folded, Kind::Slot, Kind::Bank, Kind::Gemma2].into_iter().enumerate() {
-            let (code, report, text) = bench.verify(number, kind, |model, _| model.clone());
+            let (code, report, text) = bench.verify(number, (kind, CASES), |model, _| model.clone());
             assert_eq!((code, &report["runs"][0]["departure"]), (0, &Value::Null), "{kind:?}: {text}");
         }
     }

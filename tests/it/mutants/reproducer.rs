@@ -6,7 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use super::graph::{insert, node, op};
-use super::{Bench, Dialect, Kind, dialects};
+use super::{Bench, CASES, Dialect, Kind, dialects};
 use prefold::onnx::{Model, TensorDef};
 
 /// Loads the tests of a folder as onnx's backend tests are loaded; the largest distance of what comes out from what should come.
@@ -57,7 +57,7 @@ fn a_reproducer_fails_in_other_runtimes_by_the_distance_of_the_report() {
     }
     for dialect in dialects() {
         let bench = Bench::new(dialect);
-        let (code, report, text) = bench.verify(0, Kind::Folded, slightly_more);
+        let (code, report, text) = bench.verify(0, (Kind::Folded, CASES), slightly_more);
         assert_eq!(code, 1, "{text}");
         let departure = &report["runs"][0]["departure"];
         assert_eq!((&departure["layer"], &departure["place"]), (&1.into(), &"term".into()), "{departure:#}");
