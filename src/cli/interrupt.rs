@@ -90,7 +90,7 @@ pub(super) fn leave_nothing_behind() -> Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("signals".into()).spawn(wait).into_diagnostic()?;
+    thread::Builder::new().name("signals".into()).spawn(wait).into_diagnostic()?;
     Ok(())
 }
 

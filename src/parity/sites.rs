@@ -77,8 +77,10 @@ impl Probe {
     fn run(&self, graph: &mut dyn Session, head_dim: usize) -> Result<Vec<(Range<usize>, NamedValues)>> {
         let (end, prompt) = (Self::SEQ, Self::SEQ - Self::PADDING);
         let branches = graph.inputs().iter().any(|port| port.name == BRANCH);
-        let calls = if branches { vec![0..prompt, prompt..end] } else { vec![0..end] };
-        let mut runs: Vec<(Range<usize>, NamedValues)> = Vec::with_capacity(calls.len());
+        let starts = if branches { vec![0, prompt] } else { vec![0] };
+        let ends = starts.iter().skip(1).copied().chain([end]);
+        let calls = starts.iter().zip(ends).map(|(start, end)| *start..end);
+        let mut runs: Vec<(Range<usize>, NamedValues)> = Vec::with_capacity(starts.len());
         for columns in calls {
             let before = runs.last().map(|(_, outputs)| outputs);
             let feeds = self.feeds(&*graph, &columns, before, head_dim)?;
