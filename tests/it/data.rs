@@ -150,7 +150,7 @@ fn wrong_options_of_the_data_are_told() {
 
     prefold::data::option × data option `holdout` is wrong: `x` is neither a count nor a fraction between 0 and 1 help: give a count or a fraction, as in "200" or "0.1"
 
-    prefold::data::mixed × t.jsonl:1: this is a text record, but the file began with messages records help: keep one layout in a data set; this one's is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    prefold::data::mixed × t.jsonl:1: this is a text record, but the options ask for messages records help: keep one layout in a data set; this one's is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
     × --model and --data are needed help: give them on the command line or in --config
     "#);

@@ -760,6 +760,7 @@ fn block(mask: Option<&ArrayD<f32>>, window: usize) -> Graph {
     for (name, values) in [("from", &[0, 0][..]), ("to", &[5, 5]), ("axes", &[2, 3])] {
         graph.constants.push(TensorDef::from_i64s(name, &[2], values));
     }
+    graph.constants.push(TensorDef::from_i64s("merged", &[3], &[0, 0, WIDTH as i64]));
     for (name, value) in [("first", 0), ("end", -1), ("last", 3)] {
         graph.constants.push(TensorDef::from_i64s(name, &[1], &[value]));
     }
@@ -784,7 +785,9 @@ fn block(mask: Option<&ArrayD<f32>>, window: usize) -> Graph {
         .node(node("Sub", &["joined", "most"], "shifted"))
         .node(node("Softmax", &["shifted"], "weights").attr_int("axis", -1))
         .node(node("Slice", &["weights", "first", "end", "last"], "kept"))
-        .node(node("MatMul", &["kept", "value"], "output"))
+        .node(node("MatMul", &["kept", "value"], "mixed"))
+        .node(node("Transpose", &["mixed"], "by_token").attr_ints("perm", &[0, 2, 1, 3]))
+        .node(node("Reshape", &["by_token", "merged"], "output"))
 }
 
 #[test]
