@@ -82,7 +82,12 @@ impl RunFolder {
                 remove(&entry.path());
             }
         }
-        Ok(Self { path: path.into(), created: false })
+        let folder = Self { path: path.into(), created: false };
+        if folder.checkpoints().is_empty() && path.join(WEIGHTS_NAME).exists() {
+            let path = path.display();
+            tracing::warn!("{path} holds a finished run and no checkpoint to go on from: it is trained from its start");
+        }
+        Ok(folder)
     }
 
     /// The folder as it is read by processes of a run that do not write: all but the first.
