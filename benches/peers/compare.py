@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--seq", type=int, nargs="+", default=[128])
     parser.add_argument("--labelled", type=float, nargs="+", default=[1.0, 0.25])
     parser.add_argument("--checkpoint-activations", action="store_true")
+    parser.add_argument("--offload-optimizer", action="store_true", help="prefold keeps the optimizer's moments in a file")
     parser.add_argument("--json", metavar="FILE", help="write all measurements there")
     arguments = parser.parse_args()
     results = []
@@ -42,10 +43,11 @@ def main():
             shape = ["--model", arguments.model, "--method", arguments.method, "--batch", str(arguments.batch)]
             shape += ["--seq", str(seq)]
             shape += ["--labelled", str(labelled), "--steps", str(arguments.steps), "--json"]
-            checkpoint = ["--checkpoint-activations"] if arguments.checkpoint_activations else []
+            saving = ["--checkpoint-activations"] if arguments.checkpoint_activations else []
+            saving += ["--offload-optimizer"] if arguments.offload_optimizer else []
             ours, theirs = [], []
             for _ in range(arguments.rounds):
-                ours.append(run([arguments.prefold, "bench", "train", *shape, *checkpoint]))
+                ours.append(run([arguments.prefold, "bench", "train", *shape, *saving]))
                 theirs.append(run([sys.executable, os.path.join(HERE, "torch_step.py"), *shape]))
             results.append({"seq": seq, "labelled": labelled, "prefold": ours, "pytorch": theirs})
             seconds = [statistics.median(r["median_seconds"] for r in runs) for runs in (ours, theirs)]

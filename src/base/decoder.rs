@@ -172,7 +172,7 @@ impl Decoder {
     }
 
     /// Whether gradients of what comes before the first layer are asked for.
-    pub(super) fn trains_embedding(&self) -> bool {
+    pub fn trains_embedding(&self) -> bool {
         let tables = [Some(&self.embedding), self.embedding_projection.as_ref(), self.positions.as_ref()];
         tables.into_iter().flatten().any(Tensor::track_op)
     }

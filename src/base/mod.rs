@@ -17,8 +17,8 @@ mod fused;
 mod gguf;
 mod hook;
 mod input;
+mod layerwise;
 pub mod ops;
-mod recompute;
 mod rewrite;
 mod rotary;
 mod safetensors;
@@ -40,7 +40,7 @@ pub use error::{Error, Result};
 pub use gguf::Gguf;
 pub use hook::{LinearMap, NoHook, Site, SiteHook};
 pub use input::Input;
-pub use recompute::CheckpointedPass;
+pub use layerwise::{Kept, LayerwisePass};
 pub use spec::{
     Activation, Attention, DecoderSpec, Embedding, Head, Layer, LearnedPositions, LongContext, Mlp, Norm, NormKind,
     QkNorm, QkNormOver, Rotary, Wiring,

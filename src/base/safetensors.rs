@@ -37,7 +37,14 @@ impl Shards {
             (false, false) => safetensors_in(folder)?,
         };
         if paths.is_empty() {
-            return Err(Error::NotACheckpoint { path: folder.into(), why: "it holds no *.safetensors file".into() });
+            let why = match pickle_in(folder)? {
+                Some(name) => format!(
+                    "its weights are in {name}, a pickle, which can run code when it is read; save them as safetensors: in Python, \
+                     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+                ),
+                None => "it holds no *.safetensors file".into(),
+            };
+            return Err(Error::NotACheckpoint { path: folder.into(), why });
         }
         Self::open_files(&paths)
     }
@@ -155,9 +162,41 @@ fn shards_of_index(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn safetensors_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    files_in(folder, |path| path.extension().is_some_and(|e| e == "safetensors"))
+}
+
+/// The first file of weights as PyTorch pickles them.
+fn pickle_in(folder: &Path) -> Result<Option<String>> {
+    let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
+    let is_pickle = |name: &str| {
+        [("pytorch_model", ".bin"), ("consolidated", ".pth")]
+            .iter()
+            .any(|(start, end)| name.starts_with(start) && name.ends_with(end))
+    };
+    let pickles = files_in(folder, |path| name(path).is_some_and(|name| is_pickle(&name)))?;
+    Ok(pickles.first().and_then(|path| name(path)))
+}
+
+fn files_in(folder: &Path, takes: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).map_err(files::Error::io("list", folder))?;
-    let mut paths: Vec<PathBuf> =
-        entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|path| takes(path)).collect();
     paths.sort();
     Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_of_pickled_weights_is_told_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = || Shards::open_folder(folder.path()).unwrap_err().to_string();
+        assert!(error().contains("it holds no *.safetensors file"), "{}", error());
+        for name in ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"] {
+            std::fs::write(folder.path().join(name), [0x80, 2]).unwrap();
+            assert!(error().contains(name) && error().contains("save_pretrained"), "{}", error());
+            std::fs::remove_file(folder.path().join(name)).unwrap();
+        }
+    }
 }

@@ -134,6 +134,9 @@ struct TrainingArgs {
     /// Keep only the inputs of layers for the backward pass: less memory, more time
     #[arg(long)]
     checkpoint_activations: bool,
+    /// Keep the optimizer's moments in a file of the run folder: less memory, more time
+    #[arg(long)]
+    offload_optimizer: bool,
     /// Type of the frozen model: f64, f32, bf16 or f16
     #[arg(long)]
     dtype: Option<ComputeType>,
@@ -234,6 +237,7 @@ impl Train {
             ("patience", json!(training.patience)),
             ("tensorboard", if training.tensorboard { json!(true) } else { Value::Null }),
             ("checkpoint_activations", if training.checkpoint_activations { json!(true) } else { Value::Null }),
+            ("offload_optimizer", if training.offload_optimizer { json!(true) } else { Value::Null }),
             ("dtype", json!(training.dtype)),
             ("device", json!(training.device)),
             ("tf32", if training.tf32 { json!(true) } else { Value::Null }),

@@ -1,16 +1,15 @@
 //! The state of a run on disk: adapter, optimizer, step, data cursor.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::control::Progress;
 use super::{AdamW, Error, Fingerprint, Result, TrainConfig};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::data::Cursor;
-use crate::files::{self, StagedFolder};
+use crate::files::{self, MappedFile, StagedFolder};
 
 /// The layout of checkpoints that this version writes and reads.
 const VERSION: u64 = 2;
@@ -57,7 +56,8 @@ struct StateFile {
 pub(super) struct Saved {
     pub(super) path: PathBuf,
     pub(super) adapter: Adapter,
-    pub(super) moments: HashMap<String, Tensor>,
+    /// What [`AdamW::save`] wrote.
+    pub(super) moments: MappedFile,
     pub(super) state: State,
 }
 
@@ -66,9 +66,7 @@ pub(super) fn write(target: &Path, adapter: &Adapter, optimizer: &AdamW, state: 
     let staged = StagedFolder::new(target, true)?;
     adapter.save(staged.path())?;
     let path = staged.path().join(OPTIMIZER_NAME);
-    let bytes = safetensors::serialize(optimizer.state(), None)
-        .map_err(|e| Error::Checkpoint { path: path.clone(), why: format!("cannot be serialised: {e}") })?;
-    std::fs::write(&path, bytes).map_err(files::Error::io("write", &path))?;
+    optimizer.save(&path).map_err(|why| Error::Checkpoint { path, why: format!("cannot be written: {why}") })?;
     let hash = |name: &str| Ok((name.to_owned(), files::sha256_file(&staged.path().join(name))?));
     let files = HASHED.into_iter().map(hash).collect::<Result<_>>()?;
     let file = StateFile { version: VERSION, files, state: state.clone() };
@@ -97,8 +95,7 @@ pub(super) fn read(path: &Path) -> Result<Saved> {
             return Err(damaged(format!("{name} is not what was written: its sha256 differs")));
         }
     }
-    let moments = candle_core::safetensors::load(path.join(OPTIMIZER_NAME), &Device::Cpu)
-        .map_err(|e| damaged(format!("{OPTIMIZER_NAME}: {e}")))?;
+    let moments = MappedFile::open(&path.join(OPTIMIZER_NAME)).map_err(|e| damaged(e.to_string()))?;
     let adapter = Adapter::open(path).map_err(|e| damaged(e.to_string()))?;
     Ok(Saved { path: path.into(), adapter, moments, state: file.state })
 }

@@ -49,6 +49,9 @@ pub struct TrainConfig {
     pub save_every: usize,
     /// Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more time.
     pub checkpoint_activations: bool,
+    /// Keep the optimizer's moments in a file of the run folder, which every step reads and writes, and not in memory: eight bytes less
+    /// for each trained number, the same result.
+    pub offload_optimizer: bool,
     /// How many checkpoints are kept, the newest ones; all where not given. The best one is kept apart.
     pub save_limit: Option<usize>,
     /// Which held-out figure says what the best adapter is; it is kept in `best/`. The loss where `patience` or
@@ -92,6 +95,7 @@ impl Default for TrainConfig {
             eval_by: EvalBy::Text,
             save_every: 100,
             checkpoint_activations: false,
+            offload_optimizer: false,
             save_limit: None,
             best_by: None,
             load_best_at_end: false,

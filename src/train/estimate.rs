@@ -16,10 +16,10 @@ use activations::Activations;
 /// ```text
 /// weights      P · b                     none with full fine-tuning, whose weights are the adapter, unless by DPO
 /// adapter      A · 4 · 2                 float32: at the start, and as it is trained; of full fine-tuning the latter
-/// optimizer    A · 4 · 2                 two moments; A · 4 more for the sum over micro-batches
+/// optimizer    A · 4 · 2                 two moments, none of them offloaded; A · 4 more for the sum over micro-batches
 /// activations  see `activations.rs`: what the backward pass needs, its temporaries with the gradient, and logits
 /// evaluation   the temporaries of one layer and the logits, at four times the rows
-/// saving       A · 4 · 2                 a checkpoint's moments before they are written
+/// saving       A · 4                     a checkpoint's adapter before it is written
 /// ```
 ///
 /// The last three do not exist at the same time: the largest counts. To it is added what the allocator holds back, since freed
@@ -71,7 +71,8 @@ impl MemoryEstimate {
         let is_full = matches!(adapter.method, Method::Full(_));
         let holds_base = !is_full || config.objective == ObjectiveKind::Dpo;
         let number = config.dtype.bytes();
-        let sums = if config.gradient_accumulation > 1 { 3 } else { 2 };
+        let moments = if config.offload_optimizer { 0 } else { 2 };
+        let sums = moments + u64::from(config.gradient_accumulation > 1);
         let activations = Activations::new(spec, adapter, config);
         let mut estimate = Self {
             process,
@@ -80,7 +81,7 @@ impl MemoryEstimate {
             optimizer: adapted * 4 * sums,
             activations: activations.training(training),
             evaluation: activations.evaluation(evaluation),
-            saving: adapted * 4 * 2,
+            saving: adapted * 4,
             peak: 0,
         };
         let passing = estimate.activations.max(estimate.evaluation).max(estimate.saving);

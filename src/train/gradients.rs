@@ -7,7 +7,7 @@ use candle_core::{Tensor, Var};
 use super::optimizer::accumulate;
 use super::{BatchLoss, Error, Models, Objective, Result, batch_input};
 use crate::base::ops::backward;
-use crate::base::{CheckpointedPass, SiteHook};
+use crate::base::{Kept, LayerwisePass, SiteHook};
 use crate::data::Batch;
 
 /// What gradients are taken of, and how.
@@ -36,16 +36,22 @@ pub fn batch_gradients(
 ) -> Result<BatchLoss> {
     let input = batch_input(batch)?;
     let scaled = |loss: &BatchLoss| (&loss.sum * factor).map_err(Error::candle("computing the loss"));
-    let mut loss = if of.checkpoint_activations {
-        let pass = CheckpointedPass::forward(of.models.trained, &input, of.hook)?;
+    // gradients as large as the model are wanted in the place of what the layers keep
+    let kept = match (of.checkpoint_activations, of.models.trained.trains_embedding()) {
+        (true, _) => Some(Kept::Inputs),
+        (false, true) => Some(Kept::Graphs),
+        (false, false) => None,
+    };
+    let mut loss = if let Some(kept) = kept {
+        let pass = LayerwisePass::forward(of.models.trained, &input, of.hook, kept)?;
         let loss = of.objective.loss(of.models, &pass.hidden_states()?, batch)?;
-        pass.backward(&scaled(&loss)?, &mut |store| accumulate(gradients, of.vars, store))?;
+        pass.backward(&scaled(&loss)?, &mut |found| accumulate(gradients, of.vars, found))?;
         loss
     } else {
         let hidden = of.models.trained.hidden_states(&input, None, of.hook)?;
         let loss = of.objective.loss(of.models, &hidden, batch)?;
-        let store = backward(&scaled(&loss)?).map_err(Error::candle("computing gradients"))?;
-        accumulate(gradients, of.vars, &store).map_err(Error::candle("adding gradients"))?;
+        let found = backward(&scaled(&loss)?).map_err(Error::candle("computing gradients"))?;
+        accumulate(gradients, of.vars, &found).map_err(Error::candle("adding gradients"))?;
         loss
     };
     // the number is all that is wanted of it: its graph would hold every activation

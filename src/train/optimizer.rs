@@ -1,12 +1,18 @@
 //! AdamW (arXiv 1711.05101, Algorithm 2) with float32 moments that can be saved.
 
-use std::collections::BTreeMap;
+mod moments;
 
-use candle_core::backprop::GradStore;
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor, Var};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::base::ops::Gradients;
+use crate::files::{self, MappedFile};
+use moments::Moments;
 
 /// The optimizer's constants.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -33,25 +39,26 @@ impl Default for AdamWConfig {
 pub struct AdamW {
     config: AdamWConfig,
     vars: BTreeMap<String, Var>,
-    /// First and second moment of each variable, float32.
-    moments: BTreeMap<String, (Tensor, Tensor)>,
+    moments: Moments,
     steps: usize,
 }
 
 impl AdamW {
-    /// An optimizer at its start.
+    /// An optimizer at its start, with its moments where the variables are.
     ///
     /// # Errors
     /// When the device cannot hold the moments.
     pub fn new(config: AdamWConfig, vars: BTreeMap<String, Var>) -> Result<Self> {
-        let moments = vars
-            .iter()
-            .map(|(name, var)| {
-                // each is changed where it lies
-                let zeros = || Tensor::zeros(var.shape(), DType::F32, var.device());
-                Ok((name.clone(), (zeros()?, zeros()?)))
-            })
-            .collect::<Result<_>>()?;
+        let moments = Moments::held(&vars)?;
+        Ok(Self { config, vars, moments, steps: 0 })
+    }
+
+    /// An optimizer at its start, with its moments in a file in `folder` that is gone with the process.
+    ///
+    /// # Errors
+    /// When the file cannot be created.
+    pub fn offloaded(config: AdamWConfig, vars: BTreeMap<String, Var>, folder: &Path) -> files::Result<Self> {
+        let moments = Moments::offloaded(&vars, folder)?;
         Ok(Self { config, vars, moments, steps: 0 })
     }
 
@@ -60,20 +67,21 @@ impl AdamW {
         &self.vars
     }
 
-    /// One step along float32 gradients by variable name.
+    /// One step along float32 gradients by variable name, each of which is given up once its variable has moved.
     ///
     /// # Errors
-    /// When a gradient has another shape than its variable.
-    pub fn step(&mut self, gradients: &BTreeMap<String, Tensor>, rate: f64) -> Result<()> {
+    /// When a gradient has another shape than its variable, or a file of moments cannot be read or written.
+    pub fn step(&mut self, mut gradients: BTreeMap<String, Tensor>, rate: f64) -> Result<()> {
         self.steps += 1;
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         let correction1 = 1.0 - beta1.powi(self.steps as i32);
         let correction2 = 1.0 - beta2.powi(self.steps as i32);
+        let decays = [Decay::new(beta1, |g| g), Decay::new(beta2, |g| g * g)];
+        let mut freed = 0;
         for (name, var) in &self.vars {
-            let (Some(gradient), Some((first, second))) = (gradients.get(name), self.moments.get_mut(name)) else {
-                continue;
-            };
+            let Some(gradient) = gradients.remove(name) else { continue };
             let gradient = gradient.contiguous()?;
+            freed += gradient.elem_count() * size_of::<f32>();
             let decay = if var.rank() > 1 { weight_decay } else { 0.0 };
             let update = Update {
                 keep: (1.0 - rate * decay) as f32,
@@ -81,6 +89,14 @@ impl AdamW {
                 root: correction2.sqrt().recip() as f32,
                 epsilon: epsilon as f32,
             };
+            let moments = match &mut self.moments {
+                Moments::Held(moments) => moments,
+                Moments::Offloaded(moments) => {
+                    moments.step((name, var), &gradient, &decays, &update)?;
+                    continue;
+                }
+            };
+            let Some([first, second]) = moments.get_mut(name) else { continue };
             if !is_in_place(var) {
                 *first = decayed(first, &gradient, beta1)?;
                 *second = decayed(second, &gradient.sqr()?, beta2)?;
@@ -88,8 +104,8 @@ impl AdamW {
                 var.set(&value.to_dtype(var.dtype())?)?;
                 continue;
             }
-            first.inplace_op2(&gradient, &Decay::new(beta1, |g| g))?;
-            second.inplace_op2(&gradient, &Decay::new(beta2, |g| g * g))?;
+            first.inplace_op2(&gradient, &decays[0])?;
+            second.inplace_op2(&gradient, &decays[1])?;
             if var.dtype() == DType::F32 {
                 var.as_tensor().inplace_op3(first, second, &update)?;
             } else {
@@ -98,33 +114,39 @@ impl AdamW {
                 var.set(&value.to_dtype(var.dtype())?)?;
             }
         }
+        if freed >= LARGE {
+            give_back_free_pages();
+        }
         Ok(())
     }
 
-    /// The moments as named tensors, `{name}.first` and `{name}.second`; the next step changes them where they are.
-    pub fn state(&self) -> BTreeMap<String, Tensor> {
-        self.moments
-            .iter()
-            .flat_map(|(name, (first, second))| {
-                [(format!("{name}.first"), first.clone()), (format!("{name}.second"), second.clone())]
-            })
-            .collect()
+    /// Writes the moments to a safetensors file, `{name}.first` and `{name}.second` of each variable.
+    ///
+    /// # Errors
+    /// Says why it cannot be written.
+    pub(super) fn save(&self, path: &Path) -> std::result::Result<(), String> {
+        self.moments.save(path)
     }
 
-    /// Puts back what [`state`](Self::state) gave after `steps` steps. `None` when a tensor is missing or misshapen.
-    pub fn restore(&mut self, state: &std::collections::HashMap<String, Tensor>, steps: usize) -> Option<()> {
-        for (name, (first, second)) in &mut self.moments {
-            for (suffix, moment) in [("first", first), ("second", second)] {
-                let saved = state.get(&format!("{name}.{suffix}"))?;
-                if saved.shape() != moment.shape() || saved.dtype() != DType::F32 {
-                    return None;
-                }
-                *moment = saved.to_device(moment.device()).ok()?;
-            }
-        }
+    /// Goes on from what [`save`](Self::save) wrote after `steps` steps.
+    ///
+    /// # Errors
+    /// Says which tensor is missing or misshapen.
+    pub(super) fn restore(&mut self, saved: &MappedFile, steps: usize) -> std::result::Result<(), String> {
+        self.moments.restore(saved)?;
         self.steps = steps;
-        Some(())
+        Ok(())
     }
+}
+
+/// Bytes of gradients whose pages the next step had better take anew: its activations would be spread over them.
+const LARGE: usize = 1 << 26;
+
+/// Gives the pages that are free now back to the system, where the program's allocator is mimalloc.
+#[allow(unsafe_code)]
+fn give_back_free_pages() {
+    // SAFETY: it touches nothing that is in use, and may be called by any thread at any time.
+    unsafe { libmimalloc_sys::mi_collect(true) }
 }
 
 /// Whether numbers are changed where they are: on the CPU.
@@ -167,6 +189,12 @@ impl Decay {
     fn new(beta: f64, of: fn(f32) -> f32) -> Self {
         Self { keep: beta as f32, take: (1.0 - beta) as f32, of }
     }
+
+    fn apply(&self, moment: &mut [f32], gradient: &[f32]) {
+        for (m, g) in moment.iter_mut().zip(gradient) {
+            *m = self.keep * *m + self.take * (self.of)(*g);
+        }
+    }
 }
 
 impl InplaceOp2 for Decay {
@@ -176,11 +204,8 @@ impl InplaceOp2 for Decay {
 
     fn cpu_fwd(&self, moment: &mut CpuStorage, lm: &Layout, gradient: &CpuStorage, lg: &Layout) -> Result<()> {
         let (moment, gradient) = (floats_mut(moment, lm)?, floats(gradient, lg)?);
-        moment.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).for_each(|(moment, gradient)| {
-            for (m, g) in moment.iter_mut().zip(gradient) {
-                *m = self.keep * *m + self.take * (self.of)(*g);
-            }
-        });
+        let chunks = moment.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
+        chunks.for_each(|(moment, gradient)| self.apply(moment, gradient));
         Ok(())
     }
 }
@@ -194,6 +219,12 @@ struct Update {
 }
 
 impl Update {
+    fn apply(&self, value: &mut [f32], first: &[f32], second: &[f32]) {
+        for ((x, m), v) in value.iter_mut().zip(first).zip(second) {
+            *x = self.keep * *x - self.rate * *m / (self.root * v.sqrt() + self.epsilon);
+        }
+    }
+
     /// The new value, as a tensor of its own.
     fn composed(&self, value: &Tensor, first: &Tensor, second: &Tensor) -> Result<Tensor> {
         let [keep, rate, root, epsilon] = [self.keep, self.rate, self.root, self.epsilon].map(f64::from);
@@ -218,11 +249,8 @@ impl InplaceOp3 for Update {
     ) -> Result<()> {
         let (value, first, second) = (floats_mut(value, lx)?, floats(first, lm)?, floats(second, lv)?);
         let moments = first.par_chunks(CHUNK).zip(second.par_chunks(CHUNK));
-        value.par_chunks_mut(CHUNK).zip(moments).for_each(|(value, (first, second))| {
-            for ((x, m), v) in value.iter_mut().zip(first).zip(second) {
-                *x = self.keep * *x - self.rate * *m / (self.root * v.sqrt() + self.epsilon);
-            }
-        });
+        let chunks = value.par_chunks_mut(CHUNK).zip(moments);
+        chunks.for_each(|(value, (first, second))| self.apply(value, first, second));
         Ok(())
     }
 }
@@ -264,28 +292,38 @@ impl InplaceOp2 for Add {
 pub(super) fn accumulate(
     gathered: &mut BTreeMap<String, Tensor>,
     vars: &BTreeMap<String, Var>,
-    gradients: &GradStore,
+    found: &Gradients,
 ) -> Result<()> {
     for (name, var) in vars {
-        let Some(gradient) = gradients.get(var) else { continue };
-        // a gradient remembers the activations that it was computed from, and whatever sums it would keep them alive
-        let gradient = gradient.detach().to_dtype(DType::F32)?.contiguous()?;
-        match gathered.get(name) {
-            Some(so_far) if so_far.shape() == gradient.shape() && is_in_place(so_far) => {
-                so_far.inplace_op2(&gradient, &Add)?;
-            }
-            Some(so_far) if so_far.shape() == gradient.shape() => {
-                let sum = (so_far + gradient)?;
-                gathered.insert(name.clone(), sum);
-            }
-            Some(so_far) => {
-                candle_core::bail!("gradients of {name} are {:?} and {:?}", so_far.shape(), gradient.shape())
-            }
-            None => {
-                gathered.insert(name.clone(), gradient);
+        if let Some(gradient) = found.store.get(var) {
+            gather(gathered, name, gradient)?;
+        }
+        for rows in found.rows.iter().filter(|rows| rows.is_of(var)) {
+            match gathered.get(name).filter(|sum| is_in_place(sum) && sum.dtype() == var.dtype()) {
+                Some(sum) => rows.add_to(sum)?,
+                None => {
+                    let alone = var.zeros_like()?;
+                    rows.add_to(&alone)?;
+                    gather(gathered, name, &alone)?;
+                }
             }
         }
     }
+    Ok(())
+}
+
+fn gather(gathered: &mut BTreeMap<String, Tensor>, name: &str, gradient: &Tensor) -> Result<()> {
+    // a gradient remembers the activations that it was computed from, and whatever sums it would keep them alive
+    let gradient = gradient.detach().to_dtype(DType::F32)?.contiguous()?;
+    let sum = match gathered.get(name) {
+        Some(so_far) if so_far.shape() != gradient.shape() => {
+            candle_core::bail!("gradients of {name} are {:?} and {:?}", so_far.shape(), gradient.shape())
+        }
+        Some(so_far) if is_in_place(so_far) => return so_far.inplace_op2(&gradient, &Add),
+        Some(so_far) => (so_far + gradient)?,
+        None => gradient,
+    };
+    gathered.insert(name.to_owned(), sum);
     Ok(())
 }
 
@@ -355,7 +393,7 @@ mod tests {
         let (mut m, mut v) = ([0f64; 2], [0f64; 2]);
         for t in 1..=3 {
             let gradient = (var.as_tensor() * 2.0).unwrap();
-            optimizer.step(&BTreeMap::from([("x".to_owned(), gradient)]), 0.1).unwrap();
+            optimizer.step(BTreeMap::from([("x".to_owned(), gradient)]), 0.1).unwrap();
             for i in 0..2 {
                 let g = 2.0 * expected[i];
                 m[i] = 0.9 * m[i] + 0.1 * g;
@@ -385,6 +423,52 @@ mod tests {
             let difference = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
             assert!(difference.to_scalar::<f32>().unwrap() < 1e-6);
         }
+    }
+
+    /// Moments in a file are those in memory to the bit, in numbers and when they are saved and taken over by either.
+    #[test]
+    fn offloaded_moments_are_those_in_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let start: Vec<f32> = (0..200_000).map(|i| (i as f32 * 0.37).sin()).collect();
+        let vars = |dtype: DType| {
+            let large = Tensor::from_slice(&start, (400, 500), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let small = Tensor::new(&[1f32, -2.0], &Device::Cpu).unwrap();
+            let var = |tensor: &Tensor| Var::from_tensor(tensor).unwrap();
+            BTreeMap::from([("large".to_owned(), var(&large)), ("small".to_owned(), var(&small))])
+        };
+        let config = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
+        let saved = |optimizer: &AdamW, name: &str| {
+            let path = folder.path().join(name);
+            optimizer.save(&path).unwrap();
+            path
+        };
+        let numbers = |optimizer: &AdamW| -> Vec<Vec<f32>> {
+            let numbers = |var: &Var| var.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap();
+            optimizer.vars().values().map(numbers).collect()
+        };
+        for dtype in [DType::F32, DType::BF16] {
+            let mut held = AdamW::new(config, vars(dtype)).unwrap();
+            let mut offloaded = AdamW::offloaded(config, vars(dtype), folder.path()).unwrap();
+            for turn in 0..3 {
+                for optimizer in [&mut held, &mut offloaded] {
+                    let gradient = |var: &Var| (var.as_detached_tensor().to_dtype(DType::F32).unwrap() * 2.0).unwrap();
+                    let gradients = optimizer.vars().iter().map(|(name, var)| (name.clone(), gradient(var))).collect();
+                    optimizer.step(gradients, 0.1).unwrap();
+                }
+                assert_eq!(numbers(&held), numbers(&offloaded), "{dtype:?}, {turn}");
+                let (from_memory, from_file) = (saved(&held, "held"), saved(&offloaded, "offloaded"));
+                assert_eq!(std::fs::read(&from_memory).unwrap(), std::fs::read(&from_file).unwrap());
+                // each goes on from what the other wrote
+                held.restore(&MappedFile::open(&from_file).unwrap(), turn + 1).unwrap();
+                offloaded.restore(&MappedFile::open(&from_memory).unwrap(), turn + 1).unwrap();
+            }
+        }
+        let other = BTreeMap::from([("small".to_owned(), Var::zeros(3, DType::F32, &Device::Cpu).unwrap())]);
+        let mut other = AdamW::offloaded(config, other, folder.path()).unwrap();
+        let why = other.restore(&MappedFile::open(&folder.path().join("held")).unwrap(), 1).unwrap_err();
+        assert!(why.contains("small.first is F32 [2]"), "{why}");
+        drop((other, std::fs::remove_file(folder.path().join("held"))));
+        assert!(AdamW::offloaded(config, BTreeMap::new(), &folder.path().join("absent")).is_err());
     }
 
     #[test]

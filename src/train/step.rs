@@ -83,7 +83,7 @@ impl Trainer<'_> {
             return Err(self.diverged(step, "smoothed loss", smoothed));
         }
         let learning_rate = self.schedule.rate(step);
-        self.optimizer.step(&gradients, learning_rate).map_err(Error::candle("updating the adapter"))?;
+        self.optimizer.step(gradients, learning_rate).map_err(Error::candle("updating the adapter"))?;
         Ok(StepReport {
             step: step + 1,
             loss,

@@ -161,13 +161,16 @@ impl<'a> Trainer<'a> {
         let (adapter, vars) = start_from.trainable(DType::F32, decoder.device())?;
         let hook = adapter.hook(decoder.spec(), decoder.device())?;
         let own = adapter.decoder(decoder.spec(), decoder.dtype())?;
-        let mut optimizer = AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?;
+        let mut optimizer = match config.offload_optimizer {
+            true => AdamW::offloaded(config.adamw, vars, folder.path())?,
+            false => AdamW::new(config.adamw, vars).map_err(Error::candle("making the optimizer"))?,
+        };
         let (mut start, mut cursor, mut progress) = (0, Cursor::default(), Progress::default());
         let resumed = saved.is_some();
         if let Some(Saved { path, moments, state, .. }) = saved {
             (start, cursor, progress) = (state.step, state.cursor, state.progress);
-            if optimizer.restore(&moments, start).is_none() {
-                let why = "its optimizer state does not fit the adapter".into();
+            if let Err(why) = optimizer.restore(&moments, start) {
+                let why = format!("its optimizer state does not fit the adapter: {why}");
                 return Err(Error::Checkpoint { path, why });
             }
         }
@@ -460,4 +463,5 @@ fn check_processes(saved: &Saved, processes: usize) -> Result<()> {
 
 /// Options that change when something is written or measured, and where it is computed, not what. Those of the evaluation decide what is
 /// computed where the best adapter is looked for.
-const PACE_ONLY: [&str; 6] = ["eval_every", "eval_by", "save_every", "save_limit", "tensorboard", "device"];
+const PACE_ONLY: [&str; 7] =
+    ["eval_every", "eval_by", "save_every", "save_limit", "offload_optimizer", "tensorboard", "device"];

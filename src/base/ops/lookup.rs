@@ -2,9 +2,9 @@
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
 
-use super::held::{Held, is_held, numbers, tensor};
+use super::held::{Held, is_held, numbers};
 use super::real::Real;
-use super::trained::gather;
+use super::trained::{RowGradient, gather};
 
 /// Rows of `table`, `[rows, width]` → `[ids, width]`.
 ///
@@ -36,18 +36,11 @@ impl Lookup {
 
     fn gradient<T: Real + WithDType>(&self, table: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let held = Held::of(grad)?;
-        let (grad, width) = (held.numbers::<T>()?, table.dim(1)?.max(1));
-        let add = |sums: &mut [T]| {
-            for (id, grad) in self.ids.iter().zip(grad.chunks_exact(width)) {
-                sums[*id as usize * width..][..width].iter_mut().zip(grad).for_each(|(sum, g)| *sum += *g);
-            }
-        };
-        if gather(table, add)? {
-            return Ok(None);
-        }
-        let mut sums = vec![T::zero(); table.elem_count()];
-        add(&mut sums);
-        tensor(sums, table.shape()).map(Some)
+        let rows = RowGradient::new(table, &self.ids, held.numbers::<T>()?);
+        let Some(rows) = gather(table, rows) else { return Ok(None) };
+        let sum = table.zeros_like()?;
+        rows.add_to(&sum)?;
+        Ok(Some(sum))
     }
 }
 
@@ -80,7 +73,7 @@ mod tests {
     use candle_core::Var;
 
     use super::super::testing::{check_gradient, max_difference, numbers};
-    use super::super::{backward, linear};
+    use super::super::{Gradients, backward, linear};
     use super::*;
 
     #[test]
@@ -90,13 +83,24 @@ mod tests {
         let var = Var::from_tensor(&table).unwrap();
         let tied = |table: &Tensor| linear(&lookup(table, &ids)?, table, None);
         check_gradient(&table, tied);
+        // what is found of a table in any of the two forms
+        let found = |gradients: &Gradients, var: &Var| {
+            let sum = gradients.store.get(var).map_or_else(|| var.zeros_like().unwrap(), |sum| sum.copy().unwrap());
+            gradients.rows.iter().filter(|rows| rows.is_of(var)).for_each(|rows| rows.add_to(&sum).unwrap());
+            sum
+        };
         let loss = || tied(var.as_tensor()).unwrap().sqr().unwrap().sum_all().unwrap();
         let (plain, gathered) = (loss().backward().unwrap(), backward(&loss()).unwrap());
-        assert!(max_difference(plain.get(&var).unwrap(), gathered.get(&var).unwrap()) < 1e-13);
+        assert!(max_difference(plain.get(&var).unwrap(), &found(&gathered, &var)) < 1e-13);
         // where candle's own operations read the variable too
         let both = || (loss() + var.as_tensor().sqr().unwrap().sum_all().unwrap()).unwrap();
         let (plain, gathered) = (both().backward().unwrap(), backward(&both()).unwrap());
-        assert!(max_difference(plain.get(&var).unwrap(), gathered.get(&var).unwrap()) < 1e-13);
+        assert!(max_difference(plain.get(&var).unwrap(), &found(&gathered, &var)) < 1e-13);
+        // where nothing but the lookup reads it
+        let alone = || lookup(var.as_tensor(), &ids).unwrap().sqr().unwrap().sum_all().unwrap();
+        let (plain, gathered) = (alone().backward().unwrap(), backward(&alone()).unwrap());
+        assert!(gathered.store.get(&var).is_none() && gathered.rows.len() == 1);
+        assert!(max_difference(plain.get(&var).unwrap(), &found(&gathered, &var)) < 1e-13);
         assert!(lookup(var.as_tensor(), &[5]).is_err());
     }
 }

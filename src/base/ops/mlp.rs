@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Module, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Module, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::NormWeights;
@@ -79,7 +79,9 @@ impl GatedMlp {
         let maps = [&self.gate, &self.up, &self.down].into_iter().flat_map(InnerMap::tensors);
         let trained = Trained::of(norm.into_iter().flat_map(NormWeights::tensors).chain(maps))?;
         let token = trained.token().cloned();
-        let kept = (x.track_op() || token.is_some()).then(|| Mutex::new(None));
+        // beside moments of as many numbers as the weights have, two products more cost little
+        let is_full = [&self.gate, &self.up, &self.down].iter().any(|map| map.weight.track_op());
+        let kept = (!is_full && (x.track_op() || token.is_some())).then(|| Mutex::new(None));
         let (x, op) = (x.contiguous()?, FusedMlp { mlp: self.clone(), block, kept, trained });
         match token {
             Some(token) => x.apply_op2(&token, op),
@@ -179,7 +181,7 @@ fn gate_gradient<T: Real>(activation: impl Fn(T) -> (T, T), gated: &mut [T], rai
 struct FusedMlp {
     mlp: GatedMlp,
     block: Option<MlpBlock>,
-    /// Outputs of gate and up, where the backward pass will ask for them.
+    /// Outputs of gate and up, where the backward pass will ask for them; it computes them again where the matrices are trained.
     kept: Option<Mutex<Option<[CpuStorage; 2]>>>,
     trained: Trained,
 }
@@ -192,20 +194,26 @@ impl FusedMlp {
         T::of(self.block.as_ref().map_or(1.0, |block| block.scale))
     }
 
-    fn forward<T: Real + WithDType>(&self, x: &[T]) -> Result<Vec<T>> {
+    /// Outputs of gate and up.
+    fn inner<T: Real + WithDType>(&self, x: &[T]) -> Result<[Vec<T>; 2]> {
         let (width, inner_width) = self.mlp.gate.widths()?;
         let normed = self.block.as_ref().map(|block| block.norm.rows(x)).transpose()?;
         let input = normed.as_deref().unwrap_or(x);
-        let zeros = || vec![T::zero(); x.len() / width.max(1) * inner_width];
-        let (mut gated, mut raised) = (zeros(), zeros());
-        self.mlp.gate.apply(input, (&mut gated, inner_width), false, T::one())?;
-        self.mlp.up.apply(input, (&mut raised, inner_width), false, T::one())?;
-        drop(normed);
+        let mut both = [(); 2].map(|()| vec![T::zero(); x.len() / width.max(1) * inner_width]);
+        for (map, target) in [&self.mlp.gate, &self.mlp.up].into_iter().zip(&mut both) {
+            map.apply(input, (target, inner_width), false, T::one())?;
+        }
+        Ok(both)
+    }
+
+    fn forward<T: Real + WithDType>(&self, x: &[T]) -> Result<Vec<T>> {
+        let (width, _) = self.mlp.gate.widths()?;
+        let [mut gated, raised] = self.inner(x)?;
         let mut out = if self.block.is_some() { x.to_vec() } else { vec![T::zero(); x.len()] };
         let keep = self.block.is_some();
         match &self.kept {
             Some(slot) => {
-                let mut inner = zeros();
+                let mut inner = vec![T::zero(); gated.len()];
                 self.gates(&mut inner, &gated, &raised);
                 self.mlp.down.apply(&inner, (&mut out, width), keep, self.scale())?;
                 let kept = [T::to_cpu_storage_owned(gated), T::to_cpu_storage_owned(raised)];
@@ -249,19 +257,23 @@ impl FusedMlp {
         }
     }
 
-    /// The gradient of `x`, where it is asked for; takes what the forward pass kept.
-    fn backward<T: Real + WithDType>(
-        &self,
-        x: &Tensor,
-        grad: &Tensor,
-        mut gated: Vec<T>,
-        mut raised: Vec<T>,
-    ) -> Result<Option<Tensor>> {
+    /// The gradient of `x`, where it is asked for.
+    fn backward<T: Real + WithDType>(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let GatedMlp { gate, up, down, .. } = &self.mlp;
         let (width, inner_width) = gate.widths()?;
         let (held, grad) = (Held::of(x)?, Held::of(grad)?);
         let (x_rows, grad): (&[T], &[T]) = (held.numbers()?, grad.numbers()?);
         let grad_rows = Rows::dense(grad, width);
+        let [mut gated, mut raised] = match &self.kept {
+            Some(slot) => {
+                let kept = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let Some([gated, raised]) = kept else {
+                    candle_core::bail!("gated-mlp: its forward pass kept nothing")
+                };
+                [T::cpu_storage_data(gated)?, T::cpu_storage_data(raised)?]
+            }
+            None => self.inner(x_rows)?,
+        };
         let mut inner = vec![T::zero(); gated.len()];
         if down.is_trained() {
             self.gates(&mut inner, &gated, &raised);
@@ -313,12 +325,10 @@ impl FusedMlp {
     }
 
     fn run_backward(&self, x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let kept = self.kept.as_ref().and_then(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner).take());
         let grad = grad.contiguous()?;
-        match kept {
-            Some([CpuStorage::F32(gated), CpuStorage::F32(raised)]) => self.backward(x, &grad, gated, raised),
-            Some([CpuStorage::F64(gated), CpuStorage::F64(raised)]) => self.backward(x, &grad, gated, raised),
-            _ => candle_core::bail!("gated-mlp: its forward pass kept nothing"),
+        match x.dtype() {
+            DType::F64 => self.backward::<f64>(x, &grad),
+            _ => self.backward::<f32>(x, &grad),
         }
     }
 }

@@ -41,7 +41,7 @@ pub use mlp::{GatedMlp, MlpBlock, gated};
 pub use norm::NormWeights;
 pub use projection::{OutputProjection, QkvProjection, Rotation};
 pub use rope::rope;
-pub use trained::backward;
+pub use trained::{Gradients, RowGradient, backward};
 
 #[cfg(test)]
 mod testing;

@@ -1,6 +1,5 @@
 //! The numbers that operations compute in, and loops that the processor's widest vectors run.
 
-use candle_core::CpuStorage;
 use num_traits::Float;
 
 /// A float type to compute in.
@@ -15,9 +14,6 @@ pub(super) trait Real:
 
     /// `exp(x)`; in float32 within two units in the last place, by operations that vectorise, and 0 below −87.
     fn fast_exp(self) -> Self;
-
-    /// The numbers of a tensor of this type.
-    fn of_storage(storage: &mut CpuStorage) -> Option<&mut Vec<Self>>;
 }
 
 impl Real for f32 {
@@ -51,10 +47,6 @@ impl Real for f32 {
         let scale = Self::from_bits(exponent << 23);
         if x < -87.0 { 0.0 } else { sum * scale }
     }
-
-    fn of_storage(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::F32(values) = storage { Some(values) } else { None }
-    }
 }
 
 impl Real for f64 {
@@ -71,10 +63,6 @@ impl Real for f64 {
     #[inline(always)]
     fn fast_exp(self) -> Self {
         self.exp()
-    }
-
-    fn of_storage(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::F64(values) = storage { Some(values) } else { None }
     }
 }
 

@@ -10,26 +10,26 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, TensorId, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp1, Layout, Result, Shape, Tensor, TensorId, WithDType};
 use rayon::prelude::*;
 
 use super::held::tensor;
 use super::real::Real;
 
-type Gradients = Arc<Mutex<HashMap<TensorId, CpuStorage>>>;
+type Left = Arc<Mutex<HashMap<TensorId, CpuStorage>>>;
 
 /// What of an operation's tensors is trained.
 #[derive(Debug, Default)]
 pub(super) struct Trained {
     /// The number that depends on all of it; none where nothing is trained.
     token: Option<Tensor>,
-    gradients: Gradients,
+    gradients: Left,
 }
 
 impl Trained {
     /// Of these tensors, those that are tracked.
     pub(super) fn of<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Self> {
-        let gradients = Gradients::default();
+        let gradients = Left::default();
         let mut token: Option<Tensor> = None;
         for trained in tensors.into_iter().filter(|tensor| tensor.track_op()) {
             let link = Link { gradients: gradients.clone() };
@@ -91,18 +91,97 @@ thread_local! {
     static VARIABLES: RefCell<Option<Variables>> = const { RefCell::new(None) };
 }
 
-type Variables = HashMap<TensorId, (CpuStorage, Shape)>;
+#[derive(Default)]
+struct Variables {
+    whole: HashMap<TensorId, (CpuStorage, Shape)>,
+    rows: Vec<RowGradient>,
+}
+
+/// What a [`backward`] found.
+pub struct Gradients {
+    /// Gradients by tensor.
+    pub store: GradStore,
+    /// Gradients of tables that have none in the store.
+    pub rows: Vec<RowGradient>,
+}
+
+/// The gradient of some rows of a table; that of the others is zero.
+pub struct RowGradient {
+    table: TensorId,
+    /// Which rows; one that is named twice has the sum of both.
+    ids: Vec<u32>,
+    /// `[ids, width]`.
+    gradient: CpuStorage,
+}
+
+impl RowGradient {
+    pub(super) fn new<T: Real + WithDType>(table: &Tensor, ids: &[u32], gradient: &[T]) -> Self {
+        Self { table: table.id(), ids: ids.to_vec(), gradient: T::to_cpu_storage_owned(gradient.to_vec()) }
+    }
+
+    /// Whether it is of this table.
+    pub fn is_of(&self, table: &Tensor) -> bool {
+        self.table == table.id()
+    }
+
+    /// Adds it to a contiguous tensor of the table's shape on the CPU, where that lies.
+    ///
+    /// # Errors
+    /// When the tensor is another.
+    pub fn add_to(&self, sum: &Tensor) -> Result<()> {
+        sum.inplace_op1(self)
+    }
+
+    fn add<T: Real + WithDType>(&self, sum: &mut [T], width: usize) -> Result<()> {
+        let gradient = T::cpu_storage_as_slice(&self.gradient)?;
+        for (id, gradient) in self.ids.iter().zip(gradient.chunks_exact(width.max(1))) {
+            let start = *id as usize * width;
+            let Some(row) = sum.get_mut(start..start + width) else { candle_core::bail!("there is no row {id}") };
+            row.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += *g);
+        }
+        Ok(())
+    }
+
+    fn add_to_storage(&self, sum: &mut CpuStorage, shape: &Shape) -> Result<()> {
+        let (_, width) = shape.dims2()?;
+        match sum {
+            CpuStorage::F32(sum) => self.add(sum, width),
+            CpuStorage::F64(sum) => self.add(sum, width),
+            _ => candle_core::bail!("a gradient is neither float32 nor float64"),
+        }
+    }
+}
+
+impl InplaceOp1 for RowGradient {
+    fn name(&self) -> &'static str {
+        "add-rows"
+    }
+
+    fn cpu_fwd(&self, sum: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match layout.contiguous_offsets() {
+            Some((0, _)) => self.add_to_storage(sum, layout.shape()),
+            _ => candle_core::bail!("add-rows: the sum is not contiguous"),
+        }
+    }
+}
 
 /// `loss.backward()` with no more than one gradient of each trained weight at a time.
 ///
 /// # Errors
 /// Those of candle.
-pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    VARIABLES.set(Some(HashMap::new()));
+pub fn backward(loss: &Tensor) -> Result<Gradients> {
+    VARIABLES.set(Some(Variables::default()));
     let store = loss.backward();
-    let variables = VARIABLES.take().unwrap_or_default();
+    let Variables { mut whole, rows } = VARIABLES.take().unwrap_or_default();
     let mut store = store?;
-    for (id, (gradient, shape)) in variables {
+    let mut rest = Vec::new();
+    for rows in rows {
+        match whole.get_mut(&rows.table) {
+            Some((sum, shape)) => rows.add_to_storage(sum, shape)?,
+            None => rest.push(rows),
+        }
+    }
+    for (id, (gradient, shape)) in whole {
         let gradient = to_tensor(gradient, &shape)?;
         // where an operation of candle's reads the variable too
         let sum = match store.get_id(id) {
@@ -111,25 +190,23 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
         };
         store.insert_id(id, sum);
     }
-    Ok(store)
+    Ok(Gradients { store, rows: rest })
 }
 
-/// Adds to a variable's gradient in the [`backward`] that runs; gives false where none does.
-pub(super) fn gather<T: Real + WithDType>(of: &Tensor, join: impl FnOnce(&mut [T])) -> Result<bool> {
-    VARIABLES.with_borrow_mut(|variables| {
-        let Some(variables) = variables.as_mut().filter(|_| of.is_variable()) else { return Ok(false) };
-        let (sum, _) = variables
-            .entry(of.id())
-            .or_insert_with(|| (T::to_cpu_storage_owned(vec![T::zero(); of.elem_count()]), of.shape().clone()));
-        let Some(sum) = T::of_storage(sum) else { candle_core::bail!("gradients of one tensor have several types") };
-        join(sum);
-        Ok(true)
+/// Gives a variable's gradient to the [`backward`] that runs; gives it back where none does.
+pub(super) fn gather(of: &Tensor, rows: RowGradient) -> Option<RowGradient> {
+    VARIABLES.with_borrow_mut(|variables| match variables.as_mut().filter(|_| of.is_variable()) {
+        Some(variables) => {
+            variables.rows.push(rows);
+            None
+        }
+        None => Some(rows),
     })
 }
 
 /// One of the tensors that a token depends on.
 struct Link {
-    gradients: Gradients,
+    gradients: Left,
 }
 
 impl Link {
@@ -139,10 +216,10 @@ impl Link {
         let Some(gradient) = left else { candle_core::bail!("an operation left no gradient of {:?}", of.shape()) };
         let rest = VARIABLES.with_borrow_mut(|variables| {
             let Some(variables) = variables.as_mut().filter(|_| of.is_variable()) else { return Ok(Some(gradient)) };
-            match variables.get_mut(&of.id()) {
+            match variables.whole.get_mut(&of.id()) {
                 Some((so_far, _)) => sum(so_far, &gradient)?,
                 None => {
-                    variables.insert(of.id(), (gradient, of.shape().clone()));
+                    variables.whole.insert(of.id(), (gradient, of.shape().clone()));
                 }
             }
             Ok::<_, candle_core::Error>(None)

@@ -92,11 +92,19 @@ fn chat_template(folder: &Path, config: &Value) -> Result<Option<String>> {
     if path.exists() {
         return Ok(Some(String::from_utf8_lossy(&files::read(&path)?).into_owned()));
     }
-    let Some(entry) = config.get("chat_template") else { return Ok(None) };
+    let Some(entry) = config.get("chat_template").filter(|entry| !entry.is_null()) else { return Ok(None) };
     let named = entry.as_array().map(Vec::as_slice).unwrap_or_default();
     let default = named.iter().find(|entry| entry.get("name").is_some_and(|name| name == "default"));
     let listed = default.or(named.first()).and_then(|entry| entry.get("template"));
-    Ok(listed.unwrap_or(entry).as_str().map(str::to_string))
+    match listed.unwrap_or(entry).as_str() {
+        Some(source) => Ok(Some(source.to_owned())),
+        None => Err(Error::Config {
+            path: folder.join(TOKENIZER_CONFIG),
+            field: "chat_template".into(),
+            why: "is neither a template's text nor a list of named templates".into(),
+            help: "take the file from the model's repository again, or remove the field".into(),
+        }),
+    }
 }
 
 #[cfg(test)]
@@ -156,5 +164,17 @@ mod tests {
         assert_eq!(tokenizer.chat_template().unwrap().source(), "D");
         std::fs::write(folder.path().join("chat_template.jinja"), "J").unwrap();
         assert_eq!(Tokenizer::from_folder(folder.path()).unwrap().chat_template().unwrap().source(), "J");
+    }
+
+    #[test]
+    fn a_template_that_is_no_text_is_refused() {
+        let (folder, tokenizer) = folder(&[(TOKENIZER_CONFIG, json!({"chat_template": null}))]);
+        assert!(tokenizer.chat_template().is_none());
+        for template in [json!(3), json!([]), json!([{"name": "default"}])] {
+            std::fs::write(folder.path().join(TOKENIZER_CONFIG), json!({"chat_template": template}).to_string())
+                .unwrap();
+            let error = Tokenizer::from_folder(folder.path()).unwrap_err().to_string();
+            assert!(error.contains("`chat_template` is neither"), "{error}");
+        }
     }
 }

@@ -56,6 +56,9 @@ pub(super) struct BenchTrain {
     /// Keep only the inputs of layers and compute the rest again in the backward pass
     #[arg(long)]
     checkpoint_activations: bool,
+    /// Keep the optimizer's moments in a temporary file
+    #[arg(long)]
+    offload_optimizer: bool,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print JSON
@@ -76,6 +79,7 @@ struct Report {
     seq: usize,
     labelled_tokens: usize,
     checkpoint_activations: bool,
+    offload_optimizer: bool,
     /// Wall time of each step in seconds.
     seconds: Vec<f64>,
     median_seconds: f64,
@@ -136,7 +140,11 @@ impl BenchTrain {
         let spec = decoder.spec();
         let hook = adapter.hook(spec, decoder.device())?;
         let batch = self.batch(spec);
-        let mut optimizer = AdamW::new(AdamWConfig::default(), vars).into_diagnostic()?;
+        let config = AdamWConfig::default();
+        let mut optimizer = match self.offload_optimizer {
+            true => AdamW::offloaded(config, vars, &std::env::temp_dir())?,
+            false => AdamW::new(config, vars).into_diagnostic()?,
+        };
         let mut seconds = Vec::new();
         let mut loss = f64::NAN;
         let device = decoder.device().clone();
@@ -154,7 +162,7 @@ impl BenchTrain {
             let factor = 1.0 / batch.labelled() as f64;
             let found = batch_gradients(&of, &batch, factor, &mut gradients)?.value().into_diagnostic()? * factor;
             clip_gradients(&mut gradients, Some(1.0)).into_diagnostic()?;
-            optimizer.step(&gradients, 1e-4).into_diagnostic()?;
+            optimizer.step(gradients, 1e-4).into_diagnostic()?;
             device.synchronize().into_diagnostic()?;
             loss = found;
             if step >= self.warmup {
@@ -178,6 +186,7 @@ impl BenchTrain {
             seq: self.seq,
             labelled_tokens,
             checkpoint_activations: self.checkpoint_activations,
+            offload_optimizer: self.offload_optimizer,
             median_seconds,
             tokens_per_second: tokens / median_seconds,
             operations,

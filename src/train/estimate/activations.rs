@@ -13,8 +13,8 @@
 //! ```
 //!
 //! and an adapter adds what its own operations make; LoRA without dropout and magnitudes, and weights that are trained, are
-//! parts of these operations and add nothing. What gate and up made is given up as the backward pass goes, while gradients
-//! of the weights come. Attention keeps no scores, the loss of float weights no logits.
+//! parts of these operations and add nothing. What gate and up made is given up as the backward pass goes, and is not kept at all
+//! where their weights are trained; there a layer gives up all that it kept. Attention keeps no scores, the loss of float weights no logits.
 
 use super::Workload;
 use crate::adapter::term::{Map, Step};
@@ -77,7 +77,7 @@ impl<'a> Activations<'a> {
         let kept = positions * (kept + ends) + prefix * layers.len() as u64 + selected + logits_kept;
         // with the logits, at the highest layer, and at the lowest
         let above = kept + self.head_gradient() + logits.max(reference).max(self.backward() * positions);
-        let below = kept - self.given_up(lowest) * positions + gradient + self.backward() * positions;
+        let below = kept - self.given_up(&layers, lowest) * positions + gradient + self.backward() * positions;
         above.max(below)
     }
 
@@ -148,7 +148,7 @@ impl<'a> Activations<'a> {
         let is_block = mlp && spec.wiring == Wiring::PreNorm;
         let residual = h * (2 + scaled * (u64::from(!output) + u64::from(!is_block)));
         let inner = if mlp {
-            2 * m
+            if self.is_full { 0 } else { 2 * m }
         } else if spec.mlp.gated {
             m * (2 + bias(Linear::Gate) + bias(Linear::Up))
         } else {
@@ -187,10 +187,14 @@ impl<'a> Activations<'a> {
         lora.dora || lora.dropout > 0.0 || !self.is_wide()
     }
 
-    /// What the layers from `lowest` on give up before the backward pass has reached the lowest, in numbers a position.
-    fn given_up(&self, lowest: usize) -> u64 {
+    /// What the layers give up before the backward pass has reached the lowest, in numbers a position; `layers` is what each keeps.
+    fn given_up(&self, layers: &[u64], lowest: usize) -> u64 {
+        let above = layers.len().saturating_sub(1) as u64;
         if self.config.checkpoint_activations {
-            return 0;
+            return above * self.h;
+        }
+        if self.is_full {
+            return layers.iter().skip(1).sum();
         }
         let fused = (lowest + 1..self.spec.num_layers).filter(|layer| self.fused(*layer).2).count();
         fused as u64 * 2 * self.m
