@@ -28,6 +28,7 @@ mod preview;
 mod progress;
 mod runtime;
 mod schema;
+mod shell;
 mod site_proof;
 mod style;
 mod train;
@@ -40,6 +41,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use miette::{IntoDiagnostic, Result};
 
+use self::shell::command_line;
 use crate::adapter::Adapter;
 use crate::base::{Checkpoint, fetch as models};
 use crate::files;
@@ -235,10 +237,4 @@ fn keep_apart(out: &Path, inputs: &[&Path]) -> Result<()> {
         }
         None => Ok(()),
     }
-}
-
-/// The command line as it was given, for reports.
-fn command_line() -> String {
-    let quoted = |arg: String| if arg.contains([' ', '"', '\'']) { format!("{arg:?}") } else { arg };
-    std::iter::once("prefold".to_owned()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
 }
