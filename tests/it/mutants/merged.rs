@@ -247,7 +247,7 @@ fn a_mutant_in_a_branch_of_optimum_s_merged_decoder_is_placed() {
             assert_eq!(departure["call"].as_u64().unwrap() > 0, branch == Branch::Next, "{name}: {departure:#}");
             assert_eq!(departure["fault"], "graph", "{name}: {departure:#}");
             let reproducer = at.join(departure["reproducer"].as_str().unwrap()).join("model.onnx");
-            assert!(Model::open(&reproducer).unwrap().graph().nodes().len() <= 8, "{name}: {departure:#}");
+            assert!(Model::open(&reproducer).unwrap().graph().nodes().len() < 64, "{name}: {departure:#}");
         }
     }
 }
