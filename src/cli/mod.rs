@@ -238,3 +238,16 @@ fn keep_apart(out: &Path, inputs: &[&Path]) -> Result<()> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// Names that are taken twice, in any command, are found when it is used, and in debug builds only.
+    #[test]
+    fn every_command_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}
