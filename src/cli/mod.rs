@@ -28,6 +28,7 @@ mod preview;
 mod progress;
 mod runtime;
 mod schema;
+mod shell;
 mod site_proof;
 mod style;
 mod train;
@@ -40,6 +41,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use miette::{IntoDiagnostic, Result};
 
+use self::shell::command_line;
 use crate::adapter::Adapter;
 use crate::base::{Checkpoint, fetch as models};
 use crate::files;
@@ -237,8 +239,15 @@ fn keep_apart(out: &Path, inputs: &[&Path]) -> Result<()> {
     }
 }
 
-/// The command line as it was given, for reports.
-fn command_line() -> String {
-    let quoted = |arg: String| if arg.contains([' ', '"', '\'']) { format!("{arg:?}") } else { arg };
-    std::iter::once("prefold".to_owned()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// Names that are taken twice, in any command, are found when it is used, and in debug builds only.
+    #[test]
+    fn every_command_is_well_formed() {
+        Cli::command().debug_assert();
+    }
 }

@@ -23,6 +23,8 @@ enum Action {
     /// Get an onnxruntime wheel with pip and unpack its library into the cache
     Install {
         /// The version, as in 1.24.4, for `verify --ort-lib` beside others [default: the one that prefold is tested with]
+        // every command has a --version
+        #[arg(id = "wheel", value_name = "VERSION")]
         version: Option<String>,
         /// The wheel with CUDA, onnxruntime-gpu: a download of 300 MB
         #[arg(long)]

@@ -8,8 +8,8 @@ use super::{Error, Result};
 use crate::base::DecoderSpec;
 
 /// The error budget. With `e(x)` the largest absolute distance of a run's logits from the reference's, a run passes when
-/// `e(run) ≤ max(factor · e(candle), floor)`, where the larger of candle's distances counts, with products summed by blocks and in
-/// order; the second is only measured where the first does not do.
+/// `e(run) ≤ max(factor · e(candle), floor)`. A run of float32 that does not, and is no more than √K times further away, passes too when
+/// its distance from candle with its products summed in order is within the same bound: it sums in order itself.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Budget {
     /// How many times candle's own distance, at the graph's precision, a run may be away.
@@ -23,12 +23,9 @@ pub struct Budget {
 pub struct Allowance {
     /// `factor · e(candle)`; none when candle's own run is not finite.
     pub from_candle: Option<f64>,
-    /// The same where candle sums its products in order; none where a verdict did not depend on it.
-    #[serde(default)]
-    pub in_order: Option<f64>,
     /// The floor in logits.
     pub floor: f64,
-    /// The largest of these.
+    /// The larger of these.
     pub allowed: f64,
 }
 
@@ -95,13 +92,7 @@ impl Budget {
         let from_candle = candle.map(|distance| self.factor * distance);
         let floor = self.relative_floor * largest;
         let allowed = from_candle.map_or(floor, |from_candle| from_candle.max(floor));
-        Allowance { from_candle, in_order: None, floor, allowed }
-    }
-
-    /// The allowance where candle is `distance` away with its products summed in order.
-    pub(super) fn in_order(&self, allowance: Allowance, distance: f64) -> Allowance {
-        let in_order = self.factor * distance;
-        Allowance { in_order: Some(in_order), allowed: allowance.allowed.max(in_order), ..allowance }
+        Allowance { from_candle, floor, allowed }
     }
 }
 
@@ -114,13 +105,11 @@ mod tests {
     fn the_larger_of_factor_and_floor_counts() {
         let budget = Budget { factor: 4.0, relative_floor: 0.001 };
         let found = budget.allowance(Some(0.5), 100.0);
-        assert_eq!(found, Allowance { from_candle: Some(2.0), in_order: None, floor: 0.1, allowed: 2.0 });
+        assert_eq!(found, Allowance { from_candle: Some(2.0), floor: 0.1, allowed: 2.0 });
         let found = budget.allowance(Some(0.01), 100.0);
-        assert_eq!(found, Allowance { from_candle: Some(0.04), in_order: None, floor: 0.1, allowed: 0.1 });
-        assert_eq!(budget.in_order(found, 0.02), Allowance { in_order: Some(0.08), ..found });
-        assert_eq!(budget.in_order(found, 0.5), Allowance { in_order: Some(2.0), allowed: 2.0, ..found });
+        assert_eq!(found, Allowance { from_candle: Some(0.04), floor: 0.1, allowed: 0.1 });
         let found = budget.allowance(None, 100.0);
-        assert_eq!(found, Allowance { from_candle: None, in_order: None, floor: 0.1, allowed: 0.1 });
+        assert_eq!(found, Allowance { from_candle: None, floor: 0.1, allowed: 0.1 });
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The check from end to end: reference, budget, runs, report.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ndarray::Array2;
 
@@ -38,8 +38,11 @@ pub struct Check {
     base: Vec<RunReport>,
     pub(super) no_op: Vec<NoOpReport>,
     pub(super) against: Vec<AgainstReport>,
-    /// The first failed run's logits, to find the cause by.
+    /// The first failed run, and its logits, to find the cause by.
+    failed_run: Option<usize>,
     failed: Vec<Failed>,
+    /// What failed, by run, and rounding may explain.
+    doubtful: Vec<(usize, Failed)>,
     cause: Option<String>,
     base_cause: Option<String>,
 }
@@ -97,7 +100,9 @@ impl Check {
             base: Vec::new(),
             no_op: Vec::new(),
             against: Vec::new(),
+            failed_run: None,
             failed: Vec::new(),
+            doubtful: Vec::new(),
             cause: None,
             base_cause: None,
         })
@@ -134,8 +139,11 @@ impl Check {
         let report = match self.judge(open) {
             Ok((runtime, nodes, judged)) => {
                 let (cases, logits): (Vec<RunCase>, Vec<_>) = judged.into_iter().unzip();
+                let number = self.runs.len();
+                self.doubtful.extend(self.explicable(&cases, &logits).map(|failed| (number, failed)));
                 if self.failed.is_empty() {
                     self.failed = failed(&cases, logits);
+                    self.failed_run = (!self.failed.is_empty()).then_some(number);
                 }
                 let passed = Verdict::all(cases.iter().map(|case| case.verdict));
                 let failure = fallen_back(&runtime, nodes.as_ref());
@@ -147,6 +155,21 @@ impl Check {
         let verdict = report.verdict;
         self.runs.push(report);
         verdict
+    }
+
+    /// What failed by a distance that rounding may explain: that of K terms in order is at most about √K times that of one.
+    fn explicable<'r>(
+        &self,
+        cases: &'r [RunCase],
+        logits: &'r [Option<Array2<f64>>],
+    ) -> impl Iterator<Item = Failed> + use<'r> {
+        let by_budget = matches!(self.judgement, Judgement::Budget);
+        let most = if by_budget { (self.reference.ports.longest_dot_product as f64).sqrt() } else { 0.0 };
+        cases.iter().zip(logits).enumerate().filter_map(move |(case, (row, logits))| {
+            let (distance, allowed) = (row.figures?.max_abs, row.allowed);
+            let doubtful = distance > allowed && distance <= most * allowed;
+            doubtful.then_some(Failed { case, logits: logits.clone()?, allowed, distance })
+        })
     }
 
     fn judge(&self, open: Open<'_>) -> Result<Judged> {
@@ -169,13 +192,16 @@ impl Check {
         (Verdict::of(failure.is_none()), failure)
     }
 
-    /// Finds where the runs that failed depart from the reference, and writes that into the report.
+    /// Finds where the runs that failed depart from the reference, and writes that into the report, with the cause where it shows.
     ///
     /// # Errors
     /// When candle fails.
     pub fn localise(&mut self, what: &Localise<'_>) -> Result<()> {
         let cases: Vec<_> = self.reference.cases.iter().map(|case| (case.case.name(), &case.script)).collect();
-        what.runs(&ToLocalise { cases: &cases, ports: self.reference.ports, budget: self.budget }, &mut self.runs)
+        what.runs(&ToLocalise { cases: &cases, ports: self.reference.ports, budget: self.budget }, &mut self.runs)?;
+        let shown = || self.runs.iter().find_map(|run| run.departure.as_ref()?.cause.clone());
+        self.cause = self.cause.take().or_else(shown);
+        Ok(())
     }
 
     /// Finds where the graph departs from the other one that it was compared with.
@@ -204,7 +230,8 @@ impl Check {
     }
 
     /// Judges once more what the budget failed and rounding may explain: `logits` computes candle's own in some cases with their
-    /// products summed in order, as [`Reference::in_order`] does. Nothing is computed where nothing failed so.
+    /// products summed in order, as [`Reference::in_order`] does. A run passes that is as near to that as it may be to the
+    /// reference: it sums in order itself. Nothing is computed where nothing failed so.
     ///
     /// # Errors
     /// Those of `logits`.
@@ -212,52 +239,36 @@ impl Check {
         &mut self,
         mut logits: impl FnMut(&Reference, &[usize]) -> Result<Vec<Array2<f64>>>,
     ) -> Result<()> {
-        let Judgement::Budget = self.judgement else { return Ok(()) };
-        // rounding of K terms in order is at most about √K times that of one
-        let most = (self.reference.ports.longest_dot_product as f64).sqrt();
-        let doubtful = |case: &RunCase| {
-            let distance = case.figures.map_or(f64::INFINITY, |figures| figures.max_abs);
-            distance > case.allowed && distance <= most * case.allowed
-        };
-        let is_doubtful = |number: &usize| self.runs.iter().filter_map(|run| run.cases.get(*number)).any(doubtful);
-        let cases: Vec<usize> = (0..self.cases.len()).filter(is_doubtful).collect();
+        let doubtful = std::mem::take(&mut self.doubtful);
+        let cases: BTreeSet<usize> = doubtful.iter().map(|(_, failed)| failed.case).collect();
+        let cases: Vec<usize> = cases.into_iter().collect();
         if cases.is_empty() {
             return Ok(());
         }
-        for (number, logits) in cases.iter().zip(logits(&self.reference, &cases)?) {
-            let (Some(case), Some(report)) = (self.reference.cases.get(*number), self.cases.get_mut(*number)) else {
+        let in_order: BTreeMap<usize, Array2<f64>> =
+            cases.iter().copied().zip(logits(&self.reference, &cases)?).collect();
+        let mut left = Vec::new();
+        for (run, failed) in doubtful {
+            let (Some(case), Some(logits)) = (self.reference.cases.get(failed.case), in_order.get(&failed.case)) else {
                 continue;
             };
-            if let Ok(figures) = case.figures(&logits) {
-                report.allowance = self.budget.in_order(report.allowance, figures.max_abs);
+            let row = self.runs.get_mut(run).and_then(|run| run.cases.get_mut(failed.case));
+            if row.is_none_or(|row| !is_in_order(row, case, logits, &failed.logits)) {
+                left.push((run, failed));
             }
         }
-        self.judge_again(&cases);
+        for run in self.runs.iter_mut().filter(|run| !run.cases.is_empty() && run.failure.is_none()) {
+            run.verdict = Verdict::all(run.cases.iter().map(|case| case.verdict));
+        }
+        let first = self.runs.iter().position(|run| run.verdict == Verdict::Fail);
+        if self.failed_run != first {
+            self.failed = left.into_iter().filter(|(run, _)| Some(*run) == first).map(|(_, failed)| failed).collect();
+            self.failed_run = first;
+        } else if let Some(run) = first.and_then(|run| self.runs.get(run)) {
+            let fails = |case: usize| run.cases.get(case).is_some_and(|case| case.verdict == Verdict::Fail);
+            self.failed.retain(|failed| fails(failed.case));
+        }
         Ok(())
-    }
-
-    /// Gives the runs the verdicts of the allowances as they are now, in these cases.
-    fn judge_again(&mut self, cases: &[usize]) {
-        let mut runs = std::mem::take(&mut self.runs);
-        for run in &mut runs {
-            for number in cases {
-                let (Some(case), Some(report)) = (run.cases.get_mut(*number), self.cases.get(*number)) else {
-                    continue;
-                };
-                case.allowed = report.allowance.allowed;
-                if let (Some(figures), Some(greedy)) = (&case.figures, &mut case.greedy) {
-                    greedy.judge_ties(case.allowed);
-                    (case.verdict, case.failure) = self.verdict(figures, greedy, case.allowed);
-                }
-            }
-            if !run.cases.is_empty() && run.failure.is_none() {
-                run.verdict = Verdict::all(run.cases.iter().map(|case| case.verdict));
-            }
-        }
-        self.runs = runs;
-        let allowed = |case: usize| self.cases.get(case).map_or(0.0, |report| report.allowance.allowed);
-        self.failed.iter_mut().for_each(|failed| failed.allowed = allowed(failed.case));
-        self.failed.retain(|failed| !cases.contains(&failed.case) || failed.distance > failed.allowed);
     }
 
     /// Looks for the cause of the first run that failed: `logits` computes those of a suspect in some cases, as
@@ -294,6 +305,7 @@ impl Check {
             figures: None,
             errors: Vec::new(),
             allowed,
+            in_order: None,
             factor: None,
             greedy: None,
         };
@@ -355,6 +367,24 @@ impl Check {
         report.finding = Finding::of(&report, facts.subject).because(self.base_cause, self.cause);
         Ok(report)
     }
+}
+
+/// Lets a run pass that is as near to candle with its products summed in order as it may be to the reference.
+fn is_in_order(row: &mut RunCase, case: &ReferenceCase, in_order: &Array2<f64>, run: &Array2<f64>) -> bool {
+    let script = &case.script;
+    let of = |logits: &Array2<f64>| Figures::of(in_order, logits, &script.spots, &script.next);
+    let (Some(figures), Some(of_reference)) = (of(run), of(&case.logits)) else { return false };
+    row.in_order = Some(figures.max_abs);
+    let greedy = Greedy::of(in_order, run, &script.picks, row.allowed);
+    if figures.max_abs > row.allowed || !greedy.agrees {
+        return false;
+    }
+    if let Some(greedy) = &mut row.greedy {
+        // the reference's picks may be as far apart as both are from it
+        greedy.judge_ties(row.allowed + 2.0 * of_reference.max_abs);
+    }
+    (row.verdict, row.failure) = (Verdict::Pass, None);
+    true
 }
 
 /// What is wrong with a run for which another device than the CPU was asked and that had all its nodes there.

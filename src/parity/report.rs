@@ -18,10 +18,11 @@ pub const SCHEMA_VERSION: u32 = 2;
 /// What the budget's numbers mean, for who reads a report.
 pub(super) const RULE: &str = "e(x) is the largest absolute distance of the logits of x from the reference's over all \
     positions that are not padding. A run passes a case when its logits are finite, \
-    e(run) <= max(factor * e(candle), relative_floor * largest reference logit), where e(candle) is the larger one of \
-    candle with its products summed by blocks and, if a run fails otherwise, in order, and its greedy tokens are the \
+    e(run) <= max(factor * e(candle), relative_floor * largest reference logit), and its greedy tokens are the \
     reference's, each picked after the reference's own tokens; a token that differs is a tie, and counts as equal, only \
-    when the reference's logits of the two tokens are no further apart than that limit. A zero adapter passes when every \
+    when the reference's logits of the two tokens are no further apart than that limit. A float32 run that is further away, \
+    by no more than the square root of the terms of the longest dot product, passes where it is that near to candle with its \
+    products summed in order. A zero adapter passes when every \
     output is equal bit for bit. Where thresholds are stated they take the budget's place. Another graph may be twice as far \
     from the graph as the graph may be from the reference. Where another graph is the reference itself, e(candle) is how far that \
     graph is from itself in the runtimes that were asked, and the floor is twice that of a model.";
@@ -223,6 +224,10 @@ pub struct RunCase {
     pub errors: Vec<f64>,
     /// How far it may be.
     pub allowed: f64,
+    /// How far it is from candle with its products summed in order, where it was too far from the reference and rounding could explain
+    /// it: a run passes too that is no further away from that than is allowed.
+    #[serde(default)]
+    pub in_order: Option<f64>,
     /// The factor that would just pass, `e(run) / e(candle)`; none where candle has no distance.
     pub factor: Option<f64>,
     /// The greedy continuation.

@@ -48,6 +48,8 @@ pub fn sarif(version: &str, rules: &[Rule], file: &str, findings: &[Finding]) ->
                 "semanticVersion": version,
                 "rules": rules.iter().map(rule).collect::<Vec<_>>(),
             } },
+            // a log of another file is another one beside it, and not its next version
+            "automationDetails": { "id": format!("prefold/{}/", uri(file)) },
             "columnKind": "unicodeCodePoints",
             "results": findings.iter().map(result).collect::<Vec<_>>(),
         }],

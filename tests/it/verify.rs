@@ -57,6 +57,10 @@ fn a_runtime_that_crashes_or_hangs_is_a_failed_row() {
             "unsafe { core::ptr::write_volatile(core::ptr::null_mut::<u8>().wrapping_add(8), 1) }; core::ptr::null()",
             "SIGSEGV",
         ),
+        (
+            "unsafe extern \"C\" { fn raise(signal: i32) -> i32; } unsafe { raise(9) }; core::ptr::null()",
+            "SIGKILL, as where memory has run out",
+        ),
         ("eprintln!(\"the heap is on fire\"); std::process::abort()", "it said: the heap is on fire"),
         ("loop { std::thread::sleep(std::time::Duration::from_secs(1)) }", "did not answer for 3 s"),
     ] {

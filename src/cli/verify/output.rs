@@ -143,6 +143,13 @@ pub(in crate::cli) fn summary(report: &Report) -> String {
         let nodes = run.nodes.iter().flatten().map(|(provider, count)| format!("{count} on {provider}"));
         out += &format!("nodes of {}: {}\n", run.name, nodes.collect::<Vec<_>>().join(", "));
     }
+    for run in report.base.iter().chain(&report.runs) {
+        let in_order = run.cases.iter().filter(|case| case.verdict.passed()).filter_map(|case| case.in_order);
+        let (count, most) = in_order.fold((0, 0.0), |(count, most), distance| (count + 1, f64::max(most, distance)));
+        if count > 0 {
+            out += &format!("{count} cases of {} pass by sums in order, {most:.2e} away from these\n", run.name);
+        }
+    }
     if let Some(tolerance) = report.tolerance() {
         out += &format!("tolerance that would just pass: {tolerance:.2e} (atol = rtol)\n");
     }

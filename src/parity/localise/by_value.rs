@@ -15,20 +15,22 @@ use crate::parity::Budget;
 /// A tensor is near a place when no element is further away than this part of the largest.
 pub(super) const NEAR: f64 = 0.1;
 
-/// The same places with those that were found by value in the first call.
-pub(super) fn by_value(mut taps: Taps, graph: &Model, calls: &Calls<'_>, budget: &Budget) -> Taps {
-    let Some((reference, seen)) = calls.reference.first().zip(calls.seen.first()) else { return taps };
-    let known: HashSet<_> = taps.taps.iter().map(|tap| tap.at).collect();
-    let mut taken: HashSet<String> = taps.taps.iter().map(|tap| tap.tensor.clone()).collect();
+/// The same places with those of a branch that were found by value in the first call that took it.
+pub(super) fn by_value(mut taps: Taps, (graph, branch): (&Model, usize), calls: &Calls<'_>, budget: &Budget) -> Taps {
+    let Some(call) = calls.seen.iter().position(|seen| seen.branch == branch) else { return taps };
+    let Some((reference, seen)) = calls.reference.get(call).zip(calls.seen.get(call)) else { return taps };
+    let own = || taps.taps.iter().filter(|tap| tap.branch == branch);
+    let known: HashSet<_> = own().map(|tap| tap.at).collect();
+    let mut taken: HashSet<String> = own().map(|tap| tap.tensor.clone()).collect();
     let outputs: Vec<&String> = graph.graph().nodes().iter().flat_map(|node| node.outputs()).collect();
     let mut open = Vec::new();
     let gaps = |at, taken: &HashSet<String>| -> Vec<Gap> {
         let layouts = [Layout::Merged, Layout::HeadsFirst];
-        let tap = |tensor: &String, layout| Tap { at, tensor: tensor.clone(), layout, columns: None };
+        let tap = |tensor: &String, layout| Tap { branch, ..Tap::new(at, tensor, layout) };
         let free = outputs.iter().filter(|tensor| !taken.contains(**tensor));
         let values = free.filter_map(|tensor| Some((*tensor, seen.get(tensor)?)));
         let values = values.flat_map(|(tensor, value)| layouts.map(|layout| (tap(tensor, layout), value)));
-        values.filter_map(|(tap, value)| calls.gap_of(0, &tap, value, budget)).collect()
+        values.filter_map(|(tap, value)| calls.gap_of(call, &tap, value, budget)).collect()
     };
     for at in reference.keys().filter(|at| !known.contains(at)) {
         match gaps(*at, &HashSet::new()).into_iter().find(|gap| gap.ratio() <= 1.0) {
@@ -47,7 +49,7 @@ pub(super) fn by_value(mut taps: Taps, graph: &Model, calls: &Calls<'_>, budget:
             taps.taps.push(gap.tap);
         } else if !matches!(at.place, Place::Scores | Place::Weights) {
             // an operator has scores and weights and shows none
-            taps.open.push(at);
+            taps.open.push((branch, at));
         }
     }
     taps.notes.push(format!("{found} places were found by what the graph's tensors hold"));

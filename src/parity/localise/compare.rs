@@ -77,7 +77,8 @@ impl Calls<'_> {
     }
 
     fn gap(&self, call: usize, tap: &Tap, budget: &Budget) -> Option<Gap> {
-        self.gap_of(call, tap, self.seen.get(call)?.get(&tap.tensor)?, budget)
+        let seen = self.seen.get(call).filter(|seen| seen.branch == tap.branch)?;
+        self.gap_of(call, tap, seen.get(&tap.tensor)?, budget)
     }
 
     /// How far a value is from what a place should hold in a call.
@@ -187,7 +188,7 @@ mod tests {
     use crate::fold::Layout;
 
     fn found(ratios: &[f64]) -> Option<(usize, f64)> {
-        let tap = Tap { at: At::new(0, Place::Stream), tensor: "x".into(), layout: Layout::Merged, columns: None };
+        let tap = Tap::new(At::new(0, Place::Stream), "x", Layout::Merged);
         let gap = |(call, ratio): (usize, &f64)| Gap {
             call,
             tap: tap.clone(),

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 
 use ndarray::{Array2, Array3};
 
+use super::branches::Branches;
 use super::by_value::NEAR;
 use super::place::{At, Place};
 use super::reference::Trace;
@@ -41,33 +42,37 @@ struct Known<'a> {
     values: Vec<f64>,
 }
 
-/// The tensors of `graph` that `other` has too, each a place of its own in the order of the data, and what `other` computes there.
+/// The tensors of `graph` that `other` has too, each a place of its own in the order of the data, and what `other` computes there. Each branch
+/// is looked at in the first call that takes it.
 pub(super) fn counterparts(
-    (graph, seen): (&Model, &[Seen]),
-    (other, other_seen): (&Model, &[Seen]),
+    (graph, seen): (&Branches, &[Seen]),
+    (other, other_seen): (&Branches, &[Seen]),
     masks: &[&Array2<i64>],
     budget: &Budget,
 ) -> (Taps, Vec<Trace>) {
-    let (Some(first), Some(other_first), Some(mask)) = (seen.first(), other_seen.first(), masks.first()) else {
-        return (Taps::default(), Vec::new());
-    };
-    let (own, of_other) = (Tensors::of(graph, first), Tensors::of(other, other_first));
-    let pairs = pairs(&own, &of_other, budget);
-    let tokens = Tokens::of(mask);
-    let mut taps = Taps { attention: true, ..Taps::default() };
+    let mut taps = Taps::default();
     let mut traces = vec![Trace::new(); other_seen.len()];
     let mut by_name = 0usize;
-    for (order, (tensor, counterpart)) in pairs.iter().enumerate() {
-        let Some(layout) = layout(tensor.shape, tokens) else { continue };
-        let at = At::new(order, Place::Tensor);
-        for ((trace, seen), mask) in traces.iter_mut().zip(other_seen).zip(masks) {
-            let value = seen.get(counterpart.name);
-            if let Some(array) = value.and_then(|value| unfolded(value, layout, Tokens::of(mask))) {
-                trace.insert(at, array);
+    for (branch, taken) in graph.taken.iter().enumerate() {
+        let calls = || seen.iter().zip(other_seen).zip(masks).filter(|((seen, _), _)| seen.branch == branch);
+        let Some(((first, other_first), mask)) = calls().next() else { continue };
+        let of_other = other_first.branch;
+        let Some(other_taken) = other.taken.get(of_other) else { continue };
+        let (own, others) = (Tensors::of(&taken.graph, first), Tensors::of(&other_taken.graph, other_first));
+        for (order, (tensor, counterpart)) in pairs(&own, &others, budget).iter().enumerate() {
+            let Some(layout) = layout(tensor.shape, Tokens::of(mask)) else { continue };
+            let at = At::new(order, Place::Tensor);
+            for (call, (other, mask)) in other_seen.iter().zip(masks).enumerate() {
+                let is_taken = seen.get(call).is_some_and(|seen| seen.branch == branch) && other.branch == of_other;
+                let value = other.get(counterpart.name).filter(|_| is_taken);
+                let array = value.and_then(|value| unfolded(value, layout, Tokens::of(mask)));
+                if let (Some(array), Some(trace)) = (array, traces.get_mut(call)) {
+                    trace.insert(at, array);
+                }
             }
+            by_name += usize::from(tensor.name == counterpart.name);
+            taps.taps.push(Tap { branch, ..Tap::new(at, tensor.name, layout) });
         }
-        by_name += usize::from(tensor.name == counterpart.name);
-        taps.taps.push(Tap { at, tensor: tensor.name.to_owned(), layout, columns: None });
     }
     let by_value = taps.taps.len().saturating_sub(by_name);
     taps.notes.push(format!(

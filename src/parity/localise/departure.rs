@@ -16,6 +16,9 @@ pub struct Departure {
     pub layer: Option<usize>,
     /// The place in it.
     pub place: Place,
+    /// The branch of an `If` that the call took, as `node.attribute`, where the layers are in branches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<String>,
     /// The node that makes the tensor, with its operator.
     pub node: Option<String>,
     /// The tensor.
@@ -32,6 +35,9 @@ pub struct Departure {
     pub fault: Fault,
     /// The nodes between what agrees and what departs, with their operators; one where a runtime computes it wrongly.
     pub nodes: Vec<String>,
+    /// What the graph does otherwise there, where its nodes show it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
     /// How it was found, and what was not.
     pub notes: Vec<String>,
     /// The folder of the reproducer, where one was written.
@@ -81,6 +87,9 @@ impl std::fmt::Display for Departure {
         write!(f, "{}: `{}`", self.place.phrase(), self.tensor)?;
         if let Some(node) = &self.node {
             write!(f, " of {node}")?;
+        }
+        if let Some(branch) = &self.branch {
+            write!(f, " in the branch `{branch}`")?;
         }
         if self.distance == f64::MAX {
             f.write_str(" is not finite")?;

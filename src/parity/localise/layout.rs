@@ -58,7 +58,7 @@ mod tests {
     use crate::parity::localise::place::{At, Place};
 
     fn tap(layout: Layout, columns: Option<Vec<usize>>) -> Tap {
-        Tap { at: At::new(0, Place::Query), tensor: "x".into(), layout, columns }
+        Tap { columns, ..Tap::new(At::new(0, Place::Query), "x", layout) }
     }
 
     #[test]

@@ -4,8 +4,11 @@
 //! with what candle computes at the same places, in the order of the data ([`Place`]), each by the error budget of its own: candle's
 //! distance there in the graph's precision, and the floor. Between the last place that agrees and the first that departs lie
 //! the nodes at fault. Another runtime computes each of them from the same inputs: where one differs, a runtime is wrong; where none
-//! does, the graph is. What was cut out is written as a test of `onnx`'s own kind (`reproducer`).
+//! does, the graph is. What was cut out is written as a test of `onnx`'s own kind (`reproducer`). Layers in the branches of an `If` are
+//! compared in the branch that a call takes ([`branches`]).
 
+mod angles;
+mod branches;
 mod by_value;
 mod compare;
 mod counterpart;
@@ -29,6 +32,7 @@ use std::rc::Rc;
 pub use departure::{Departure, Fault, LayerErrors};
 pub use place::Place;
 
+use self::branches::{Branch, Branches};
 use self::by_value::by_value;
 use self::compare::{Calls, Gap, departure, is_stream};
 use self::counterpart::counterparts;
@@ -109,7 +113,8 @@ struct Traces {
 /// What was computed for one run and serves others.
 #[derive(Default)]
 struct Known {
-    taps: Option<Taps>,
+    /// The graph as its runs take it, and where its places are.
+    taps: Option<(Rc<Branches>, Taps)>,
     /// By case.
     traces: BTreeMap<usize, Traces>,
     /// What the other graph computes, by case and the run's runtime.
@@ -140,6 +145,7 @@ impl From<&AgainstCase> for Outcome {
 /// A case and what it is compared by.
 struct Subject<'a> {
     what: &'a Localise<'a>,
+    branches: &'a Branches,
     taps: &'a Taps,
     traces: &'a Traces,
     case: &'a str,
@@ -153,7 +159,6 @@ type Found = (Option<Departure>, Vec<LayerErrors>);
 
 /// A graph's run with tensors given out.
 struct Capture {
-    graph: onnx::Model,
     info: RuntimeInfo,
     seen: Vec<Seen>,
     left_out: Vec<String>,
@@ -220,15 +225,32 @@ impl Localise<'_> {
                         entry.insert(Traces { reference, own }).clone()
                     }
                 };
-                let taps = known.taps.get_or_insert_with(|| Taps::find(self.graph, spec)).clone();
-                self.completed(taps, &traces, way, script, judged).map(|taps| (taps, traces))
+                let found = match known.taps.take() {
+                    Some(found) => Ok(found),
+                    None => Branches::of(self.graph).map(|branches| {
+                        let taps = Taps::find(&branches, spec);
+                        (Rc::new(branches), taps)
+                    }),
+                };
+                found.and_then(|(branches, taps)| {
+                    known.taps = Some((Rc::clone(&branches), taps.clone()));
+                    let taps = self.completed(taps, &branches, &traces, way, script, judged)?;
+                    Ok((branches, taps, traces))
+                })
             }
             Truth::Graph { .. } => self.counterparts(case, way, script, judged, known),
         };
-        let found = places.and_then(|(taps, traces)| {
-            let (what, taps, traces) = (self, &taps, &traces);
-            let subject =
-                Subject { what, taps, traces, case: case_name, script, ports: judged.ports, budget: judged.budget };
+        let found = places.and_then(|(branches, taps, traces)| {
+            let subject = Subject {
+                what: self,
+                branches: &branches,
+                taps: &taps,
+                traces: &traces,
+                case: case_name,
+                script,
+                ports: judged.ports,
+                budget: judged.budget,
+            };
             subject.departure(way)
         });
         match found {
@@ -242,20 +264,26 @@ impl Localise<'_> {
     /// Looks by value for the places that were not found by data flow, where attention was not recognised.
     fn completed(
         &self,
-        taps: Taps,
+        mut taps: Taps,
+        branches: &Branches,
         traces: &Traces,
         way: usize,
         script: &Script,
         judged: &ToLocalise<'_>,
     ) -> Result<Taps> {
-        if taps.attention {
+        if taps.attention.len() == branches.taken.len() {
             return Ok(taps);
         }
         let way = self.way(way)?;
-        let seen = seen_all(way, (self.file, self.graph, self.given), script, judged.ports)?;
+        let seen = seen_all(way, (self.file, branches, self.given), script, judged.ports)?;
         let masks = script.calls().0.map(|(_, mask)| mask).collect();
         let calls = Calls { masks, reference: &traces.reference, own: &traces.own, seen: &seen };
-        Ok(by_value(taps, self.graph, &calls, &judged.budget))
+        for (number, branch) in branches.taken.iter().enumerate() {
+            if !taps.attention.contains(&number) {
+                taps = by_value(taps, (&branch.graph, number), &calls, &judged.budget);
+            }
+        }
+        Ok(taps)
     }
 
     /// The tensors that this graph and the other one have in common, and what the other one computes there.
@@ -266,24 +294,27 @@ impl Localise<'_> {
         script: &Script,
         judged: &ToLocalise<'_>,
         known: &mut Known,
-    ) -> Result<(Taps, Traces)> {
+    ) -> Result<(Rc<Branches>, Taps, Traces)> {
+        let branches = Branches::of(self.graph)?;
         let Truth::Graph { file, graph, given, way: of_other } = &self.truth else {
-            return Ok((Taps::default(), Traces { reference: Rc::default(), own: Rc::default() }));
+            let traces = Traces { reference: Rc::default(), own: Rc::default() };
+            return Ok((Rc::new(branches), Taps::default(), traces));
         };
+        let other_branches = Branches::of(graph)?;
         let own_way = self.way(way)?;
         let key = (case, of_other.is_none().then_some(way));
         let other = match known.other.entry(key) {
             Entry::Occupied(entry) => Rc::clone(entry.get()),
             Entry::Vacant(entry) => {
-                let seen = seen_all(of_other.unwrap_or(own_way), (file, graph, given), script, judged.ports)?;
+                let seen = seen_all(of_other.unwrap_or(own_way), (file, &other_branches, given), script, judged.ports)?;
                 Rc::clone(entry.insert(Rc::new(seen)))
             }
         };
-        let seen = seen_all(own_way, (self.file, self.graph, self.given), script, judged.ports)?;
+        let seen = seen_all(own_way, (self.file, &branches, self.given), script, judged.ports)?;
         let masks: Vec<_> = script.calls().0.map(|(_, mask)| mask).collect();
-        let (taps, reference) = counterparts((self.graph, &seen), (graph, &other), &masks, &judged.budget);
+        let (taps, reference) = counterparts((&branches, &seen), (&other_branches, &other), &masks, &judged.budget);
         let reference = Rc::new(reference);
-        Ok((taps, Traces { own: Rc::clone(&reference), reference }))
+        Ok((Rc::new(branches), taps, Traces { own: Rc::clone(&reference), reference }))
     }
 
     fn way(&self, way: usize) -> runtime::Result<&Way<'_>> {
@@ -294,11 +325,12 @@ impl Localise<'_> {
 /// Runs a graph with every tensor of floating-point numbers given out.
 fn seen_all(
     way: &Way<'_>,
-    (file, graph, given): (&Path, &onnx::Model, &[NamedGiven]),
+    (file, branches, given): (&Path, &Branches, &[NamedGiven]),
     script: &Script,
     ports: Ports,
 ) -> Result<Vec<Seen>> {
-    let tapped = Tapped::new(file, graph, &floats(graph.graph()))?;
+    let all: Vec<BTreeSet<String>> = branches.taken.iter().map(|branch| floats(branch.graph.graph())).collect();
+    let tapped = Tapped::new(file, branches, &all)?;
     let session = (way.open)(&tapped.path(), &names_of(given))?;
     Ok(tapped.run(session, given, script, ports)?.1)
 }
@@ -312,12 +344,18 @@ fn names_of(given: &[NamedGiven]) -> Vec<String> {
 impl Subject<'_> {
     /// The first departure of a run, and the stream's errors by layer.
     fn departure(&self, way: usize) -> Result<(Option<Departure>, Vec<LayerErrors>)> {
-        let graph = match &self.taps.patch {
-            Some(patch) => patch.clone().apply(self.what.graph)?,
-            None => self.what.graph.clone(),
+        let patched = match &self.taps.patch {
+            Some(patch) => Some(Branches::of(&patch.clone().apply(self.what.graph)?)?),
+            None => None,
         };
-        let tensors = self.taps.taps.iter().map(|tap| tap.tensor.clone()).collect();
-        let capture = self.capture(way, &graph, &tensors)?;
+        let branches = patched.as_ref().unwrap_or(self.branches);
+        let mut tensors = vec![BTreeSet::new(); branches.taken.len()];
+        for tap in &self.taps.taps {
+            if let Some(tensors) = tensors.get_mut(tap.branch) {
+                tensors.insert(tap.tensor.clone());
+            }
+        }
+        let capture = self.capture(way, branches, &tensors)?;
         let calls = self.calls(&capture.seen);
         let gaps = calls.gaps(&self.taps.taps, &self.budget);
         let layers = self.layers(&gaps);
@@ -333,7 +371,7 @@ impl Subject<'_> {
             let departure = gaps.iter().rev().find(|gap| gap.tap.named().1 == Place::Logits).map(|gap| Departure {
                 fault: Fault::Runtime,
                 notes,
-                ..self.named(&graph, gap)
+                ..self.named(branches, gap)
             });
             return Ok((departure, layers));
         };
@@ -341,10 +379,12 @@ impl Subject<'_> {
         if before > 1.0 {
             notes.push(format!("rounding before it is up to {before:.1} times what is allowed"));
         }
-        let mut departure = Departure { notes, ..self.named(&graph, first) };
+        let mut departure = Departure { notes, ..self.named(branches, first) };
         let before = |gap: &&Gap| gap.call == first.call && gap.tap.at < first.tap.at && gap.ratio() <= usual;
-        let last = gaps.iter().filter(before).map(|gap| gap.tap.at).max();
-        let open = self.taps.open.iter().filter(|at| last.is_none_or(|last| **at > last) && **at < first.tap.at);
+        // the term is made beside the attention and says nothing of it
+        let last = gaps.iter().filter(before).map(|gap| gap.tap.at).filter(|at| at.place != Place::Term).max();
+        let open = self.taps.open.iter().filter(|(branch, _)| *branch == first.tap.branch).map(|(_, at)| at);
+        let open = open.filter(|at| last.is_none_or(|last| **at > last) && **at < first.tap.at);
         if let Some(open) = open.min() {
             (departure.layer, departure.place) = (open.decoder_layer(), open.place);
             departure
@@ -353,15 +393,15 @@ impl Subject<'_> {
         }
         let agreeing = gaps.iter().filter(|gap| gap.call == first.call && gap.ratio() <= usual);
         let agreeing: Vec<&str> = agreeing.map(|gap| gap.tap.tensor.as_str()).collect();
-        self.bisect(way, &graph, (first, usual), &agreeing, &mut departure)?;
+        self.bisect(way, branches, (first, usual), &agreeing, &mut departure)?;
         Ok((Some(departure), layers))
     }
 
-    fn capture(&self, way: usize, graph: &onnx::Model, tensors: &BTreeSet<String>) -> Result<Capture> {
-        let tapped = Tapped::new(self.what.file, graph, tensors)?;
+    fn capture(&self, way: usize, branches: &Branches, tensors: &[BTreeSet<String>]) -> Result<Capture> {
+        let tapped = Tapped::new(self.what.file, branches, tensors)?;
         let session = (self.what.way(way)?.open)(&tapped.path(), &names_of(self.what.given))?;
         let (info, seen) = tapped.run(session, self.what.given, self.script, self.ports)?;
-        Ok(Capture { graph: tapped.model, info, seen, left_out: tapped.left_out })
+        Ok(Capture { info, seen, left_out: tapped.given.left_out })
     }
 
     fn calls<'s>(&'s self, seen: &'s [Seen]) -> Calls<'s> {
@@ -384,15 +424,18 @@ impl Subject<'_> {
     }
 
     /// A departure at a place, of which nothing more is known.
-    fn named(&self, graph: &onnx::Model, gap: &Gap) -> Departure {
+    fn named(&self, branches: &Branches, gap: &Gap) -> Departure {
         let tensor = gap.tap.tensor.clone();
         let (layer, place) = gap.tap.named();
-        let node = graph.graph().nodes().iter().find(|node| node.outputs().contains(&tensor));
+        let branch = branches.taken.get(gap.tap.branch);
+        let mut nodes = branch.into_iter().flat_map(|branch| branch.graph.graph().nodes());
+        let node = nodes.find(|node| node.outputs().contains(&tensor));
         Departure {
             case: self.case.to_owned(),
             call: gap.call,
             layer,
             place,
+            branch: branch.map(|branch| branch.scope.clone()).filter(|scope| !scope.is_empty()),
             node: node.map(label),
             tensor,
             distance: gap.distance,
@@ -401,6 +444,7 @@ impl Subject<'_> {
             column: gap.column,
             fault: Fault::Unknown,
             nodes: Vec::new(),
+            cause: None,
             notes: Vec::new(),
             reproducer: None,
         }
@@ -410,11 +454,12 @@ impl Subject<'_> {
     fn bisect(
         &self,
         way: usize,
-        graph: &onnx::Model,
+        branches: &Branches,
         (gap, usual): (&Gap, f64),
         agreeing: &[&str],
         departure: &mut Departure,
     ) -> Result<()> {
+        let Some(Branch { graph, .. }) = branches.taken.get(gap.tap.branch) else { return Ok(()) };
         let mut segment = Segment::between(graph, &gap.tap.tensor, agreeing);
         if segment.nodes.is_empty()
             && let Some(node) = graph.graph().nodes().iter().find(|node| node.outputs().contains(&gap.tap.tensor))
@@ -422,7 +467,12 @@ impl Subject<'_> {
             segment = Segment::only(graph, node.id());
         }
         departure.nodes = names(graph, &segment);
-        let capture = self.capture(way, graph, &segment.tensors())?;
+        departure.cause = angles::of_half(graph, &gap.tap.tensor, departure.place);
+        let mut tensors = vec![BTreeSet::new(); branches.taken.len()];
+        if let Some(tensors) = tensors.get_mut(gap.tap.branch) {
+            *tensors = segment.tensors();
+        }
+        let capture = self.capture(way, branches, &tensors)?;
         let again = self.calls(&capture.seen).gaps(std::slice::from_ref(&gap.tap), &self.budget);
         let Some(seen) = capture.seen.get(gap.call) else { return Ok(()) };
         if !again.iter().any(|again| again.call == gap.call && again.ratio() > usual) {
@@ -433,8 +483,8 @@ impl Subject<'_> {
             );
         }
         let folder = self.what.file.parent().unwrap_or(Path::new("."));
-        let Some(cut) = segment.model(&capture.graph, folder, seen, &segment.makes) else { return Ok(()) };
-        let second = self.second(way, &cut, &capture.graph, &segment, seen);
+        let Some(cut) = segment.model(graph, folder, seen, &segment.makes) else { return Ok(()) };
+        let second = self.second(way, &cut, graph, &segment, seen);
         let blamed = second.and_then(|(other, second)| self.blame(&other, second, (graph, gap, usual), departure));
         let Some(reproducers) = self.what.reproducers else { return Ok(()) };
         let run = self.what.ways.get(way).map_or("run", |way| way.name.as_str());
@@ -444,14 +494,14 @@ impl Subject<'_> {
         let mut outputs = NamedValues::new();
         let written = match blamed {
             Some(found) => {
-                let one = Segment::only(&capture.graph, found.node);
+                let one = Segment::only(graph, found.node);
                 outputs.insert(found.tensor.as_str(), found.other);
-                one.model(&capture.graph, folder, seen, &[found.tensor])
+                one.model(graph, folder, seen, &[found.tensor])
             }
             None => {
                 let Some(expected) = self.calls(&capture.seen).expected(gap) else { return Ok(()) };
                 outputs.insert(gap.tap.tensor.as_str(), expected);
-                segment.model(&capture.graph, folder, seen, std::slice::from_ref(&gap.tap.tensor))
+                segment.model(graph, folder, seen, std::slice::from_ref(&gap.tap.tensor))
             }
         };
         if let Some(Cut { model, feeds }) = written {

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::types::element_types;
+use super::branches::{Branches, GivenOut};
 use crate::files::TemporaryFolder;
-use crate::onnx::{MODEL_NAME, Model, Patch, ValueDef, data_files};
+use crate::onnx::{MODEL_NAME, Model, data_files};
 use crate::parity::run::{GraphRunner, Script, replay};
 use crate::parity::{Ports, Result};
 use crate::runtime::{self, NamedGiven, NamedValues, Port, RuntimeInfo, Session, Tensor, WithGiven};
@@ -13,32 +13,17 @@ use crate::runtime::{self, NamedGiven, NamedValues, Port, RuntimeInfo, Session, 
 /// A copy of a graph in a folder of its own that gives more tensors out.
 pub(super) struct Tapped {
     folder: TemporaryFolder,
-    pub(super) model: Model,
-    /// Why some are not given.
-    pub(super) left_out: Vec<String>,
+    pub(super) given: GivenOut,
 }
 
 impl Tapped {
-    /// Adds outputs to a copy of the graph `file`. Its data files are linked to, and copied only where they cannot be.
-    pub(super) fn new(file: &Path, model: &Model, tensors: &BTreeSet<String>) -> Result<Self> {
-        let graph = model.graph();
-        let types = element_types(graph);
-        let given: BTreeSet<&str> = graph.outputs().iter().map(|output| output.name()).collect();
-        let made: BTreeSet<&str> = graph.nodes().iter().flat_map(|node| node.outputs()).map(String::as_str).collect();
-        let (mut patch, mut left_out) = (Patch::new("give tensors out"), Vec::new());
-        for tensor in tensors.iter().filter(|tensor| !given.contains(tensor.as_str())) {
-            match types.get(tensor.as_str()).filter(|_| made.contains(tensor.as_str())) {
-                Some(found) => {
-                    patch.add_output(ValueDef::of_any_rank(tensor.as_str(), *found));
-                }
-                None => left_out.push(tensor.clone()),
-            }
-        }
-        let model = patch.apply(model)?;
+    /// Adds outputs to a copy of the graph `file`, tensors by branch. Its data files are linked to, and copied only where they cannot be.
+    pub(super) fn new(file: &Path, branches: &Branches, tensors: &[BTreeSet<String>]) -> Result<Self> {
+        let (model, given) = branches.give_out(tensors)?;
         let source = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let folder = beside(&model, source)?;
         model.save(&folder.path().join(MODEL_NAME))?;
-        Ok(Self { folder, model, left_out })
+        Ok(Self { folder, given })
     }
 
     pub(super) fn path(&self) -> PathBuf {
@@ -57,7 +42,11 @@ impl Tapped {
         let mut runner = GraphRunner::new(WithGiven::switching(watcher, given.to_vec())?, ports.head_dim)?;
         replay(&mut runner, script, ports.vocab)?;
         let watcher = runner.into_session().into_session();
-        Ok((watcher.inner.info(), watcher.calls))
+        let seen = watcher.calls.into_iter().map(|(feeds, outputs)| {
+            let (branch, outputs) = self.given.within(outputs);
+            Seen { branch, feeds, outputs }
+        });
+        Ok((watcher.inner.info(), seen.collect()))
     }
 }
 
@@ -80,6 +69,8 @@ fn beside(model: &Model, source: &Path) -> Result<TemporaryFolder> {
 
 /// What went in and out of a call.
 pub(super) struct Seen {
+    /// The branch that it took.
+    pub(super) branch: usize,
     pub(super) feeds: NamedValues,
     pub(super) outputs: NamedValues,
 }
@@ -93,7 +84,7 @@ impl Seen {
 /// A session with a copy of everything that it takes and gives.
 struct Watcher {
     inner: Box<dyn Session>,
-    calls: Vec<Seen>,
+    calls: Vec<(NamedValues, NamedValues)>,
 }
 
 impl Session for Watcher {
@@ -120,7 +111,7 @@ impl Session for Watcher {
         let tensors = |values: NamedValues| values.into_iter().map(|(name, value)| (name, value.into())).collect();
         let feeds = host(feeds)?;
         let outputs = host(self.inner.run_tensors(tensors(feeds.clone()))?)?;
-        self.calls.push(Seen { feeds, outputs: outputs.clone() });
+        self.calls.push((feeds, outputs.clone()));
         Ok(tensors(outputs))
     }
 }

@@ -5,17 +5,19 @@
 //!            └──────────────────────────────────────────────────────────────────────┘└──────────────────────────────────────────────┘
 //! ```
 //! The stream is found at the sums: the first sum, on the way from a block's last map, of it and something else that is computed.
-//! A fold's own nodes are looked through, so that the base graph's sites are found, and the term is what they add.
+//! A fold's own nodes are looked through, so that the base graph's sites are found, and the term is what they add. Where the layers are
+//! in branches, each is looked at by itself.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
+use super::branches::{Branch, Branches};
 use super::place::{At, Place};
 use super::segment::behind;
 use crate::adapter::{AdapterConfig, Query};
 use crate::base::{DecoderSpec, Linear, Wiring};
 use crate::fold::locate::projections::{Projection, Projections};
 use crate::fold::{Layout, Site, locate};
-use crate::onnx::{Index, Model, Node, NodeId, Patch, without};
+use crate::onnx::{Index, Model, Node, NodeDef, NodeId, Patch, without};
 
 /// What the names of a fold's nodes begin with.
 const FOLD: &str = "/prefold";
@@ -26,6 +28,8 @@ const MAX_STEPS: usize = 16;
 /// A tensor of a graph and the place that it should be.
 #[derive(Clone, Debug)]
 pub(super) struct Tap {
+    /// The branch that it is in.
+    pub(super) branch: usize,
     pub(super) at: At,
     pub(super) tensor: String,
     /// Where heads lie; a tensor without heads is merged.
@@ -35,6 +39,10 @@ pub(super) struct Tap {
 }
 
 impl Tap {
+    pub(super) fn new(at: At, tensor: &str, layout: Layout) -> Self {
+        Self { branch: 0, at, tensor: tensor.to_owned(), layout, columns: None }
+    }
+
     /// Layer and place for people: a tensor of two graphs is known by its name alone.
     pub(super) fn named(&self) -> (Option<usize>, Place) {
         if self.at.place != Place::Tensor {
@@ -68,56 +76,70 @@ fn layer_of(name: &str) -> Option<usize> {
 pub(super) struct Taps {
     pub(super) taps: Vec<Tap>,
     pub(super) notes: Vec<String>,
-    /// Whether the attention of every layer was recognised.
-    pub(super) attention: bool,
-    /// Places that no tensor of the graph holds, where they were looked for by value.
-    pub(super) open: Vec<At>,
+    /// The branches in which the attention of every layer was recognised.
+    pub(super) attention: BTreeSet<usize>,
+    /// Places, by branch, that no tensor of the graph holds, where they were looked for by value.
+    pub(super) open: Vec<(usize, At)>,
     /// Nodes that make a query that the graph does not hold.
     pub(super) patch: Option<Patch>,
 }
 
 impl Taps {
     /// Looks for the places of all layers.
-    pub(super) fn find(model: &Model, spec: &DecoderSpec) -> Self {
+    pub(super) fn find(branches: &Branches, spec: &DecoderSpec) -> Self {
         let mut found = Self::default();
-        found.ports(model, spec);
+        let mut made = Made { patch: Patch::new("make queries that the graph does not hold"), names: HashSet::new() };
+        for (number, branch) in branches.taken.iter().enumerate() {
+            let mut own = Self::default();
+            if own.within(branch, spec, &mut made) {
+                found.attention.insert(number);
+            }
+            let scope = &branch.scope;
+            let noted = |note| if scope.is_empty() { note } else { format!("in the branch `{scope}`, {note}") };
+            found.notes.extend(own.notes.into_iter().map(noted));
+            found.taps.extend(own.taps.into_iter().map(|tap| Tap { branch: number, ..tap }));
+        }
+        found.patch = (!made.names.is_empty()).then_some(made.patch);
+        found
+    }
+
+    /// The places of a branch, and whether the attention of every layer was recognised.
+    fn within(&mut self, branch: &Branch, spec: &DecoderSpec, made: &mut Made) -> bool {
+        let model = &branch.graph;
+        self.ports(model, spec);
         let view = match without_folds(model) {
             Ok(view) => view,
             Err(error) => {
-                found.notes.push(format!("the graph without its adapter's nodes cannot be looked at: {error}"));
-                return found;
+                self.notes.push(format!("the graph without its adapter's nodes cannot be looked at: {error}"));
+                return false;
             }
         };
         let sites = match locate::sites(&view) {
             Ok(sites) => sites,
             Err(error) => {
-                found.notes.push(format!("its attention was not found, so that its layers are not compared: {error}"));
-                return found;
+                self.notes.push(format!("its attention was not found, so that its layers are not compared: {error}"));
+                return false;
             }
         };
         let (own, nested): (Vec<Site>, Vec<Site>) = sites.into_iter().partition(|site| site.scope.is_empty());
         if !nested.is_empty() {
-            found.notes.push("layers inside branches cannot give their tensors out".into());
+            self.notes.push("layers are in branches of several nodes, or in loops, and not compared".into());
+        } else if own.len() != spec.num_layers {
+            let (graph, model) = (own.len(), spec.num_layers);
+            self.notes
+                .push(format!("it has {graph} attention blocks, the checkpoint {model}: layers are not compared"));
         }
         if own.len() != spec.num_layers {
-            if nested.is_empty() {
-                let (graph, model) = (own.len(), spec.num_layers);
-                found
-                    .notes
-                    .push(format!("it has {graph} attention blocks, the checkpoint {model}: layers are not compared"));
-            }
-            return found;
+            return false;
         }
         let index = Index::new(model.graph());
-        found.attention = true;
-        let finder = Finder { view: &view, view_index: Index::new(view.graph()), index, model, spec };
-        finder.all(&own, &mut found);
-        found
+        let finder = Finder { view: &view, view_index: Index::new(view.graph()), index, branch, spec };
+        finder.all(&own, made, self);
+        true
     }
 
     fn push(&mut self, layer: usize, place: Place, tensor: &str, layout: Layout) {
-        let tap = Tap { at: At::new(layer, place), tensor: tensor.to_owned(), layout, columns: None };
-        self.taps.push(tap);
+        self.taps.push(Tap::new(At::new(layer, place), tensor, layout));
     }
 
     /// What every decoder graph gives: logits and cache.
@@ -186,7 +208,7 @@ struct Finder<'m> {
     /// The graph without its folds.
     view: &'m Model,
     view_index: Index<'m>,
-    model: &'m Model,
+    branch: &'m Branch,
     index: Index<'m>,
     spec: &'m DecoderSpec,
 }
@@ -206,19 +228,18 @@ struct Sum {
 }
 
 impl Finder<'_> {
-    fn all(&self, sites: &[Site], found: &mut Taps) {
-        let mut made = Made { patch: Patch::new("make queries that the graph does not hold"), names: HashSet::new() };
+    fn all(&self, sites: &[Site], made: &mut Made, found: &mut Taps) {
         let config = AdapterConfig::prefix_plus(self.spec, None);
         let maps = Projections::find(&self.view_index, sites, &config);
         let mut missing = Vec::new();
         for site in sites {
-            self.query(site, &mut made, found);
+            self.query(site, made, found);
             self.softmax(site, found);
             found.push(site.layer, Place::Attention, &site.output, site.output_layout);
             self.term(site, found);
             for linear in self.spec.linears() {
                 match maps.get(site.layer, linear) {
-                    Ok(map) => self.map(site.layer, linear, map, found),
+                    Ok(map) => self.map(site.layer, (linear, map), made, found),
                     Err(_) => missing.push(format!("layers.{}.{}", site.layer, linear.module())),
                 }
             }
@@ -233,10 +254,11 @@ impl Finder<'_> {
         // the first that names a place counts
         let mut seen = HashSet::new();
         found.taps.retain(|tap| seen.insert(tap.at));
-        found.patch = (!made.names.is_empty()).then_some(made.patch);
     }
 
     fn query(&self, site: &Site, made: &mut Made, found: &mut Taps) {
+        // the names of new nodes tell branches apart
+        let site = &Site { scope: self.branch.scope.clone(), ..site.clone() };
         let source = match locate::query(self.view, site, Query::PostRope) {
             Ok(source) => source,
             Err(error) => {
@@ -251,14 +273,11 @@ impl Finder<'_> {
                 .push(format!("the query of layer {layer} is inside `{anchor}`: added nodes compute it as that does"));
         }
         let readers = site.readers.iter().filter_map(|reader| self.own(reader.node));
-        let first = readers.map(Node::id).min_by_key(|node| node.index());
+        let first = readers.min_by_key(|node| node.id());
         // sites share what they need
         for node in source.nodes {
             if made.names.insert(node.name().to_owned()) {
-                match first {
-                    Some(first) => made.patch.insert_before(first, node),
-                    None => made.patch.append_node(node),
-                };
+                self.branch.put(&mut made.patch, first, node);
             }
         }
         for tensor in source.initializers {
@@ -291,7 +310,7 @@ impl Finder<'_> {
     }
 
     /// Input and product of a linear map.
-    fn map(&self, layer: usize, linear: Linear, map: &Projection, found: &mut Taps) {
+    fn map(&self, layer: usize, (linear, map): (Linear, &Projection), made: &mut Made, found: &mut Taps) {
         let (before, after) = match linear {
             Linear::Query => (Some(Place::AttentionInput), Place::QueryProjection),
             Linear::Key => (None, Place::KeyProjection),
@@ -304,11 +323,31 @@ impl Finder<'_> {
         if let Some(before) = before {
             found.push(layer, before, self.input(map), Layout::Merged);
         }
-        if let Some(product) = self.product(linear, map) {
+        let product = match self.product(linear, map) {
+            (product, true) => Some(product.to_owned()),
+            (product, false) => self.biased(product, made),
+        };
+        if let Some(product) = product {
             let columns = map.columns.clone();
             let at = At::new(layer, after);
-            found.taps.push(Tap { at, tensor: product.to_owned(), layout: Layout::Merged, columns });
+            found.taps.push(Tap { columns, ..Tap::new(at, &product, Layout::Merged) });
         }
+    }
+
+    /// A product with the bias that the operator adds that reads it: a new node makes the sum.
+    fn biased(&self, product: &str, made: &mut Made) -> Option<String> {
+        let mut readers =
+            self.index.consumers(product).iter().filter_map(|reader| self.index.graph().node(reader.node));
+        let (reader, bias) = readers.find_map(|node| Some((node, added_bias(node)?)))?;
+        if !is_constant(&self.index, bias) {
+            return None;
+        }
+        let (name, sum) = (format!("{FOLD}/biased/{}{product}", self.branch.scope), format!("{product}/biased"));
+        if made.names.insert(name.clone()) {
+            let node = NodeDef::new("Add", name).inputs([product, bias]).outputs([sum.as_str()]);
+            self.branch.put(&mut made.patch, Some(reader), node);
+        }
+        Some(sum)
     }
 
     /// The node of the graph that is one of the graph without its folds.
@@ -323,8 +362,8 @@ impl Finder<'_> {
         own.and_then(|node| node.input(0)).filter(|_| direct).unwrap_or(&map.node.input)
     }
 
-    /// A map's product with its bias and with what a fold adds; none where a bias of the model was not found.
-    fn product<'s>(&'s self, linear: Linear, map: &'s Projection) -> Option<&'s str> {
+    /// A map's product with its bias and with what a fold adds, and whether a bias that the model has was found.
+    fn product<'s>(&'s self, linear: Linear, map: &'s Projection) -> (&'s str, bool) {
         let mut product = map.node.product.as_str();
         let mut biased = map.node.bias.is_some() || !self.spec.has_bias(linear);
         for _ in 0..MAX_STEPS {
@@ -339,14 +378,14 @@ impl Finder<'_> {
                 _ => break,
             }
         }
-        biased.then_some(product)
+        (product, biased)
     }
 
     /// The residual stream before and after a layer, and after its attention.
     fn stream(&self, layer: usize, maps: &Projections, found: &mut Taps) {
         let last = |linear| {
             let map = maps.get(layer, linear).ok()?;
-            self.residual(self.product(linear, map)?)
+            self.residual(self.product(linear, map).0)
         };
         let (Some(attention), down) = (last(Linear::AttentionOutput), last(Linear::Down)) else { return };
         let mut put = |place, tensor: Option<&String>| {
@@ -394,7 +433,7 @@ impl Finder<'_> {
 
     /// The first sum, on the way from a tensor, with something else that is computed.
     fn residual(&self, from: &str) -> Option<Sum> {
-        let graph = self.model.graph();
+        let graph = self.index.graph();
         let mut reached: HashSet<&str> = HashSet::from([from]);
         for node in graph.nodes() {
             let inside = |slot: usize| node.input(slot).is_some_and(|input| reached.contains(input));
@@ -434,6 +473,17 @@ impl Finder<'_> {
     fn before_reshape<'s>(&'s self, tensor: &'s str) -> &'s str {
         let reshape = self.index.producer(tensor).filter(|node| node.is("", "Reshape"));
         reshape.and_then(|node| node.input(0)).unwrap_or(tensor)
+    }
+}
+
+/// The bias that an operator adds to what it reads first.
+fn added_bias(node: &Node) -> Option<&str> {
+    match node.op_type() {
+        _ if node.domain() != MICROSOFT => None,
+        "BiasGelu" | "FastGelu" => node.input(1),
+        "SkipLayerNormalization" => node.input(4),
+        "SkipSimplifiedLayerNormalization" => node.input(3),
+        _ => None,
     }
 }
 

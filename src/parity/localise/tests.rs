@@ -88,12 +88,12 @@ fn a_faithful_graph_agrees_at_every_place() {
             let (exact, own) = (bench.candle(DType::F64), bench.candle(DType::F32));
             let reference = Reference::compute(exact.model(), bench.cases()).unwrap();
             let script = &reference.cases[0].script;
-            let taps = Taps::find(&bench.graph, bench.spec());
+            let taps = Taps::find(&Branches::of(&bench.graph).unwrap(), bench.spec());
             let graph =
                 taps.patch.clone().map_or_else(|| bench.graph.clone(), |patch| patch.apply(&bench.graph).unwrap());
             let tensors = taps.taps.iter().map(|tap| tap.tensor.clone()).collect();
-            let tapped = Tapped::new(&bench.file(), &graph, &tensors).unwrap();
-            assert!(tapped.left_out.is_empty(), "{name}: {:?}", tapped.left_out);
+            let tapped = Tapped::new(&bench.file(), &Branches::of(&graph).unwrap(), &[tensors]).unwrap();
+            assert!(tapped.given.left_out.is_empty(), "{name}: {:?}", tapped.given.left_out);
             let (_, seen) = tapped.run(open(&tapped.path()).unwrap(), &[], script, Ports::of(bench.spec())).unwrap();
             let [reference, own] = [&exact, &own].map(|model| trace(&[model.model()], script).unwrap());
             let masks = script.calls().0.map(|(_, mask)| mask).collect();

@@ -5,6 +5,7 @@ mod adapter;
 mod base;
 mod foreign;
 pub mod graph;
+mod merged;
 mod reproducer;
 mod wiring;
 
@@ -19,6 +20,7 @@ use prefold::onnx::Model;
 use prefold::runtime::library;
 use serde_json::{Value, json};
 
+use self::merged::{Branch, merged};
 use crate::support::{arg, fixture, prefold};
 
 /// The table's file.
@@ -59,6 +61,8 @@ pub enum Kind {
     Bank,
     /// The base graph of `gemma2`.
     Gemma2,
+    /// As [`Folded`](Self::Folded), in a branch of a merged decoder whose other one is whole; run by ONNX Runtime.
+    Merged(Branch),
 }
 
 /// A layer, and a place by its name in a report.
@@ -159,7 +163,7 @@ impl Bench {
     /// The whole graph that a mutant is made of, with the model and the adapter that it should be.
     fn whole(&self, kind: Kind) -> (&'static str, &'static str, Option<&'static str>) {
         match kind {
-            Kind::Folded => ("baked", "llama_bias", Some("a")),
+            Kind::Folded | Kind::Merged(_) => ("baked", "llama_bias", Some("a")),
             Kind::Other(adapter) => ("baked", "llama_bias", Some(adapter)),
             Kind::Slot => ("slot", "llama_bias", Some("a")),
             Kind::Bank => ("bank", "llama_bias", Some("a")),
@@ -176,11 +180,18 @@ impl Bench {
     ) -> (i32, Value, String) {
         let (graph, model, adapter) = self.whole(kind);
         let folder = self.made(&format!("mutant_{number}"));
-        change(&Model::open(&self.at(graph)).unwrap(), self.dialect).save(&folder.join("model.onnx")).unwrap();
+        let whole = Model::open(&self.at(graph)).unwrap();
+        let changed = change(&whole, self.dialect);
+        let (changed, runtime) = match kind {
+            Kind::Merged(Branch::Prompt) => (merged(&changed, &whole), "ort"),
+            Kind::Merged(Branch::Next) => (merged(&whole, &changed), "ort"),
+            _ => (changed, self.dialect.runtime()),
+        };
+        changed.save(&folder.join("model.onnx")).unwrap();
         let checkpoint = self.model(model);
         let mut args =
             vec!["verify", "--graph", arg(&folder), "--model", arg(&checkpoint), "--steps", "2", "--no-cache"];
-        args.extend(["--case", cases, "--runtime", self.dialect.runtime()]);
+        args.extend(["--case", cases, "--runtime", runtime]);
         args.extend(adapter.iter().flat_map(|adapter| ["--adapter", adapter]));
         let report = format!("{number}.json");
         args.extend(["--out", report.as_str()]);
@@ -213,6 +224,10 @@ fn judged(mutant: &Mutant, bench: &Bench, number: usize) -> Result<String, Strin
     if code != 1 || found != (wanted_layer, wanted) {
         return Err(format!("{what}: exit code {code}, {found:?}, not {:?}\n{text}", (wanted_layer, wanted)));
     }
+    let branch = if let Kind::Merged(branch) = mutant.kind { Value::from(branch.scope()) } else { Value::Null };
+    if departure["branch"] != branch {
+        return Err(format!("{what}: the branch is not {branch}: {departure:#}"));
+    }
     if departure["fault"] == "runtime" {
         return Err(format!("{what}: the runtime is blamed: {departure:#}"));
     }
@@ -231,12 +246,14 @@ fn judged(mutant: &Mutant, bench: &Bench, number: usize) -> Result<String, Strin
 
 #[test]
 fn every_mutant_is_caught_and_its_place_named() {
-    let mutants: Vec<Mutant> = adapter::all().into_iter().chain(base::all()).chain(wiring::all()).collect();
+    let mutants = adapter::all().into_iter().chain(base::all()).chain(wiring::all());
+    let mutants: Vec<Mutant> = mutants.chain(merged::all()).collect();
     let benches: Vec<Bench> = dialects().into_iter().map(Bench::new).collect();
     let jobs: Vec<(usize, &Mutant, &Bench)> = mutants
         .iter()
         .flat_map(|mutant| benches.iter().map(move |bench| (mutant, bench)))
         .filter(|(mutant, bench)| mutant.only.is_none_or(|only| only == bench.dialect))
+        .filter(|(mutant, _)| benches.len() == 2 || !matches!(mutant.kind, Kind::Merged(_)))
         .enumerate()
         .map(|(number, (mutant, bench))| (number, mutant, bench))
         .collect();
@@ -289,7 +306,11 @@ fn check_table(rows: &[String]) {
 fn a_graph_that_is_not_broken_departs_nowhere() {
     for dialect in dialects() {
         let bench = Bench::new(dialect);
-        for (number, kind) in [Kind::Folded, Kind::Slot, Kind::Bank, Kind::Gemma2].into_iter().enumerate() {
+        let mut kinds = vec![Kind::Folded, Kind::Slot, Kind::Bank, Kind::Gemma2];
+        if dialects().contains(&Dialect::Ort) {
+            kinds.extend([Kind::Merged(Branch::Prompt)]);
+        }
+        for (number, kind) in kinds.into_iter().enumerate() {
             let (code, report, text) = bench.verify(number, (kind, CASES), |model, _| model.clone());
             assert_eq!((code, &report["runs"][0]["departure"]), (0, &Value::Null), "{kind:?}: {text}");
         }

@@ -228,6 +228,6 @@ pub fn all() -> Vec<Mutant> {
         folded("the logits are larger by a thousandth", scaled_logits, outside("logits")),
         folded("the logits of a token are those of the next", earlier_logits, outside("logits")),
         portable("the residual stream goes on from the norm", normed_residual, at(1, "attention_residual")),
-        portable("key-value heads are tiled and not repeated", tiled_heads, at(0, "output_input")),
+        portable("key-value heads are tiled and not repeated", tiled_heads, at(0, "attention")),
     ]
 }
