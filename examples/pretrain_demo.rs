@@ -386,7 +386,7 @@ fn pretrain(
         let gradient = |(name, var): (&String, &Var)| Some((name.clone(), store.get(var)?.clone()));
         let mut gradients: BTreeMap<String, Tensor> = weights.iter().filter_map(gradient).collect();
         clip_gradients(&mut gradients, Some(MAX_GRAD_NORM))?;
-        optimizer.step(&gradients, schedule.rate(step))?;
+        optimizer.step(gradients, schedule.rate(step))?;
         loss += found.sum.to_scalar::<f64>()?;
         tokens += found.tokens();
         if (step + 1).is_multiple_of(50) {

@@ -24,7 +24,7 @@ use crate::data::{DataConfig, Dataset, Format, Paths};
 use crate::files::Manifest;
 use crate::train::{
     BestBy, ComputeType, Ended, EvalBy, Fingerprint, Group, Inputs, Launch, LrScheduler, ObjectiveKind, Outcome,
-    REPORT_NAME, RunFolder, TrainConfig, Trainer, check_data, check_method,
+    REPORT_NAME, RunFolder, TrainConfig, Trainer, check_data, check_method, prepare_memory,
 };
 
 /// Train an adapter: Prefix-Tuning+, prefix tuning, LoRA, or the whole model
@@ -401,6 +401,7 @@ pub(super) fn train(
     }
     // before an earlier run is removed: weights may be damaged
     let help = || plan.what_fits(config, &prepared, device_memory(&device));
+    prepare_memory(prepared.adapter.num_parameters(prepared.checkpoint.spec()));
     let model = load(&prepared.checkpoint, config, &device).map_err(|error| with_memory_help(error, help))?;
     let folder = match (leads, resume) {
         (false, _) => RunFolder::follow(out),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Tensor, Var};
 
 use super::optimizer::accumulate;
+use super::pages::{self, Pages};
 use super::{BatchLoss, Error, Models, Objective, Result, batch_input};
 use crate::base::ops::backward;
 use crate::base::{Kept, LayerwisePass, SiteHook};
@@ -45,7 +46,13 @@ pub fn batch_gradients(
     let mut loss = if let Some(kept) = kept {
         let pass = LayerwisePass::forward(of.models.trained, &input, of.hook, kept)?;
         let loss = of.objective.loss(of.models, &pass.hidden_states()?, batch)?;
-        pass.backward(&scaled(&loss)?, &mut |found| accumulate(gradients, of.vars, found))?;
+        let (mut pages, mut held) = (Pages::default(), pages::bytes(gradients));
+        pass.backward(&scaled(&loss)?, &mut |found| {
+            accumulate(gradients, of.vars, found)?;
+            let bytes = pages::bytes(gradients);
+            pages.moved(bytes - std::mem::replace(&mut held, bytes));
+            Ok(())
+        })?;
         loss
     } else {
         let hidden = of.models.trained.hidden_states(&input, None, of.hook)?;

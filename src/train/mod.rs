@@ -23,6 +23,7 @@ mod fingerprint;
 mod gradients;
 mod objective;
 mod optimizer;
+mod pages;
 mod parallel;
 mod run_folder;
 mod schedule;
@@ -43,6 +44,7 @@ pub use objective::{
     completion_loss,
 };
 pub use optimizer::{AdamW, AdamWConfig, clip_gradients};
+pub use pages::prepare_memory;
 pub use parallel::{Group, Launch};
 pub use run_folder::{EVALUATION_NAME, METRICS_NAME, RunFolder};
 pub use schedule::{LrScheduler, Schedule};

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::pages::{self, Pages};
 use crate::base::ops::Gradients;
 use crate::files::{self, MappedFile};
 use moments::Moments;
@@ -77,11 +78,11 @@ impl AdamW {
         let correction1 = 1.0 - beta1.powi(self.steps as i32);
         let correction2 = 1.0 - beta2.powi(self.steps as i32);
         let decays = [Decay::new(beta1, |g| g), Decay::new(beta2, |g| g * g)];
-        let mut freed = 0;
+        let mut pages = Pages::default();
+        let freed = pages::bytes(&gradients);
         for (name, var) in &self.vars {
             let Some(gradient) = gradients.remove(name) else { continue };
             let gradient = gradient.contiguous()?;
-            freed += gradient.elem_count() * size_of::<f32>();
             let decay = if var.rank() > 1 { weight_decay } else { 0.0 };
             let update = Update {
                 keep: (1.0 - rate * decay) as f32,
@@ -114,9 +115,9 @@ impl AdamW {
                 var.set(&value.to_dtype(var.dtype())?)?;
             }
         }
-        if freed >= LARGE {
-            give_back_free_pages();
-        }
+        // the next step's activations would be spread over the pages of what was given up
+        drop(gradients);
+        pages.moved(freed);
         Ok(())
     }
 
@@ -137,16 +138,6 @@ impl AdamW {
         self.steps = steps;
         Ok(())
     }
-}
-
-/// Bytes of gradients whose pages the next step had better take anew: its activations would be spread over them.
-const LARGE: usize = 1 << 26;
-
-/// Gives the pages that are free now back to the system, where the program's allocator is mimalloc.
-#[allow(unsafe_code)]
-fn give_back_free_pages() {
-    // SAFETY: it touches nothing that is in use, and may be called by any thread at any time.
-    unsafe { libmimalloc_sys::mi_collect(true) }
 }
 
 /// Whether numbers are changed where they are: on the CPU.

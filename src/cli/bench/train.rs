@@ -21,7 +21,9 @@ use crate::base::{
 };
 use crate::data::{Batch, IGNORED};
 use crate::files;
-use crate::train::{AdamW, AdamWConfig, BatchGradients, ComputeType, Models, Sft, batch_gradients, clip_gradients};
+use crate::train::{
+    AdamW, AdamWConfig, BatchGradients, ComputeType, Models, Sft, batch_gradients, clip_gradients, prepare_memory,
+};
 
 /// Measure a training step: forward, loss, backward, clipping, AdamW
 ///
@@ -209,10 +211,12 @@ impl BenchTrain {
         if config.is_file() && config.extension().is_some_and(|e| e == "json") && !holds_weights {
             let spec = family::spec_from_config(&config, &files::read_json(&config, "a model configuration")?)?;
             let adapter = options.config(&spec, None)?;
+            prepare_memory(adapter.num_parameters(&spec));
             let (decoder, adapter) = self.random(&spec, adapter, &device).into_diagnostic()??;
             return Ok((decoder, adapter, self.model.clone()));
         }
         let checkpoint = context.checkpoint(&self.model)?;
+        prepare_memory(options.config(checkpoint.spec(), None)?.num_parameters(checkpoint.spec()));
         let decoder = Decoder::load(&checkpoint, self.dtype.dtype(), &device)?;
         let adapter = options.start(&checkpoint, &decoder, 0)?;
         Ok((decoder, adapter, checkpoint.display_name()))
