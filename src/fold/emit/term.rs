@@ -13,11 +13,12 @@
 //! ```
 //! and in graphs that hold operators of ONNX Runtime, whose optimizer takes a Transpose of three dimensions into the product:
 //! ```text
-//! query [B, S, h·d] ─ Reshape [B·S, h, d] ─ Elu ─ Transpose ─ MatMul M [h, B·S, d] ─ Transpose ─ Reshape ─┐
+//! query [B, S, h·d] ─ Elu ─ Reshape [B·S, h, d] ─ Transpose ─ MatMul M [h, B·S, d] ─ Transpose ─ Reshape ─┐
 //! output [B, S, h·d] ───────────────────────────────────────────────────────────────────────────────────── Add
 //! ```
+//! The feature map is taken first: what it makes has one reader, so that the reshaping after it copies nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Tensor};
 
@@ -69,9 +70,11 @@ pub(super) struct Writer<'a, 'j> {
     output_type: Option<DataType>,
     /// Names of the site's nodes.
     names: BTreeSet<String>,
-    /// Where the rows of the batch lie one after another: by step, whether its value is `[B·S, h, n]`; after a product it is
-    /// `[h, B·S, n]`. Empty where values are `[B, h, S, n]`.
-    rows: Vec<bool>,
+    /// Where the rows of the batch lie one after another in products, `[h, B·S, n]`: by step, whether its value is still merged,
+    /// `[B, S, h·n]`. Empty where values are `[B, h, S, n]`.
+    merged: Vec<bool>,
+    /// By step, a merged value as `[B·S, h, n]`.
+    rows: BTreeMap<usize, String>,
 }
 
 impl<'a, 'j> Writer<'a, 'j> {
@@ -81,7 +84,7 @@ impl<'a, 'j> Writer<'a, 'j> {
             let help = "the graph computes attention that it does not use: look at how it was exported";
             return Err(Error::Site { anchor: site.anchor.clone(), reason, help });
         };
-        Ok(Self { job, site, first, output_type, names: BTreeSet::new(), rows: Vec::new() })
+        Ok(Self { job, site, first, output_type, names: BTreeSet::new(), merged: Vec::new(), rows: BTreeMap::new() })
     }
 
     /// Adds a node under a name like `name`, and returns its output.
@@ -153,10 +156,11 @@ impl<'a, 'j> Writer<'a, 'j> {
                 let x = self.operand(term, *x, outputs, constants)?;
                 self.map(*map, &x)
             }
-            Step::MatMul(left, right) if self.rows.get(left.index()) == Some(&true) => {
-                let left = self.operand(term, *left, outputs, constants)?;
+            Step::MatMul(left, right) if self.merged.get(left.index()) == Some(&true) => {
+                let merged = self.operand(term, *left, outputs, constants)?;
                 let right = self.operand(term, *right, outputs, constants)?;
-                let left = self.transpose_rows("Transpose_rows", &left);
+                let rows = self.rows(left.index(), &merged);
+                let left = self.transpose_rows("Transpose_rows", &rows);
                 Ok(self.node("MatMul", "MatMul", &[&left, &right]))
             }
             Step::MatMul(left, right) => self.pair("MatMul", term, (*left, *right), outputs, constants),
@@ -229,12 +233,12 @@ impl<'a, 'j> Writer<'a, 'j> {
         if let Some(heads_first) = heads_first(index, &source.tensor) {
             return Ok(heads_first.to_owned());
         }
+        if let Some(merged) = merged_steps(term).filter(|_| self.takes_rows()) {
+            self.merged = merged;
+            return Ok(source.tensor);
+        }
         let config = self.job.adapter.config();
         let (heads, head_dim) = (config.num_heads as i64, config.head_dim as i64);
-        if let Some(rows) = row_steps(term).filter(|_| self.takes_rows()) {
-            self.rows = rows;
-            return Ok(self.reshape("Reshape_rows", &source.tensor, "prefold/rows", &[-1, heads, head_dim]));
-        }
         let split = self.reshape("Reshape_split", &source.tensor, "prefold/split_heads", &[0, 0, heads, head_dim]);
         Ok(self.transpose("Transpose_split", &split))
     }
@@ -289,6 +293,18 @@ impl<'a, 'j> Writer<'a, 'j> {
         })
     }
 
+    /// The merged value of a step, `[B, S, h·d]`, as `[B·S, h, d]`.
+    fn rows(&mut self, step: usize, merged: &str) -> String {
+        if let Some(rows) = self.rows.get(&step) {
+            return rows.clone();
+        }
+        let config = self.job.adapter.config();
+        let shape = [-1, config.num_heads as i64, config.head_dim as i64];
+        let rows = self.reshape("Reshape_rows", merged, "prefold/rows", &shape);
+        self.rows.insert(step, rows.clone());
+        rows
+    }
+
     /// `[h, B·S, n]` in the shape of the output.
     fn merge_rows(&mut self, term: &str) -> String {
         let merged = self.transpose_rows("Transpose_merge", term);
@@ -304,7 +320,7 @@ impl<'a, 'j> Writer<'a, 'j> {
 
     /// Adds the term to the output.
     pub(super) fn add(mut self, mut term: String) -> Result<()> {
-        if !self.rows.is_empty() {
+        if !self.merged.is_empty() {
             term = self.merge_rows(&term);
         } else if self.site.output_layout == Layout::Merged {
             let config = self.job.adapter.config();
@@ -327,20 +343,20 @@ impl<'a, 'j> Writer<'a, 'j> {
 
 /// By step, whether its value is made of the query by functions of single elements alone. `None` where such a value goes anywhere but
 /// into a function or into a product from the left.
-fn row_steps(term: &Term) -> Option<Vec<bool>> {
-    let mut rows: Vec<bool> = Vec::with_capacity(term.steps().len());
+fn merged_steps(term: &Term) -> Option<Vec<bool>> {
+    let mut merged: Vec<bool> = Vec::with_capacity(term.steps().len());
     for step in term.steps() {
-        let of = |value: &Value| rows.get(value.index()) == Some(&true);
-        let is_row = match step {
+        let of = |value: &Value| merged.get(value.index()) == Some(&true);
+        let is_merged = match step {
             Step::Query(_) => true,
             Step::Map(_, x) => of(x),
             Step::Binary(_, left, right) if of(left) || of(right) => return None,
             Step::MatMul(_, right) if of(right) => return None,
             _ => false,
         };
-        rows.push(is_row);
+        merged.push(is_merged);
     }
-    (rows.last() == Some(&false)).then_some(rows)
+    (merged.last() == Some(&false)).then_some(merged)
 }
 
 /// The heads-first tensor that a merged one was made from by transposing and reshaping, so that it need not be split again.

@@ -2,13 +2,12 @@
 
 use prefold::onnx::{Model, TensorDef};
 
-use super::graph::{has, insert, node, op, read, rounded, swap, values, weight};
+use super::graph::{insert, node, op, read, rounded, swap, values, weight};
 use super::{Dialect, Kind, Mutant, at};
 
-/// The first node of a layer's term, and its slot: what reads the query.
-fn query_reader(model: &Model, layer: usize) -> String {
-    let rows = format!("/prefold.1/layers.{layer}/Reshape_rows");
-    if has(model, &rows) { rows } else { format!("/prefold.1/layers.{layer}/Elu") }
+/// The first node of a layer's term: what reads the query.
+fn query_reader(layer: usize) -> String {
+    format!("/prefold.1/layers.{layer}/Elu")
 }
 
 fn m(layer: usize) -> String {
@@ -45,7 +44,7 @@ fn rounded_to_bf16(model: &Model, _: Dialect) -> Model {
 }
 
 fn scaled_query(model: &Model, _: Dialect) -> Model {
-    let reader = query_reader(model, 0);
+    let reader = query_reader(0);
     let query = node(model, &reader).input(0).unwrap();
     let scale = TensorDef::from_f32s("mutant/scale", &[], &[8f32.sqrt().recip()]);
     insert(model, &reader, 0, vec![scale], vec![op("Mul", "mutant/scaled", &[query, "mutant/scale"])], "mutant/scaled")
@@ -56,7 +55,7 @@ fn before_rotation(model: &Model, dialect: Dialect) -> Model {
         Dialect::Portable => "/model/layers.0/self_attn/q/Transpose/output_0",
         Dialect::Ort => "/model/layers.0/self_attn/q_proj/Add/output_0",
     };
-    read(model, &query_reader(model, 0), 0, tensor)
+    read(model, &query_reader(0), 0, tensor)
 }
 
 fn missing_term(model: &Model, dialect: Dialect) -> Model {
