@@ -169,7 +169,7 @@ fn pieces_with_trained_parts_are_those_of_the_cpu() {
             let y = pieces(&given, with_products);
             let weights = numbers(y.dims(), 50).to_dtype(dtype).unwrap();
             let store = backward(&(&y * weights).unwrap().sum_all().unwrap()).unwrap();
-            let gradients = variables.iter().map(|variable| store.get(variable).unwrap().clone());
+            let gradients = variables.iter().map(|variable| store.store.get(variable).unwrap().clone());
             let results: Vec<Tensor> = std::iter::once(y.detach()).chain(gradients).collect();
             results.iter().map(|x| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap()).collect::<Vec<_>>()
         };
