@@ -36,10 +36,10 @@ pub fn link_file(from: &Path, to: &Path) -> Result<Carried> {
 /// # Errors
 /// When `to` exists, or a file cannot be read or written.
 pub fn copy_file(from: &Path, to: &Path) -> Result<Carried> {
+    let source = super::open(from)?;
     if reflink_copy::reflink(from, to).is_ok() {
         return Ok(Carried::Reflinked);
     }
-    let source = File::open(from).map_err(Error::io("open", from))?;
     let target = File::create_new(to).map_err(Error::io("create", to))?;
     copy_content(&source, &target).map_err(Error::io("copy", from))?;
     Ok(Carried::Copied)

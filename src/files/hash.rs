@@ -28,7 +28,7 @@ pub fn sha256_pieces<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> String {
 /// # Errors
 /// When the file cannot be read.
 pub fn sha256_file(path: &Path) -> Result<String> {
-    let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+    let mut file = super::open(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0u8; 1 << 20];
     loop {

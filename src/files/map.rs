@@ -1,7 +1,6 @@
 //! The one place where a file is mapped into memory.
 #![allow(unsafe_code)] // memory maps: see `MappedFile::open`
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::{Error, Result};
@@ -23,14 +22,7 @@ impl MappedFile {
     /// # Errors
     /// When the path is missing, is a folder, or cannot be mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        // asked of the path: a pipe would be opened only once somebody writes into it
-        let kind = std::fs::metadata(path).map_err(Error::io("open", path))?.file_type();
-        if !kind.is_file() {
-            let what = if kind.is_dir() { "a folder, not a file" } else { "no file that could be mapped" };
-            let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, format!("it is {what}"));
-            return Err(Error::Io { action: "open", path: path.into(), source });
-        }
-        let file = File::open(path).map_err(Error::io("open", path))?;
+        let file = super::open(path)?;
         let metadata = file.metadata().map_err(Error::io("open", path))?;
         let map = if metadata.len() == 0 {
             None

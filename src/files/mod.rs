@@ -166,16 +166,42 @@ fn io_help(error: &std::io::Error) -> &'static str {
             "free some space, or write to another disk; nothing was left behind"
         }
         std::io::ErrorKind::UnexpectedEof => "the file is truncated; fetch or write it again",
+        std::io::ErrorKind::IsADirectory => "name a file, not a folder",
+        std::io::ErrorKind::NotSeekable => "name a file; what comes through a pipe has to be written to one first",
         _ => "the operating system gave this reason; nothing was changed",
     }
+}
+
+/// Opens a file to read it. Files are opened more than once, hashed and mapped: a pipe or a device is none, and might never end.
+///
+/// # Errors
+/// Names the path when it is no file or cannot be opened.
+pub fn open(path: &std::path::Path) -> Result<std::fs::File> {
+    open_to("open", path)
+}
+
+fn open_to(action: &'static str, path: &std::path::Path) -> Result<std::fs::File> {
+    use std::io::ErrorKind::{IsADirectory, NotSeekable};
+
+    // asked of the path: a pipe would be opened only once somebody writes into it
+    let kind = std::fs::metadata(path).map_err(Error::io(action, path))?.file_type();
+    if !kind.is_file() {
+        let (kind, what) = if kind.is_dir() { (IsADirectory, "folder") } else { (NotSeekable, "pipe or a device") };
+        return Err(Error::io(action, path)(std::io::Error::new(kind, format!("it is a {what}, not a file"))));
+    }
+    std::fs::File::open(path).map_err(Error::io(action, path))
 }
 
 /// Reads a whole file.
 ///
 /// # Errors
-/// Names the path when the file cannot be read.
+/// Names the path when it is no file or cannot be read.
 pub fn read(path: &std::path::Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(Error::io("read", path))
+    use std::io::Read;
+
+    let mut bytes = Vec::new();
+    open_to("read", path)?.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    Ok(bytes)
 }
 
 /// Reads a JSON file into `T`; `what` names it in an error.
@@ -196,4 +222,36 @@ pub fn write_json<T: serde::Serialize>(path: &std::path::Path, what: &'static st
         serde_json::to_vec_pretty(value).map_err(|source| Error::Json { path: path.into(), what, source })?;
     bytes.push(b'\n');
     std::fs::write(path, bytes).map_err(Error::io("write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nothing waits for a writer, and nothing reads what never ends.
+    #[cfg(unix)]
+    #[test]
+    fn only_files_are_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        for (path, what) in [
+            (pipe.as_path(), "a pipe or a device"),
+            (folder.path(), "a folder"),
+            ("/dev/zero".as_ref(), "a pipe or a device"),
+        ] {
+            let errors = [
+                open(path).map(|_| ()).unwrap_err(),
+                read(path).unwrap_err(),
+                sha256_file(path).unwrap_err(),
+                MappedFile::open(path).unwrap_err(),
+                copy_file(path, &folder.path().join("copy")).unwrap_err(),
+            ];
+            for error in errors {
+                assert!(error.to_string().ends_with(&format!("it is {what}, not a file")), "{error}");
+            }
+        }
+        assert!(!folder.path().join("copy").exists());
+    }
 }

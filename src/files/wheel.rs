@@ -85,7 +85,7 @@ impl Wheel {
     /// # Errors
     /// When it is not a readable zip archive.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
+        let file = super::open(path)?;
         let archive = zip::ZipArchive::new(file).map_err(|error| damaged(path, error))?;
         Ok(Self { path: path.into(), archive, _download: None })
     }

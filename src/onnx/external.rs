@@ -75,7 +75,7 @@ impl ExternalRef {
     /// Reads the piece, which must be `expected` bytes long.
     pub(crate) fn read(&self, tensor: &str, expected: u64, folder: &Path) -> Result<Vec<u8>> {
         let path = self.resolve(tensor, folder)?;
-        let mut file = File::open(&path).map_err(files::Error::io("open", &path))?;
+        let mut file = files::open(&path)?;
         let size = file.metadata().map_err(files::Error::io("read", &path))?.len();
         let length = self.length.unwrap_or(expected);
         // Checked before anything is allocated: the length is the model's word, the size is the file system's.

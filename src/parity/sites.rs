@@ -43,6 +43,16 @@ pub struct QueryDistance {
     pub largest: f64,
 }
 
+/// An output of two graphs that is not the same in every bit.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Difference {
+    /// The first such output.
+    pub output: String,
+    /// The largest difference in any of them, by the largest element of its output; infinite where they are of another
+    /// shape or hold what is no number.
+    pub distance: f64,
+}
+
 /// Two rows of tokens; the second one ends in padding, which every kind of attention knows.
 pub struct Probe {
     ids: Vec<i64>,
@@ -127,7 +137,8 @@ impl Probe {
         Ok(feeds)
     }
 
-    /// Runs two graphs and names the first output that is not the same in every bit; none where all are.
+    /// Runs two graphs and names the first output that is not the same in every bit, with how far all are apart; none where
+    /// all are the same.
     ///
     /// # Errors
     /// When one of them has an input that is none of a decoder's, or fails.
@@ -136,16 +147,19 @@ impl Probe {
         base: &mut dyn Session,
         other: &mut dyn Session,
         head_dim: usize,
-    ) -> Result<Option<String>> {
+    ) -> Result<Option<Difference>> {
         let (one, two) = (self.run(base, head_dim)?, self.run(other, head_dim)?);
+        let mut first: Option<Difference> = None;
         for ((_, one), (_, two)) in one.iter().zip(&two) {
             for (name, value) in one.iter() {
                 if two.get(name).map(bits).transpose()? != Some(bits(value)?) {
-                    return Ok(Some(name.to_owned()));
+                    let distance = two.get(name).map_or(Ok(f64::INFINITY), |other| distance(value, other))?;
+                    let found = first.get_or_insert_with(|| Difference { output: name.to_owned(), distance: 0.0 });
+                    found.distance = found.distance.max(distance);
                 }
             }
         }
-        Ok(None)
+        Ok(first)
     }
 
     /// Compares the queries that a graph gives out with those of the candle model, where tokens are real. What no run reached is left out.
@@ -262,6 +276,18 @@ fn empty(port: &Port, head_dim: usize) -> Result<Value> {
 }
 
 /// Bit patterns, which tell zeros of either sign apart and no number equal to itself.
+/// The largest difference by the largest element.
+fn distance(one: &Value, two: &Value) -> Result<f64> {
+    if one.shape() != two.shape() {
+        return Ok(f64::INFINITY);
+    }
+    let (one, two) = (one.clone().into_f64()?, two.clone().into_f64()?);
+    let largest = one.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+    let most = one.iter().zip(&two).fold(0.0, |most: f64, (x, y)| most.max(((x - y) / largest).abs()));
+    let sound = one.iter().chain(&two).all(|x| x.is_finite());
+    Ok(if sound { most } else { f64::INFINITY })
+}
+
 fn bits(value: &Value) -> Result<(Vec<usize>, Vec<u64>)> {
     let bits = if value.dtype().is_float() {
         value.clone().into_f64()?.iter().map(|x| x.to_bits()).collect()

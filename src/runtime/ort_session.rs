@@ -116,7 +116,7 @@ impl OrtSession {
     /// When the library cannot be loaded or another one is, or ONNX Runtime refuses the graph.
     pub fn open(library: &Path, graph: &Path, options: OrtOptions) -> Result<Self> {
         let environment = library::load(library)?;
-        std::fs::File::open(graph).map_err(crate::files::Error::io("open", graph))?;
+        crate::files::open(graph)?;
         let profile = options.profile.then(Profile::new).transpose()?;
         let refused = |reason: String| Error::Load { runtime: NAME, path: graph.into(), reason };
         let missing = |reason: String| Error::Provider { provider: options.provider.name(), reason };

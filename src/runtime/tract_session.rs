@@ -77,7 +77,7 @@ impl TractSession {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_fed(graph: &Path, fed: &[String], options: TractOptions) -> Result<Self> {
-        std::fs::File::open(graph).map_err(crate::files::Error::io("open", graph))?;
+        crate::files::open(graph)?;
         let Parsed { model, inputs: planned, outputs, defaults } =
             guarded(|| parse(graph, fed)).map_err(|reason| load_error(graph, reason))?;
         let symbolic = options.symbolic.then(|| guarded(|| symbolic_plan(model.clone(), &planned)));

@@ -65,7 +65,7 @@ impl Fingerprint {
 }
 
 fn sample(path: &Path) -> files::Result<Sample> {
-    let mut file = std::fs::File::open(path).map_err(files::Error::io("open", path))?;
+    let mut file = files::open(path)?;
     let bytes = file.metadata().map_err(files::Error::io("read", path))?.len();
     let mut hasher = Sha256::new();
     let rest = bytes.saturating_sub(HEAD);

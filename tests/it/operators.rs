@@ -120,7 +120,7 @@ impl Graph {
         let found = run(library, &builder.build().unwrap(), &self.feeds).take("found").unwrap().into_f32().unwrap();
         match source.layout {
             Layout::HeadsFirst => found.into_dimensionality().unwrap(),
-            Layout::Merged => heads_first(&found),
+            Layout::SeqFirst | Layout::Merged => heads_first(&found),
         }
     }
 

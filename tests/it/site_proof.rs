@@ -85,6 +85,26 @@ fn sites_are_proved_and_the_manifest_says_by_what() {
     assert_eq!(facts(&folder.path().join("over_bank"))["site_proof"]["zero_adapter"], "no bit changed");
 }
 
+/// ONNX Runtime on the CPU computes float16 in float32 where it has no kernel, and one more node moves the place where it rounds.
+/// That is told, and is no fault of the sites.
+#[test]
+fn a_rounding_of_half_precision_that_moves_is_no_wrong_site() {
+    if runtime().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (graph, adapter) = (fixture("graphs/genai_int4_half/llama_bias"), fixture("oracles/llama_head_dim"));
+    let adapter = adapter.join("adapter.safetensors");
+    prefold_ok(folder.path(), &["fold", "--graph", arg(&graph), "--adapter", arg(&adapter), "--out", "out"]);
+    let found = facts(&folder.path().join("out"));
+    check_schema(&found);
+    let proof = &found["site_proof"];
+    assert_eq!(proof["verdict"], "proved", "{proof}");
+    let told = proof["zero_adapter"].as_str().unwrap();
+    // a runtime that has the kernels moves none
+    assert!(told.starts_with("half precision was rounded otherwise, by at most") || told == "no bit changed", "{told}");
+}
+
 /// Both branches of a merged decoder, the one for a prompt and the one for what follows it.
 #[test]
 fn the_queries_of_both_branches_are_the_model_s() {

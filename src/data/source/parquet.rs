@@ -16,7 +16,7 @@ use crate::files as disk;
 
 /// Lists and structs become JSON arrays and objects. Only the row group in work is in memory.
 pub(super) fn read(path: &Path, visit: Visit<'_>) -> Result<()> {
-    let file = std::fs::File::open(path).map_err(disk::Error::io("read", path))?;
+    let file = disk::open(path)?;
     let broken = |at: Option<usize>| {
         move |reason: String| {
             let reason = match at {

@@ -46,16 +46,16 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
     let (num_heads, head_dim, width) = match (layout, declared) {
         (Layout::HeadsFirst, Some([_, Dim::Value(heads), _, Dim::Value(dim)])) => (Some(*heads), Some(*dim), None),
         (Layout::HeadsFirst, _) => (num_heads, None, None),
-        (Layout::Merged, _) => (num_heads, None, last_dim(index, query)),
+        (Layout::SeqFirst | Layout::Merged, _) => (num_heads, None, last_dim(index, query)),
     };
-    Ok(Site {
+    Site {
         readers: index.consumers(output).to_vec(),
         num_heads,
         head_dim,
         width,
         ..Site::new(SHAPE, node, (query, layout), (output, layout))
     }
-    .unscaled(index))
+    .unscaled(index, node)
 }
 
 /// The operator shows its query.

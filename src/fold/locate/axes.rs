@@ -44,8 +44,18 @@ impl Axes {
     pub(super) fn of_layout(layout: Layout) -> Self {
         Self(match layout {
             Layout::HeadsFirst => vec![Batch, Heads, Seq, Dim],
+            Layout::SeqFirst => vec![Batch, Seq, Heads, Dim],
             Layout::Merged => vec![Batch, Seq, Width],
         })
+    }
+
+    /// Those of a tensor that is laid out in a way that the graph does not tell.
+    pub(super) fn unknown() -> Self {
+        Self(Vec::new())
+    }
+
+    fn is_unknown(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The layout that an adapter is written in, if it is one.
@@ -55,6 +65,11 @@ impl Axes {
             [Batch, Seq, Width] => Some(Layout::Merged),
             _ => None,
         }
+    }
+
+    /// Whether only the heads of a token stand in the place of the tokens.
+    pub(super) fn is_seq_first(&self) -> bool {
+        matches!(self.0[..], [Batch, Seq, Heads, Dim])
     }
 
     /// Whether the heads of a token lie beside each other, as the output projection reads them.
@@ -69,6 +84,9 @@ impl Axes {
 
     /// The axes that `perm` makes these of.
     pub(super) fn before_transpose(&self, perm: &[i64]) -> Option<Self> {
+        if self.is_unknown() {
+            return Some(self.clone());
+        }
         let mut before = vec![None; self.0.len()];
         for (axis, &from) in self.0.iter().zip(perm) {
             *before.get_mut(usize::try_from(from).ok()?)? = Some(*axis);
@@ -107,6 +125,9 @@ impl fmt::Display for Axes {
             Width => "heads · head_dim",
             Rows => "batch · seq",
         };
+        if self.is_unknown() {
+            return f.write_str("[dimensions that the graph does not tell]");
+        }
         write!(f, "[{}]", self.0.iter().map(name).collect::<Vec<_>>().join(", "))
     }
 }

@@ -24,7 +24,8 @@
 //! In a graph of a static quantiser `QuantizeLinear ─ DequantizeLinear` stands on any of these edges. The query is the one before
 //! them; where the term is added, [`quantized`](super::quantized) says.
 //!
-//! Query and output are `[batch, heads, seq, head_dim]`, or where the graph only has that, `[batch, seq, heads · head_dim]`.
+//! Query and output are `[batch, heads, seq, head_dim]`, or where the graph only has that, `[batch, seq, heads · head_dim]`. A query
+//! that is rounded before its heads are put first is `[batch, seq, heads, head_dim]`; a Transpose beside the graph's own turns it.
 
 use std::collections::BTreeSet;
 
@@ -36,8 +37,8 @@ use crate::onnx::{Index, Node, Use};
 
 const SHAPE: &str = "decomposed";
 const MICROSOFT: &str = "com.microsoft";
-const HELP: &str = "this shape of attention is not known yet: `prefold inspect --explain` tells how far the match got; \
-                    a graph that `prefold export` writes is always known";
+pub(super) const HELP: &str = "this shape of attention is not known yet: `prefold inspect --explain` tells how far the \
+                               match got; a graph that `prefold export` writes is always known";
 const INTEGER_HELP: &str = "quantise with quant_format=QuantFormat.QDQ, or only products with weights";
 /// Nodes on one way through a block: far more than any exporter writes, and an end to every walk.
 pub(super) const MAX_STEPS: usize = 64;
@@ -156,18 +157,26 @@ fn query(index: &Index, softmax: &Node, scores: &Node, axes: &Axes) -> Result<(S
     };
     let Back { found, .. } = back(index, left, axes.clone());
     let known = found.iter().find_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
-    known.ok_or_else(|| {
+    let turned = found.iter().find(|(_, axes)| axes.is_seq_first());
+    known.or(turned.map(|(tensor, _)| ((*tensor).to_owned(), Layout::SeqFirst))).ok_or_else(|| {
         let lies = found.first().map(|(tensor, axes)| format!("its query `{tensor}` lies as {axes}"));
         stopped(softmax, lies.unwrap_or_else(|| "its query was not found".into()), HELP)
     })
 }
 
 /// The query of an operator before a scale that the graph applies to it first, as OPT's does; none where there is no scale. In
-/// the layout that the operator reads where there is one.
-pub(super) fn before_scale(index: &Index, query: &str, layout: Layout) -> Option<(String, Layout)> {
+/// the layout that the operator reads where there is one, else in one that `fits`; where there is none, how it lies.
+pub(super) fn before_scale(
+    index: &Index,
+    query: &str,
+    layout: Layout,
+    fits: impl Fn(Layout) -> bool,
+) -> Option<std::result::Result<(String, Layout), String>> {
     let Back { found, scaled } = back(index, query, Axes::of_layout(layout));
     let known = || found.iter().filter_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
-    known().find(|(_, found)| *found == layout).or_else(|| known().next()).filter(|_| scaled)
+    let fitting = known().find(|(_, found)| *found == layout).or_else(|| known().find(|(_, found)| fits(*found)));
+    let lies = || found.first().map_or(String::new(), |(tensor, axes)| format!("`{tensor}` lies as {axes}"));
+    scaled.then(|| fitting.ok_or_else(lies))
 }
 
 /// The way from what a product or an operator reads back through scales, quantisers and layouts.
@@ -215,8 +224,14 @@ fn laid_out<'g>(index: &Index<'g>, node: &'g Node, axes: &Axes) -> Option<(&'g s
     let behind = node.input(0)?;
     let before = match node.op_type() {
         "Cast" | "DequantizeLinear" | "Dropout" | "Identity" | "QuantizeLinear" => axes.clone(),
-        "Transpose" => axes.before_transpose(node.attribute("perm")?.as_ints()?)?,
-        "Reshape" | "Squeeze" | "Unsqueeze" => axes.reshaped(shape::rank(index, behind)?)?,
+        // what lies behind may be scaled, wherever its dimensions are
+        "Transpose" => {
+            let perm = node.attribute("perm").and_then(|perm| perm.as_ints());
+            perm.and_then(|perm| axes.before_transpose(perm)).unwrap_or_else(Axes::unknown)
+        }
+        "Reshape" | "Squeeze" | "Unsqueeze" => {
+            shape::rank(index, behind).and_then(|rank| axes.reshaped(rank)).unwrap_or_else(Axes::unknown)
+        }
         _ => return None,
     };
     Some((behind, before))

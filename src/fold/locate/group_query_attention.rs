@@ -78,7 +78,7 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
     };
     // what is packed, or biased inside, is not scaled apart
-    Ok(if is_packed(node) { site } else { site.unscaled(index) })
+    if is_packed(node) { Ok(site) } else { site.unscaled(index, node) }
 }
 
 /// The query that meets the keys inside the operator, or the one before its rotation.

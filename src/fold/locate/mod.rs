@@ -95,15 +95,22 @@ impl Site {
     }
 
     /// The site with its query before a scale that stands between it and its operator.
-    fn unscaled(mut self, index: &Index) -> Self {
-        let merged = self.shape != attention::SHAPE;
-        let before = decomposed::before_scale(index, &self.query, self.query_layout);
+    ///
+    /// # Errors
+    /// When that lies in a way that no adapter is written in.
+    fn unscaled(mut self, index: &Index, anchor: &Node) -> Result<Self> {
         // operators of com.microsoft take merged heads, and so do the nodes that are written beside them
-        if let Some((query, layout)) = before.filter(|(_, layout)| !merged || *layout == Layout::Merged) {
-            let scaled = std::mem::replace(&mut self.query, query);
-            self.scaled_query = Some((scaled, std::mem::replace(&mut self.query_layout, layout)));
-        }
-        self
+        let fits = |layout: Layout| self.shape == attention::SHAPE || layout == Layout::Merged;
+        let Some(before) = decomposed::before_scale(index, &self.query, self.query_layout, fits) else {
+            return Ok(self);
+        };
+        let (query, layout) = before.map_err(|lies| {
+            let reason = format!("its query is scaled before it, and behind the scale {lies}");
+            stopped(anchor, reason, decomposed::HELP)
+        })?;
+        let scaled = std::mem::replace(&mut self.query, query);
+        self.scaled_query = Some((scaled, std::mem::replace(&mut self.query_layout, layout)));
+        Ok(self)
     }
 
     /// The site with the query that its scores are made of.
@@ -132,6 +139,8 @@ impl Site {
 pub enum Layout {
     /// `[batch, heads, seq, head_dim]`.
     HeadsFirst,
+    /// `[batch, seq, heads, head_dim]`: that of a query which the graph rounds before it puts the heads first.
+    SeqFirst,
     /// `[batch, seq, heads · head_dim]`.
     Merged,
 }
@@ -150,6 +159,18 @@ pub struct QuerySource {
 }
 
 impl QuerySource {
+    /// With its heads before its tokens.
+    fn heads_first(mut self, site: &Site) -> Self {
+        if self.layout == Layout::SeqFirst {
+            let name = format!("{}/query/Transpose", site.prefix());
+            let output = format!("{name}/output_0");
+            let transpose = NodeDef::new("Transpose", name).attr_ints("perm", &[0, 2, 1, 3]);
+            self.nodes.push(transpose.inputs([&self.tensor]).outputs([&output]));
+            (self.tensor, self.layout) = (output, Layout::HeadsFirst);
+        }
+        self
+    }
+
     /// The tensor of the graph that it is made of, of the same type.
     pub(in crate::fold) fn made_of(&self) -> &str {
         let mut tensor = self.tensor.as_str();
@@ -183,10 +204,11 @@ pub fn query(model: &Model, site: &Site, wanted: Query) -> Result<QuerySource> {
             _ => {}
         }
         let (tensor, layout) = (site.query.clone(), site.query_layout);
-        match wanted {
-            Query::PostRope => Ok(QuerySource { tensor, layout, nodes: Vec::new(), initializers: Vec::new() }),
-            Query::PreRope => unrotated::unrotated(index, site),
-        }
+        let source = match wanted {
+            Query::PostRope => QuerySource { tensor, layout, nodes: Vec::new(), initializers: Vec::new() },
+            Query::PreRope => unrotated::unrotated(index, site)?,
+        };
+        Ok(source.heads_first(site))
     })
 }
 

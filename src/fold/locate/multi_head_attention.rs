@@ -63,7 +63,7 @@ fn site(index: &Index, node: &Node) -> Result<Site> {
         ..Site::new(SHAPE, node, (query, Layout::Merged), (output, Layout::Merged))
     };
     // what is packed, or biased inside, is not scaled apart
-    Ok(if is_packed(node) || bias(node).is_some() { site } else { site.unscaled(index) })
+    if is_packed(node) || bias(node).is_some() { Ok(site) } else { site.unscaled(index, node) }
 }
 
 /// The query with its bias. A graph that rotates does so before the operator, with the bias added there.

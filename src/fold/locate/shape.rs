@@ -132,24 +132,45 @@ impl<'i, 'g> Reader<'i, 'g> {
             "Gemm" => Some(2),
             "Range" | "Shape" => Some(1),
             "Add" | "Sub" | "Mul" | "Div" | "Where" | "MatMul" | "FusedMatMul" | "And" => {
-                node.inputs().iter().filter_map(|input| self.rank(input)).max()
+                let ranks: Vec<Option<usize>> = node.inputs().iter().map(|input| self.rank(input)).collect();
+                // a scale, a bias or a weight tells nothing of what it meets
+                let told = |rank: &usize| *rank > 2 || ranks.iter().all(Option::is_some);
+                ranks.iter().flatten().max().copied().filter(told)
             }
-            "Cast"
+            // products with weights of two dimensions
+            "MatMulNBits" | "MatMulBnb4" => self.rank(node.input(0)?),
+            "MatMulInteger" | "MatMulIntegerToFloat" | "DynamicQuantizeMatMul" => {
+                Some(self.rank(node.input(0)?)?.max(self.rank(node.input(1)?)?))
+            }
+            "QLinearMatMul" => Some(self.rank(node.input(0)?)?.max(self.rank(node.input(3)?)?)),
+            "BiasGelu"
+            | "BiasSplitGelu"
+            | "Cast"
             | "Clip"
             | "Concat"
             | "CumSum"
             | "DequantizeLinear"
             | "Dropout"
+            | "DynamicQuantizeLinear"
             | "Elu"
+            | "FastGelu"
+            | "Gelu"
             | "Identity"
             | "LayerNormalization"
             | "Neg"
             | "Pow"
+            | "QLinearAdd"
+            | "QLinearMul"
             | "QuantizeLinear"
+            | "QuickGelu"
             | "RMSNormalization"
             | "Reciprocal"
+            | "Relu"
             | "RotaryEmbedding"
+            | "Sigmoid"
             | "SimplifiedLayerNormalization"
+            | "SkipLayerNormalization"
+            | "SkipSimplifiedLayerNormalization"
             | "Slice"
             | "Softmax"
             | "Split"

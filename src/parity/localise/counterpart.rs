@@ -156,7 +156,7 @@ fn unfolded(value: &Value, layout: Layout, tokens: Tokens) -> Option<Array3<f64>
     let flat: Vec<f64> = all.iter().map(|x| open(*x)).collect();
     let columns = match (layout, &shape[..]) {
         (Layout::HeadsFirst, [.., columns, _]) => *columns,
-        (Layout::Merged, [_, columns, _, ..]) => *columns,
+        (Layout::Merged | Layout::SeqFirst, [_, columns, _, ..]) => *columns,
         (Layout::Merged, [rows, _]) => rows.checked_div(tokens.batch)?,
         _ => return None,
     };

@@ -25,7 +25,7 @@ impl<'t> View<'t> {
                 (*held, *inner, all.checked_div(batch.checked_mul(held * inner)?)?)
             }
             (Layout::HeadsFirst, _) => return None,
-            (Layout::Merged, shape) => {
+            (Layout::Merged | Layout::SeqFirst, shape) => {
                 let held = if let [_, held, _, ..] = shape { *held } else { shape.first()?.checked_div(batch)? };
                 (held, all.checked_div(batch.checked_mul(held)?)?, 1)
             }

@@ -1,6 +1,7 @@
 //! Blocks as one or another exporter writes them, each a change to the same plain one.
 
 use super::*;
+use crate::adapter::Query;
 use crate::fold::locate;
 use crate::onnx::{DataType, Dim, Model, ModelBuilder, NodeDef, TensorDef, ValueDef};
 
@@ -26,7 +27,7 @@ fn node((op, inputs, output): Part) -> NodeDef {
 /// A model of these nodes over q, k, v `[batch, heads, seq, head_dim]`, a mask and some constants.
 fn model(parts: &[Part]) -> Model {
     let mut builder = ModelBuilder::new("g", 8);
-    builder.opset("", 17).opset(MICROSOFT, 1);
+    builder.opset("", 17).opset(MICROSOFT, 1).opset("other", 1);
     for (name, rank) in [
         ("q", 4),
         ("k", 4),
@@ -234,6 +235,82 @@ fn layers_are_one_each_and_those_of_their_caches() {
         error,
         "in the main graph, `p` is number 0 in the flow of data and reads the cache of layer 1: the attention of layer 0 was not found"
     );
+}
+
+/// A scale is found behind products whose dimensions only their operator tells, and where nothing tells them, its query is not
+/// taken for the unscaled one.
+#[test]
+fn a_scale_behind_a_layout_that_is_not_told_is_seen() {
+    let behind = |product: &'static str| -> Vec<Part<'static>> {
+        vec![
+            (product, &["q3", "w"], "proj"),
+            ("Mul", &["proj", "scale"], "qs"),
+            ("Reshape", &["qs", "split"], "qr"),
+            ("Transpose perm=0213", &["qr"], "qt"),
+            ("MatMul", &["qt", "k"], "s"),
+            ("Softmax", &["s"], "p"),
+        ]
+    };
+    for product in ["MatMul", "ms.MatMulNBits", "ms.MatMulBnb4", "MatMulInteger", "ms.DynamicQuantizeMatMul"] {
+        let site = found(&[&behind(product), &TAIL]);
+        assert_eq!((site.query.as_str(), site.query_layout), ("proj", Layout::Merged), "{product}");
+    }
+    let stopped = stops(&[&behind("other.Product"), &TAIL]);
+    assert!(stopped.ends_with("its query `proj` lies as [dimensions that the graph does not tell]"), "{stopped}");
+    // without a scale there is nothing to be found behind
+    let plain: &[Part] = &[
+        ("other.Product", &["q3", "w"], "proj"),
+        ("Reshape", &["proj", "split"], "qr"),
+        ("Transpose perm=0213", &["qr"], "qt"),
+        ("MatMul", &["qt", "k"], "s"),
+        ("Softmax", &["s"], "p"),
+    ];
+    is(&found(&[plain, &TAIL]), "qt", "o");
+}
+
+/// Before an operator too.
+#[test]
+fn a_scale_before_an_operator_is_not_overlooked() {
+    let before = |product: &'static str| -> Vec<Part<'static>> {
+        vec![
+            (product, &["q3", "w"], "proj"),
+            ("Mul", &["proj", "scale"], "qs"),
+            ("Reshape", &["qs", "split"], "qr"),
+            ("Transpose perm=0213", &["qr"], "qt"),
+            ("Attention", &["qt", "k", "v"], "o"),
+            ("Transpose perm=0213", &["o"], "t"),
+            ("Reshape", &["t", "merged"], "m"),
+            ("MatMul", &["m", "w"], "out"),
+        ]
+    };
+    let site = found(&[&before("ms.MatMulNBits")]);
+    assert_eq!((site.query.as_str(), site.query_layout), ("proj", Layout::Merged));
+    let stopped = stops(&[&before("other.Product")]);
+    assert!(stopped.ends_with(
+        "its query is scaled before it, and behind the scale `proj` lies as [dimensions that the graph does not tell]"
+    ));
+}
+
+/// A quantiser on both sides of the Transpose leaves no float that is not rounded but the one before it.
+#[test]
+fn a_query_that_is_rounded_before_its_heads_are_put_first_is_turned_beside() {
+    let quantised: &[Part] = &[
+        ("Reshape", &["q3", "split"], "qr"),
+        ("Add", &["qr", "qr"], "rotated"),
+        ("QuantizeLinear", &["rotated", "scale"], "r8"),
+        ("DequantizeLinear", &["r8", "scale"], "rd"),
+        ("Transpose perm=0213", &["rd"], "t4"),
+        ("QuantizeLinear", &["t4", "scale"], "t8"),
+        ("DequantizeLinear", &["t8", "scale"], "td"),
+        ("MatMul", &["td", "k"], "s"),
+        ("Softmax", &["s"], "p"),
+    ];
+    let model = model(&[quantised, &TAIL].concat());
+    let site = &locate::sites(&model).unwrap()[0];
+    assert_eq!((site.query.as_str(), site.query_layout), ("rotated", Layout::SeqFirst));
+    let source = locate::query(&model, site, Query::PostRope).unwrap();
+    assert_eq!((source.layout, source.nodes.len(), source.made_of()), (Layout::HeadsFirst, 1, "rotated"));
+    assert_eq!(source.nodes[0].op_type(), "Transpose");
 }
 
 /// Pairs of a static quantiser on every edge: the query is the one before them, and the term comes behind all of them.

@@ -2,7 +2,7 @@
 //! columns in the place of values.
 //!
 //! ```text
-//! product [B, S, N] ─ Split | Slice ─ part                                     a range
+//! product [B, S, N] ─ (Unsqueeze) ─ Split | Slice ─ part                       a range
 //! product [B, S, N] ─ Reshape [B, S, h, 3·d] ─ Split | Slice | Gather ─ part   d columns of every head
 //! ```
 
@@ -93,6 +93,18 @@ impl Columns {
                 let mut picked = self.narrow(axis, usize::try_from(at).ok()?, 1)?;
                 picked.axes.remove(axis);
                 Some(picked)
+            }
+            "Unsqueeze" => {
+                let new = node.attribute("axes").and_then(|a| a.as_ints()).map(<[i64]>::to_vec).or(constant(1))?;
+                let rank = self.axes.len().checked_add(new.len()).filter(|rank| *rank <= MAX_RANK)?;
+                let place = |at: i64| usize::try_from(if at < 0 { at.checked_add(rank as i64)? } else { at }).ok();
+                let mut places = new.into_iter().map(place).collect::<Option<Vec<_>>>()?;
+                places.sort_unstable();
+                let mut wider = self;
+                for at in places {
+                    (at <= wider.axes.len()).then(|| wider.axes.insert(at, 1))?;
+                }
+                Some(wider)
             }
             "Squeeze" => {
                 let axes = node.attribute("axes").and_then(|a| a.as_ints()).map(<[i64]>::to_vec).or(constant(1))?;
@@ -274,7 +286,6 @@ mod tests {
     use super::*;
     use crate::onnx::{DataType, Dim, ModelBuilder, NodeDef, TensorDef, ValueDef};
 
-    /// A third of the last dimension, of the tensor or, as ONNX Runtime's optimizer leaves it, of the one before its Transpose.
     /// Widths and orders that would fill the memory.
     #[test]
     fn what_no_model_has_is_refused() {
@@ -287,6 +298,33 @@ mod tests {
         assert!(wide().reshape(&[Some(1); 100]).is_none());
     }
 
+    /// GPTBigCode's queries, keys and values: a head of its own for all, and then the parts.
+    #[test]
+    fn an_axis_may_come_before_the_parts() {
+        let mut builder = ModelBuilder::new("g", 8);
+        builder.opset("", 17).input(ValueDef::new("x", DataType::Float, (0..3).map(|_| Dim::Unknown)));
+        for (name, values) in [("one", &[1][..]), ("parts", &[4, 2, 2]), ("far", &[9])] {
+            builder.initializer(TensorDef::from_i64s(name, &[values.len() as i64], values));
+        }
+        builder.node(NodeDef::new("Unsqueeze", "u").inputs(["x", "one"]).outputs(["u"]));
+        builder.node(NodeDef::new("Split", "s").inputs(["u", "parts"]).outputs(["q", "k", "v"]).attr_int("axis", 3));
+        builder.node(NodeDef::new("Unsqueeze", "f").inputs(["x", "far"]).outputs(["f"]));
+        for name in ["v", "f"] {
+            builder.output(ValueDef::new(name, DataType::Float, []));
+        }
+        let model = builder.build().unwrap();
+        let index = Index::new(model.graph());
+        let step = |name: &str, output: usize| {
+            let node = model.graph().nodes().iter().find(|node| node.name() == name).unwrap();
+            Step { node: node.id(), output }
+        };
+        let part = |output: usize, width| columns(&index, &[step("u", 0), step("s", output)], 2, 8, width);
+        assert_eq!((part(0, 4), part(1, 2), part(2, 2)), (Ok(vec![0, 1, 2, 3]), Ok(vec![4, 5]), Ok(vec![6, 7])));
+        let error = columns(&index, &[step("f", 0)], 2, 8, 4).unwrap_err();
+        assert_eq!(error, "`f` (Unsqueeze) cuts a packed product in a way that is not known");
+    }
+
+    /// A third of the last dimension, of the tensor or, as ONNX Runtime's optimizer leaves it, of the one before its Transpose.
     #[test]
     fn bounds_are_computed_from_shapes() {
         let mut builder = ModelBuilder::new("g", 8);
