@@ -1,8 +1,9 @@
 //! A command line as a shell reads it.
 
-/// The command line of this process, for reports: pasted into a POSIX shell it runs the same command.
+/// The command line of this process, for reports: pasted into a POSIX shell it runs the same command. Bytes of an argument that are no
+/// text cannot stand in a report, and are replaced.
 pub(super) fn command_line() -> String {
-    let args = std::env::args().skip(1).map(|arg| quoted(&arg));
+    let args = std::env::args_os().skip(1).map(|arg| quoted(&arg.to_string_lossy()));
     std::iter::once("prefold".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
 }
 

@@ -9,7 +9,7 @@ use crate::base::DecoderSpec;
 
 /// The error budget. With `e(x)` the largest absolute distance of a run's logits from the reference's, a run passes when
 /// `e(run) ≤ max(factor · e(candle), floor)`. A run of float32 that does not, and is no more than √K times further away, passes too when
-/// its distance from candle with its products summed in order is within the same bound: it sums in order itself.
+/// at each position it is within the same bound, or within `factor` times the distance there of candle with its products summed in order.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Budget {
     /// How many times candle's own distance, at the graph's precision, a run may be away.

@@ -11,7 +11,8 @@ use super::report::RULE;
 use super::run::{GraphRunner, Runner, Script, replay};
 use super::{
     AgainstReport, Budget, CaseReport, Environment, Error, Facts, Figures, Finding, FindingKind, Greedy, Localise,
-    Model, NoOpReport, Ports, Reference, Report, Result, RunCase, RunReport, SCHEMA_VERSION, Thresholds, Verdict,
+    Model, NoOpReport, Ports, Reference, Report, Result, RunCase, RunReport, SCHEMA_VERSION, SumOrder, Thresholds,
+    Verdict,
 };
 use crate::runtime::{self, Session};
 
@@ -38,11 +39,11 @@ pub struct Check {
     base: Vec<RunReport>,
     pub(super) no_op: Vec<NoOpReport>,
     pub(super) against: Vec<AgainstReport>,
-    /// The first failed run, and its logits, to find the cause by.
-    failed_run: Option<usize>,
+    /// What failed in one run, to find the cause by: the first that rounding cannot explain, else the first.
     failed: Vec<Failed>,
-    /// What failed, by run, and rounding may explain.
-    doubtful: Vec<(usize, Failed)>,
+    failed_run: usize,
+    /// Run and case of what failed and rounding may explain.
+    doubtful: Vec<(usize, usize)>,
     cause: Option<String>,
     base_cause: Option<String>,
 }
@@ -100,8 +101,8 @@ impl Check {
             base: Vec::new(),
             no_op: Vec::new(),
             against: Vec::new(),
-            failed_run: None,
             failed: Vec::new(),
+            failed_run: 0,
             doubtful: Vec::new(),
             cause: None,
             base_cause: None,
@@ -140,10 +141,16 @@ impl Check {
             Ok((runtime, nodes, judged)) => {
                 let (cases, logits): (Vec<RunCase>, Vec<_>) = judged.into_iter().unzip();
                 let number = self.runs.len();
-                self.doubtful.extend(self.explicable(&cases, &logits).map(|failed| (number, failed)));
-                if self.failed.is_empty() {
-                    self.failed = failed(&cases, logits);
-                    self.failed_run = (!self.failed.is_empty()).then_some(number);
+                let doubtful = cases.iter().enumerate().filter(|(_, case)| self.is_doubtful(case));
+                let doubtful: Vec<_> = doubtful.map(|(case, _)| (number, case)).collect();
+                self.doubtful.extend(doubtful);
+                let is_sure = |case: &RunCase| case.verdict == Verdict::Fail && !self.is_doubtful(case);
+                let sure_before = self.runs.get(self.failed_run).is_some_and(|run| run.cases.iter().any(is_sure));
+                if self.failed.is_empty() || !sure_before && cases.iter().any(is_sure) {
+                    let failed = failed(&cases, logits);
+                    if !failed.is_empty() {
+                        (self.failed, self.failed_run) = (failed, number);
+                    }
                 }
                 let passed = Verdict::all(cases.iter().map(|case| case.verdict));
                 let failure = fallen_back(&runtime, nodes.as_ref());
@@ -157,19 +164,11 @@ impl Check {
         verdict
     }
 
-    /// What failed by a distance that rounding may explain: that of K terms in order is at most about √K times that of one.
-    fn explicable<'r>(
-        &self,
-        cases: &'r [RunCase],
-        logits: &'r [Option<Array2<f64>>],
-    ) -> impl Iterator<Item = Failed> + use<'r> {
-        let by_budget = matches!(self.judgement, Judgement::Budget);
-        let most = if by_budget { (self.reference.ports.longest_dot_product as f64).sqrt() } else { 0.0 };
-        cases.iter().zip(logits).enumerate().filter_map(move |(case, (row, logits))| {
-            let (distance, allowed) = (row.figures?.max_abs, row.allowed);
-            let doubtful = distance > allowed && distance <= most * allowed;
-            doubtful.then_some(Failed { case, logits: logits.clone()?, allowed, distance })
-        })
+    /// Whether a case failed by a distance that rounding may explain: that of K terms in order is at most about √K times that of one.
+    fn is_doubtful(&self, case: &RunCase) -> bool {
+        let most = (self.reference.ports.longest_dot_product as f64).sqrt();
+        let far = |figures: Figures| figures.max_abs > case.allowed && figures.max_abs <= most * case.allowed;
+        matches!(self.judgement, Judgement::Budget) && case.figures.is_some_and(far)
     }
 
     fn judge(&self, open: Open<'_>) -> Result<Judged> {
@@ -230,44 +229,44 @@ impl Check {
     }
 
     /// Judges once more what the budget failed and rounding may explain: `logits` computes candle's own in some cases with their
-    /// products summed in order, as [`Reference::in_order`] does. A run passes that is as near to that as it may be to the
-    /// reference: it sums in order itself. Nothing is computed where nothing failed so.
+    /// products summed in an order, as [`Reference::in_order`] does. A run passes that is at no position further away than these allow
+    /// there, or than is allowed anywhere. Nothing is computed where nothing failed so, and no order more than is needed.
     ///
     /// # Errors
     /// Those of `logits`.
     pub fn reconsider(
         &mut self,
-        mut logits: impl FnMut(&Reference, &[usize]) -> Result<Vec<Array2<f64>>>,
+        mut logits: impl FnMut(&Reference, SumOrder, &[usize]) -> Result<Vec<Array2<f64>>>,
     ) -> Result<()> {
-        let doubtful = std::mem::take(&mut self.doubtful);
-        let cases: BTreeSet<usize> = doubtful.iter().map(|(_, failed)| failed.case).collect();
-        let cases: Vec<usize> = cases.into_iter().collect();
-        if cases.is_empty() {
-            return Ok(());
-        }
-        let in_order: BTreeMap<usize, Array2<f64>> =
-            cases.iter().copied().zip(logits(&self.reference, &cases)?).collect();
-        let mut left = Vec::new();
-        for (run, failed) in doubtful {
-            let (Some(case), Some(logits)) = (self.reference.cases.get(failed.case), in_order.get(&failed.case)) else {
-                continue;
-            };
-            let row = self.runs.get_mut(run).and_then(|run| run.cases.get_mut(failed.case));
-            if row.is_none_or(|row| !is_in_order(row, case, logits, &failed.logits)) {
-                left.push((run, failed));
+        let mut doubtful = std::mem::take(&mut self.doubtful);
+        // by case: how far candle is at each position, in the order that takes it furthest
+        let mut rounding: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+        for order in SumOrder::ALL {
+            let cases: BTreeSet<usize> = doubtful.iter().map(|(_, case)| *case).collect();
+            let cases: Vec<usize> = cases.into_iter().collect();
+            if cases.is_empty() {
+                break;
             }
+            for (number, own) in cases.iter().zip(logits(&self.reference, order, &cases)?) {
+                let Some(case) = self.reference.cases.get(*number) else { continue };
+                let errors = by_spot(&case.logits, &own);
+                let most = rounding.entry(*number).or_insert_with(|| vec![0.0; errors.len()]);
+                let finite = most.iter_mut().zip(errors).filter(|(_, error)| error.is_finite());
+                finite.for_each(|(most, error)| *most = most.max(error));
+            }
+            doubtful.retain(|(run, number)| {
+                let row = self.runs.get_mut(*run).and_then(|run| run.cases.get_mut(*number));
+                let (case, rounding) = (self.reference.cases.get(*number), rounding.get(number));
+                let (Some(row), Some(case), Some(rounding)) = (row, case, rounding) else { return false };
+                !is_rounding(row, &case.script, self.budget.factor, rounding)
+            });
         }
         for run in self.runs.iter_mut().filter(|run| !run.cases.is_empty() && run.failure.is_none()) {
             run.verdict = Verdict::all(run.cases.iter().map(|case| case.verdict));
         }
-        let first = self.runs.iter().position(|run| run.verdict == Verdict::Fail);
-        if self.failed_run != first {
-            self.failed = left.into_iter().filter(|(run, _)| Some(*run) == first).map(|(_, failed)| failed).collect();
-            self.failed_run = first;
-        } else if let Some(run) = first.and_then(|run| self.runs.get(run)) {
-            let fails = |case: usize| run.cases.get(case).is_some_and(|case| case.verdict == Verdict::Fail);
-            self.failed.retain(|failed| fails(failed.case));
-        }
+        let run = self.runs.get(self.failed_run);
+        let fails = |case: usize| run.and_then(|run| run.cases.get(case)).is_some_and(|case| !case.verdict.passed());
+        self.failed.retain(|failed| fails(failed.case));
         Ok(())
     }
 
@@ -369,21 +368,21 @@ impl Check {
     }
 }
 
-/// Lets a run pass that is as near to candle with its products summed in order as it may be to the reference.
-fn is_in_order(row: &mut RunCase, case: &ReferenceCase, in_order: &Array2<f64>, run: &Array2<f64>) -> bool {
-    let script = &case.script;
-    let of = |logits: &Array2<f64>| Figures::of(in_order, logits, &script.spots, &script.next);
-    let (Some(figures), Some(of_reference)) = (of(run), of(&case.logits)) else { return false };
-    row.in_order = Some(figures.max_abs);
-    let greedy = Greedy::of(in_order, run, &script.picks, row.allowed);
-    if figures.max_abs > row.allowed || !greedy.agrees {
+/// Lets a run pass that is at no position further away than is allowed in its case, or than `factor` times `rounding`: how far candle
+/// is there with its products summed in order.
+fn is_rounding(row: &mut RunCase, script: &Script, factor: f64, rounding: &[f64]) -> bool {
+    let allowed: Vec<f64> = rounding.iter().map(|distance| row.allowed.max(factor * distance)).collect();
+    let parts = row.errors.iter().zip(&allowed).map(|(error, allowed)| error / allowed);
+    let used = parts.fold(0.0, f64::max);
+    row.in_order = Some(used);
+    let mut greedy = row.greedy.clone();
+    if let Some(greedy) = &mut greedy {
+        greedy.judge_ties(&script.picks, &allowed);
+    }
+    if used > 1.0 || greedy.as_ref().is_some_and(|greedy| !greedy.agrees) {
         return false;
     }
-    if let Some(greedy) = &mut row.greedy {
-        // the reference's picks may be as far apart as both are from it
-        greedy.judge_ties(row.allowed + 2.0 * of_reference.max_abs);
-    }
-    (row.verdict, row.failure) = (Verdict::Pass, None);
+    (row.verdict, row.failure, row.greedy) = (Verdict::Pass, None, greedy);
     true
 }
 

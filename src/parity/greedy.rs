@@ -38,9 +38,13 @@ pub struct GreedyDifference {
 }
 
 impl Greedy {
-    /// Says anew which differences are ties.
-    pub(super) fn judge_ties(&mut self, allowed: f64) {
-        self.differences.iter_mut().for_each(|difference| difference.tie = difference.gap <= allowed);
+    /// Says anew which differences are ties, by what is allowed at each row of the logits.
+    pub(super) fn judge_ties(&mut self, picks: &[Vec<usize>], allowed: &[f64]) {
+        for difference in &mut self.differences {
+            let spot = picks.get(difference.step).and_then(|spots| spots.get(difference.row));
+            let allowed = spot.and_then(|spot| allowed.get(*spot));
+            difference.tie = allowed.is_some_and(|allowed| difference.gap <= *allowed);
+        }
         self.agrees = self.differences.iter().all(|difference| difference.tie);
     }
 
@@ -83,7 +87,11 @@ mod tests {
         let difference = GreedyDifference { row: 0, step: 0, reference: 1, run: 2, gap: 0.25, tie: true };
         assert_eq!((tie.agrees, &tie.differences), (true, &vec![difference]));
         assert_eq!((tie.reference, tie.run), (vec![vec![1, 0]], vec![vec![2, 0]]));
-        let apart = Greedy::of(&reference, &run, &picks, 0.2);
+        let mut apart = Greedy::of(&reference, &run, &picks, 0.2);
         assert_eq!((apart.agrees, apart.differences[0].tie), (false, false));
+        for (allowed, agrees) in [([0.25, 0.2, 0.25], false), ([0.2, 0.25, 0.2], true)] {
+            apart.judge_ties(&picks, &allowed);
+            assert_eq!((apart.agrees, apart.differences[0].tie), (agrees, agrees));
+        }
     }
 }

@@ -47,6 +47,7 @@ pub use compare::Other;
 pub use figures::{Figures, NonFinite, Perplexity, Spot, TensorFigures, Worst};
 pub use finding::{Finding, FindingKind};
 pub use greedy::{Greedy, GreedyDifference};
+pub use in_order::SumOrder;
 pub use localise::{Departure, Fault, LayerErrors, Localise, OpenAt, Place, Truth, Way};
 pub use no_op::{FirstDifference, NoOpPair};
 pub use reference::{Model, Ports, Reference};

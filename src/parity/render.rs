@@ -100,9 +100,9 @@ impl Report {
         if self.runs.len() < 2 {
             return;
         }
-        let part = |case: &RunCase| match case.figures {
-            Some(figures) if case.allowed > 0.0 => format!("{:.0} %", 100.0 * figures.max_abs / case.allowed),
-            _ => case.verdict.name().to_owned(),
+        let part = |case: &RunCase| match case.used() {
+            Some(part) => format!("{:.0} %", 100.0 * part),
+            None => case.verdict.name().to_owned(),
         };
         let cell = |run: &RunReport, case: &str| {
             run.cases.iter().find(|found| found.case == case).map_or_else(|| run.verdict.name().to_owned(), &part)

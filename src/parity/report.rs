@@ -21,8 +21,8 @@ pub(super) const RULE: &str = "e(x) is the largest absolute distance of the logi
     e(run) <= max(factor * e(candle), relative_floor * largest reference logit), and its greedy tokens are the \
     reference's, each picked after the reference's own tokens; a token that differs is a tie, and counts as equal, only \
     when the reference's logits of the two tokens are no further apart than that limit. A float32 run that is further away, \
-    by no more than the square root of the terms of the longest dot product, passes where it is that near to candle with its \
-    products summed in order. A zero adapter passes when every \
+    by no more than the square root of the terms of the longest dot product, passes when at each position it is within that limit, or \
+    within factor times the distance there of candle with its products summed in order, the largest in four orders. A zero adapter passes when every \
     output is equal bit for bit. Where thresholds are stated they take the budget's place. Another graph may be twice as far \
     from the graph as the graph may be from the reference. Where another graph is the reference itself, e(candle) is how far that \
     graph is from itself in the runtimes that were asked, and the floor is twice that of a model.";
@@ -224,8 +224,8 @@ pub struct RunCase {
     pub errors: Vec<f64>,
     /// How far it may be.
     pub allowed: f64,
-    /// How far it is from candle with its products summed in order, where it was too far from the reference and rounding could explain
-    /// it: a run passes too that is no further away from that than is allowed.
+    /// What part it takes, at the position where it takes most, of what candle with its products summed in order allows there; measured
+    /// where it was too far from the reference and rounding could explain it. It passes by that where it is 1 at most.
     #[serde(default)]
     pub in_order: Option<f64>,
     /// The factor that would just pass, `e(run) / e(candle)`; none where candle has no distance.
@@ -286,6 +286,14 @@ pub struct AgainstCase {
     pub greedy: Option<Greedy>,
     /// The other outputs of the case's last call: the cache.
     pub tensors: Vec<TensorFigures>,
+}
+
+impl RunCase {
+    /// What part it takes of how far it may be; none where it has no figures or may not be away at all.
+    pub fn used(&self) -> Option<f64> {
+        let part = self.figures.filter(|_| self.allowed > 0.0).map(|figures| figures.max_abs / self.allowed);
+        self.in_order.filter(|_| self.verdict.passed()).or(part)
+    }
 }
 
 impl Report {

@@ -2,6 +2,8 @@
 
 use serde_json::{Value, json};
 
+use crate::files;
+
 /// A rule that results refer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
@@ -34,9 +36,12 @@ pub fn sarif(version: &str, rules: &[Rule], file: &str, findings: &[Finding]) ->
             "level": if finding.error { "error" } else { "warning" },
             "message": { "text": finding.message },
             "locations": [{
-                "physicalLocation": { "artifactLocation": { "uri": uri(file) } },
+                // GitHub asks for a line of every result
+                "physicalLocation": { "artifactLocation": { "uri": uri(file) }, "region": { "startLine": 1 } },
                 "logicalLocations": [{ "fullyQualifiedName": finding.place }],
             }],
+            // and takes results of one rule and line for one alert unless these differ
+            "partialFingerprints": { "primaryLocationLineHash": files::sha256_bytes(finding.place.as_bytes()) },
         })
     };
     json!({
@@ -77,11 +82,14 @@ mod tests {
     fn results_refer_to_their_rules_and_files_are_uris() {
         let rules = [Rule { id: "a", description: "first" }, Rule { id: "b", description: "second" }];
         let finding = Finding { rule: "b", error: true, message: "far".into(), place: "tract/one_token".into() };
-        let log = sarif("1.2.3", &rules, "out dir/model.onnx", &[finding]);
+        let other = Finding { place: "tract/single_row".into(), ..finding.clone() };
+        let log = sarif("1.2.3", &rules, "out dir/model.onnx", &[finding, other]);
         let result = &log["runs"][0]["results"][0];
         assert_eq!((&result["ruleIndex"], &result["level"]), (&json!(1), &json!("error")));
         let location = &result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"];
         assert_eq!(location, "out%20dir/model.onnx");
+        assert_eq!(result["locations"][0]["physicalLocation"]["region"]["startLine"], 1);
+        assert_ne!(result["partialFingerprints"], log["runs"][0]["results"][1]["partialFingerprints"]);
         assert_eq!(log["version"], "2.1.0");
     }
 }

@@ -4,6 +4,7 @@
 mod bad_graphs;
 mod bench;
 mod checkpoints;
+mod ci_examples;
 mod command_line;
 mod data;
 mod emissions;

@@ -186,9 +186,25 @@ fn reports_are_what_their_schema_says_and_a_worse_figure_fails() {
     better["runs"][0]["cases"][0]["figures"]["max_abs"] = 0.0.into();
     better["runs"][0]["cases"][0]["allowed"] = 0.0.into();
     std::fs::write(at.join("before.json"), better.to_string()).unwrap();
-    let (code, report, _) = verify(at, &["--runtime", "tract", "--baseline", "before.json"]);
+    let (code, report, output) = verify(at, &["--runtime", "tract", "--baseline", "before.json"]);
     assert_eq!((code, &report["finding"]["kind"]), (1, &"regression".into()));
+    assert!(text(&output).contains("checks passed, 1 figure is worse than before"), "{}", text(&output));
     assert_eq!(report["regressions"][0]["figure"], "max_abs");
+}
+
+/// A path that is no text cannot stand in a report, and is no reason to end without one.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_path_that_is_no_text_is_verified() {
+    let folder = exported();
+    let at = folder.path();
+    let graph: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(b"gr\xffph");
+    std::fs::rename(at.join("base"), at.join(graph)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prefold"));
+    command.current_dir(at).arg("verify").arg("--graph").arg(graph).args(["--model", arg(&fixture("demo/model"))]);
+    let output = command.args(["--runtime", "tract", "--case", "one_token"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(at.join("parity.json").exists());
 }
 
 /// The second run reads what the first one kept, and says the same.

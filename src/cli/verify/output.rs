@@ -145,9 +145,13 @@ pub(in crate::cli) fn summary(report: &Report) -> String {
     }
     for run in report.base.iter().chain(&report.runs) {
         let in_order = run.cases.iter().filter(|case| case.verdict.passed()).filter_map(|case| case.in_order);
-        let (count, most) = in_order.fold((0, 0.0), |(count, most), distance| (count + 1, f64::max(most, distance)));
+        let (count, most) = in_order.fold((0, 0.0), |(count, most), part| (count + 1, f64::max(most, part)));
         if count > 0 {
-            out += &format!("{count} cases of {} pass by sums in order, {most:.2e} away from these\n", run.name);
+            let (cases, most) = (if count == 1 { "case" } else { "cases" }, style::percent(most));
+            out += &format!(
+                "{count} {cases} of {} pass by rounding: {most} of what sums in order allow by position\n",
+                run.name
+            );
         }
     }
     if let Some(tolerance) = report.tolerance() {
@@ -178,7 +182,12 @@ pub(in crate::cli) fn summary(report: &Report) -> String {
             out += &format!("reproducer of {run}: {folder}\n");
         }
     }
-    out + &format!("{verdict}: {passed} of {} checks passed", rows.len())
+    let worse = match report.regressions.len() {
+        0 => String::new(),
+        1 => ", 1 figure is worse than before".into(),
+        count => format!(", {count} figures are worse than before"),
+    };
+    out + &format!("{verdict}: {passed} of {} checks passed{worse}", rows.len())
 }
 
 /// `500MB`, `4GB`, or a number of bytes.

@@ -110,9 +110,13 @@ pub(super) fn reconsider(
         return Ok(());
     }
     let hooks = lineup.hooks(adapters, checkpoint.spec(), &Device::Cpu)?;
-    check.reconsider(|reference, cases| {
-        let decoder = Decoder::load(checkpoint, DType::F32, &Device::Cpu)?;
-        reference.in_order(&models(&decoder, &hooks), cases)
+    let mut loaded = None;
+    check.reconsider(|reference, order, cases| {
+        let decoder = match loaded.take() {
+            Some(decoder) => decoder,
+            None => Decoder::load(checkpoint, DType::F32, &Device::Cpu)?,
+        };
+        reference.in_order(&models(loaded.insert(decoder), &hooks), order, cases)
     })?;
     Ok(())
 }
