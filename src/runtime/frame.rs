@@ -8,8 +8,8 @@
 //! | … | the body: tensors in the header's order, each row-major and little-endian |
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::{Error, ErrorKind, Read, Result, Write};
-use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -22,8 +22,8 @@ const LONGEST_HEADER: u32 = 1 << 28;
 /// What the runtime's process is asked to do.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Request {
-    /// Load a graph.
-    Open { setup: Setup, graph: PathBuf, fed: Vec<String> },
+    /// Load a graph, whose path need not be text.
+    Open { setup: Setup, graph: OsString, fed: Vec<String> },
     /// Run it; `release` names tensors that are no longer wanted.
     Run { feeds: Vec<Feed>, release: Vec<u64> },
     /// Give a tensor that it holds, and hold it no longer.

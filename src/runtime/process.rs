@@ -72,7 +72,7 @@ impl ProcessSession {
     /// When the process does not start, crashes or hangs, or the runtime refuses the graph.
     pub fn open(launch: &Launch, setup: &Setup, graph: &Path, fed: &[String]) -> Result<Self> {
         let graph = graph.canonicalize().map_err(crate::files::Error::io("open", graph))?;
-        let mut link = Link::start(launch, setup)?;
+        let (graph, mut link) = (graph.into_os_string(), Link::start(launch, setup)?);
         match link.call(Request::Open { setup: setup.clone(), graph, fed: fed.into() }, Vec::new())? {
             (Response::Opened { inputs, optional, outputs, info }, _) => {
                 Ok(Self { link: Arc::new(Mutex::new(link)), inputs, optional, outputs, info, nodes: None })

@@ -62,7 +62,7 @@ impl Server {
     pub(super) fn answer(&mut self, request: Request, body: &[u8]) -> Result<(Response, Vec<u8>)> {
         match request {
             Request::Open { setup, graph, fed } => {
-                let session = self.session.insert(setup.open(&graph, &fed)?);
+                let session = self.session.insert(setup.open(graph.as_ref(), &fed)?);
                 let (inputs, outputs) = (session.inputs().into(), session.outputs().into());
                 let optional = session.optional_inputs().into();
                 Ok((Response::Opened { inputs, optional, outputs, info: session.info() }, Vec::new()))
@@ -136,7 +136,7 @@ mod tests {
         let feeds: NamedValues = testing::tiny_feeds(1, 2);
         let body: Vec<u8> = feeds.iter().flat_map(|(_, value)| value.to_le_bytes()).collect();
         assert!(server.answer(run(vec![]), &body).is_err(), "nothing is loaded");
-        server.answer(Request::Open { setup: Setup::Tract, graph, fed: Vec::new() }, &[]).unwrap();
+        server.answer(Request::Open { setup: Setup::Tract, graph: graph.into(), fed: Vec::new() }, &[]).unwrap();
         assert!(server.answer(run(vec![]), &body[..9]).is_err(), "a cut tensor");
         let Response::Ran { outputs, .. } = server.answer(run(vec![]), &body).unwrap().0 else { panic!() };
         let (response, bytes) = server.answer(Request::Fetch { id: outputs[0].id }, &[]).unwrap();

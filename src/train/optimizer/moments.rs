@@ -174,7 +174,7 @@ struct OffloadedStep<'a> {
 impl OffloadedStep<'_> {
     /// Of the elements from `at` on.
     fn chunk(&self, at: usize, value: &mut [f32], gradient: &[f32]) -> files::Result<()> {
-        let mut bytes = vec![0; value.len() * size_of::<f32>()];
+        let mut bytes = vec![0; size_of_val(value)];
         let start = |which| self.place.of(which) + FLOAT * at as u64;
         let mut pair = [Vec::new(), Vec::new()];
         for ((which, decay), moment) in self.decays.iter().enumerate().zip(&mut pair) {
