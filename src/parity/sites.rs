@@ -275,7 +275,6 @@ fn empty(port: &Port, head_dim: usize) -> Result<Value> {
     Ok(Value::zeros(port.dtype, &[Probe::BATCH, *heads, 0, width])?)
 }
 
-/// Bit patterns, which tell zeros of either sign apart and no number equal to itself.
 /// The largest difference by the largest element.
 fn distance(one: &Value, two: &Value) -> Result<f64> {
     if one.shape() != two.shape() {
@@ -288,6 +287,7 @@ fn distance(one: &Value, two: &Value) -> Result<f64> {
     Ok(if sound { most } else { f64::INFINITY })
 }
 
+/// Bit patterns, which tell zeros of either sign apart and no number equal to itself.
 fn bits(value: &Value) -> Result<(Vec<usize>, Vec<u64>)> {
     let bits = if value.dtype().is_float() {
         value.clone().into_f64()?.iter().map(|x| x.to_bits()).collect()
