@@ -6,14 +6,10 @@ use mimalloc::MiMalloc;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// `mi_option_purge_delay` of mimalloc's header, in milliseconds.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-const NEVER: std::ffi::c_long = -1;
-
 fn main() -> std::process::ExitCode {
     end_quietly_when_nobody_reads();
     keep_candle_from_spinning();
-    keep_freed_pages();
+    prefold::train::keep_freed_pages();
     prefold::cli::main()
 }
 
@@ -37,19 +33,6 @@ fn keep_candle_from_spinning() {
         #[allow(unsafe_code)]
         unsafe {
             std::env::set_var(VARIABLE, "1");
-        }
-    }
-}
-
-/// The allocator would hand pages back that were free for a tenth of a second, which every training step takes again: a
-/// quarter of its time went into clearing them. Full fine-tuning hands them back when it says so (`train::prepare_memory`).
-/// `MIMALLOC_PURGE_DELAY` in the environment wins.
-fn keep_freed_pages() {
-    if std::env::var_os("MIMALLOC_PURGE_DELAY").is_none() {
-        // SAFETY: the option exists in both lines of mimalloc's, and no other thread has started.
-        #[allow(unsafe_code)]
-        unsafe {
-            libmimalloc_sys::mi_option_set(PURGE_DELAY, NEVER);
         }
     }
 }

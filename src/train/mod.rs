@@ -44,7 +44,7 @@ pub use objective::{
     completion_loss,
 };
 pub use optimizer::{AdamW, AdamWConfig, clip_gradients};
-pub use pages::prepare_memory;
+pub use pages::{keep_freed_pages, prepare_memory};
 pub use parallel::{Group, Launch};
 pub use run_folder::{EVALUATION_NAME, METRICS_NAME, RunFolder};
 pub use schedule::{LrScheduler, Schedule};
