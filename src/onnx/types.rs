@@ -39,7 +39,7 @@ impl Known {
 }
 
 /// Operators that give a tensor of the type and shape of their first input.
-const SAME: [&str; 24] = [
+const SAME: [&str; 25] = [
     "Abs",
     "Celu",
     "Clip",
@@ -48,6 +48,7 @@ const SAME: [&str; 24] = [
     "Erf",
     "Exp",
     "Gelu",
+    "HardSigmoid",
     "Identity",
     "LayerNormalization",
     "LeakyRelu",

@@ -8,10 +8,6 @@ pub fn node<'m>(model: &'m Model, name: &str) -> &'m Node {
     found.unwrap_or_else(|| panic!("there is no node {name}"))
 }
 
-pub fn has(model: &Model, name: &str) -> bool {
-    model.graph().nodes().iter().any(|node| node.name() == name)
-}
-
 fn done(patch: Patch, model: &Model) -> Model {
     patch.apply(model).unwrap()
 }

@@ -157,8 +157,9 @@ fn mul(patch: &mut Patch, before: NodeId, slot: usize, tensor: &str, by: f32) {
 }
 
 fn scaled_query(graph: &Graph, _: &str, patch: &mut Patch) {
-    let elu = within(graph, "/layers.0/Elu");
-    mul(patch, elu.id(), 0, elu.input(0).unwrap(), 8f32.sqrt().recip());
+    let [first, second] = ["Elu_exp", "Elu_above_zero"].map(|name| within(graph, &format!("/layers.0/{name}")));
+    mul(patch, first.id(), 0, first.input(0).unwrap(), 8f32.sqrt().recip());
+    patch.replace_input(second.id(), 0, "mutant/scaled");
 }
 
 fn other_m(graph: &Graph, _: &str, patch: &mut Patch) {

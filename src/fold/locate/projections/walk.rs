@@ -137,7 +137,7 @@ fn ends(node: &Node) -> bool {
 }
 
 fn is_activation(node: &Node) -> bool {
-    const KNOWN: [&str; 13] = [
+    const KNOWN: [&str; 14] = [
         "Sigmoid",
         "Tanh",
         "Erf",
@@ -148,6 +148,7 @@ fn is_activation(node: &Node) -> bool {
         "Relu",
         "Softplus",
         "Elu",
+        "HardSigmoid",
         "Mish",
         "HardSwish",
         "Swish",
