@@ -56,7 +56,7 @@ pub use report::{
     Subject, Verdict,
 };
 pub use rows::Row;
-pub use sites::{CapturedQuery, Difference, Probe, QueryDistance};
+pub use sites::{CapturedQuery, Difference, Probe, ProbeRun, QueryDistance};
 pub use store::ReferenceStore;
 pub use thresholds::Thresholds;
 pub use together::Together;

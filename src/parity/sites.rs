@@ -53,6 +53,9 @@ pub struct Difference {
     pub distance: f64,
 }
 
+/// The columns of the tokens that a run took, and its outputs.
+pub type ProbeRun = (Range<usize>, NamedValues);
+
 /// Two rows of tokens; the second one ends in padding, which every kind of attention knows.
 pub struct Probe {
     ids: Vec<i64>,
@@ -84,13 +87,16 @@ impl Probe {
 
     /// Runs a decoder graph: once over all columns; or, where it has a branch for what follows a prompt, up to the padding and then over
     /// the rest with the cache of the first run.
-    fn run(&self, graph: &mut dyn Session, head_dim: usize) -> Result<Vec<(Range<usize>, NamedValues)>> {
+    ///
+    /// # Errors
+    /// When it has an input that is none of a decoder's, or fails.
+    pub fn run(&self, graph: &mut dyn Session, head_dim: usize) -> Result<Vec<ProbeRun>> {
         let (end, prompt) = (Self::SEQ, Self::SEQ - Self::PADDING);
         let branches = graph.inputs().iter().any(|port| port.name == BRANCH);
         let starts = if branches { vec![0, prompt] } else { vec![0] };
         let ends = starts.iter().skip(1).copied().chain([end]);
         let calls = starts.iter().zip(ends).map(|(start, end)| *start..end);
-        let mut runs: Vec<(Range<usize>, NamedValues)> = Vec::with_capacity(starts.len());
+        let mut runs: Vec<ProbeRun> = Vec::with_capacity(starts.len());
         for columns in calls {
             let before = runs.last().map(|(_, outputs)| outputs);
             let feeds = self.feeds(&*graph, &columns, before, head_dim)?;
@@ -137,20 +143,19 @@ impl Probe {
         Ok(feeds)
     }
 
-    /// Runs two graphs and names the first output that is not the same in every bit, with how far all are apart; none where
+    /// Names the first output of a graph that is not in every bit what another's runs gave, with how far all are apart; none where
     /// all are the same.
     ///
     /// # Errors
-    /// When one of them has an input that is none of a decoder's, or fails.
+    /// When the graph has an input that is none of a decoder's, or fails.
     pub fn first_difference(
         &self,
-        base: &mut dyn Session,
+        runs: &[ProbeRun],
         other: &mut dyn Session,
         head_dim: usize,
     ) -> Result<Option<Difference>> {
-        let (one, two) = (self.run(base, head_dim)?, self.run(other, head_dim)?);
         let mut first: Option<Difference> = None;
-        for ((_, one), (_, two)) in one.iter().zip(&two) {
+        for ((_, one), (_, two)) in runs.iter().zip(&self.run(other, head_dim)?) {
             for (name, value) in one.iter() {
                 if two.get(name).map(bits).transpose()? != Some(bits(value)?) {
                     let distance = two.get(name).map_or(Ok(f64::INFINITY), |other| distance(value, other))?;

@@ -1,10 +1,12 @@
 //! The proof of a fold's sites: what holds is said in the manifest, a wrong site is caught, and what cannot be proved says so.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType as CandleType, Device, Tensor};
 use prefold::base::Checkpoint;
 use prefold::export::{ExportOptions, export};
-use prefold::onnx::{DataType, Dim, Model, NodeDef, NodeId, Patch, TensorDef, ValueDef};
+use prefold::onnx::{DataType, Dim, Model, ModelBuilder, NodeDef, NodeId, Patch, TensorDef, ValueDef};
 use serde_json::{Value, json};
 
 use crate::command_line::failure;
@@ -213,6 +215,64 @@ fn an_output_that_zeros_change_is_caught() {
     let error = refused(folder.path(), "base", &["--out", "out"]);
     assert!(error.contains("with an adapter of zeros `more` is not the base"), "{error}");
     assert!(!folder.path().join("out").exists());
+}
+
+/// One layer of one head of four, of which nothing in the graph tells.
+fn untold(path: &Path) {
+    let dims = |rank: usize| (0..rank).map(|_| Dim::Unknown);
+    let mut builder = ModelBuilder::new("g", 8);
+    builder.opset("", 17).input(ValueDef::new("input_ids", DataType::Int64, dims(2)));
+    builder.output(ValueDef::new("logits", DataType::Float, dims(3)));
+    let rows: Vec<f32> = (0..400).map(|at| (at as f32 * 0.7).sin()).collect();
+    builder.initializer(TensorDef::from_f32s("embeddings", &[100, 4], &rows));
+    builder.initializer(TensorDef::from_f32s("w", &[4, 4], &rows[..16]));
+    builder.initializer(TensorDef::from_i64s("one", &[1], &[1]));
+    builder.initializer(TensorDef::from_i64s("rest", &[3], &[0, 0, -1]));
+    let nodes: [(&str, &[&str], &str); 10] = [
+        ("Gather", &["embeddings", "input_ids"], "x"),
+        ("Unsqueeze", &["x", "one"], "q"),
+        ("Transpose", &["q"], "k"),
+        ("MatMul", &["q", "k"], "scores"),
+        ("Softmax", &["scores"], "p"),
+        ("MatMul", &["p", "q"], "o"),
+        ("Transpose", &["o"], "t"),
+        ("Reshape", &["t", "rest"], "m"),
+        ("Identity", &["w"], "projection"),
+        ("MatMul", &["m", "projection"], "logits"),
+    ];
+    for (op, inputs, output) in nodes {
+        let node = NodeDef::new(op, output).inputs(inputs.iter().copied()).outputs([output]);
+        builder.node(match output {
+            "k" => node.attr_ints("perm", &[0, 1, 3, 2]),
+            "t" => node.attr_ints("perm", &[0, 2, 1, 3]),
+            _ => node,
+        });
+    }
+    builder.build().unwrap().save(path).unwrap();
+}
+
+/// What runs without an adapter and not with zeros is not written: the adapter is of another model.
+#[test]
+fn a_graph_that_zeros_break_is_not_folded() {
+    if runtime().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    untold(&folder.path().join("model.onnx"));
+    let refuses = |heads: usize, head_dim: usize| {
+        let m = Tensor::ones((heads, head_dim, head_dim), CandleType::F32, &Device::Cpu).unwrap();
+        let adapter = folder.path().join(format!("{heads}_{head_dim}.safetensors"));
+        candle_core::safetensors::save(&HashMap::from([("layers.0.M", m)]), &adapter).unwrap();
+        let args = ["fold", "--graph", "model.onnx", "--adapter", arg(&adapter), "--out", "out"];
+        let error = failure(folder.path(), &args);
+        assert!(!folder.path().join("out").exists());
+        error
+    };
+    // the first does not load, the second does not run
+    for error in [refuses(1, 6), refuses(2, 4)] {
+        assert!(error.contains("ONNX Runtime runs the graph, but not with an adapter of zeros in it: "), "{error}");
+        assert!(error.contains("is the adapter one of this graph's base model?"), "{error}");
+    }
 }
 
 #[test]

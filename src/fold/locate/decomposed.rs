@@ -365,18 +365,33 @@ pub(super) fn laid_out_by(index: &Index, node: &Node, axes: &Axes) -> Option<Axe
     }
 }
 
-/// What the output projection says of the width of what it reads.
+/// What the output projection says of the width of what it reads, behind quantisers.
 fn projected_width(index: &Index, merged: &str) -> Option<i64> {
-    let [reader] = readers(index, merged)[..] else { return None };
-    let node = index.graph().node(reader.node)?;
-    let weight = || shape::constant(index, node.input(1)?).map(|weight| weight.dims().to_vec());
-    let flag = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
-    match (node.op_type(), reader.slot) {
-        ("MatMul", 0) => weight()?.first().copied(),
-        ("Gemm" | "FusedMatMul", 0) => weight()?.get(usize::from(flag("transB"))).copied(),
-        ("MatMulNBits", 0) if node.domain() == MICROSOFT => node.attribute("K")?.as_int(),
-        _ => None,
+    let mut tensor = merged;
+    for _ in 0..MAX_STEPS {
+        let [reader] = readers(index, tensor)[..] else { return None };
+        let node = index.graph().node(reader.node).filter(|_| reader.slot == 0)?;
+        let flag = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
+        match node.op_type() {
+            "QuantizeLinear" | "DequantizeLinear" | "DynamicQuantizeLinear" => tensor = node.output(0)?,
+            "MatMul" | "MatMulInteger" | "MatMulIntegerToFloat" | "DynamicQuantizeMatMul" => {
+                return weight_dims(index, node.input(1)?)?.first().copied();
+            }
+            "Gemm" | "FusedMatMul" => {
+                return weight_dims(index, node.input(1)?)?.get(usize::from(flag("transB"))).copied();
+            }
+            "MatMulNBits" if node.domain() == MICROSOFT => return node.attribute("K")?.as_int(),
+            _ => return None,
+        }
     }
+    None
+}
+
+/// The dimensions of a weight, in floats or in integers.
+fn weight_dims<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g [i64]> {
+    let integers = || index.producer(tensor).filter(|node| node.is("", "DequantizeLinear"))?.input(0);
+    let weight = shape::constant(index, tensor).or_else(|| shape::constant(index, integers()?))?;
+    Some(weight.dims())
 }
 
 /// Who reads the values of a tensor: a Shape does not.

@@ -45,6 +45,7 @@ fn model(parts: &[Part]) -> Model {
     builder.initializer(TensorDef::from_f32s("scale", &[], &[0.5]));
     builder.initializer(TensorDef::from_f32s("w", &[8, 8], &[0.0; 64]));
     builder.initializer(constant("merged", &[0, 0, 8])).initializer(constant("split", &[0, 0, 2, 4]));
+    builder.initializer(constant("rest", &[0, 0, -1]));
     builder.initializer(constant("four", &[1, 2, 3, 4])).initializer(constant("five", &[1, 2, 1, 3, 4]));
     builder
         .initializer(constant("one", &[1]))
@@ -337,6 +338,28 @@ fn a_term_is_not_cut_off_by_quantisers() {
     let site = found(&[quantised]);
     assert_eq!((site.query.as_str(), site.query_layout), ("q", Layout::HeadsFirst));
     assert_eq!((site.output.as_str(), site.output_layout, site.readers.len()), ("md", Layout::Merged, 1));
+}
+
+/// A Reshape to `[0, 0, -1]` does not say it, the weights of the output projection do: in integers too, and behind quantisers.
+#[test]
+fn the_output_projection_tells_the_width() {
+    let of = |projection: &[Part]| {
+        let merged = [("Transpose perm=0213", &["o"] as &[&str], "t"), ("Reshape", &["t", "rest"], "m")];
+        let block = [("MatMul", &["q", "kt"] as &[&str], "s"), ("Softmax", &["s"], "p"), ("MatMul", &["p", "v"], "o")];
+        let keys = [("Transpose perm=0132", &["k"] as &[&str], "kt")];
+        found(&[&keys, &block, &merged, projection]).width
+    };
+    assert_eq!(of(&[("MatMul", &["m", "w"], "out")]), Some(8));
+    assert_eq!(of(&[("DynamicQuantizeLinear", &["m"], "i"), ("MatMulInteger", &["i", "w"], "out")]), Some(8));
+    assert_eq!(of(&[("ms.DynamicQuantizeMatMul", &["m", "w", "scale"], "out")]), Some(8));
+    let quantised = [
+        ("QuantizeLinear", &["m", "scale"] as &[&str], "i"),
+        ("DequantizeLinear", &["i", "scale"], "d"),
+        ("DequantizeLinear", &["w", "scale"], "wd"),
+        ("MatMul", &["d", "wd"], "out"),
+    ];
+    assert_eq!(of(&quantised), Some(8));
+    assert_eq!(of(&[("MatMul", &["m", "mask"], "out")]), None);
 }
 
 #[test]
