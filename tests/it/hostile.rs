@@ -197,6 +197,23 @@ fn sizes_are_not_believed() {
     is_quick("dimensions that overflow", &model(&[huge, scaled, laid, block("q3", "b", "y")]));
 }
 
+/// The frequencies of a rotation become a constant: not as many as a file says that a head is wide.
+#[test]
+fn a_rotation_is_not_as_wide_as_a_file_says() {
+    use prefold::fold::locate;
+
+    let int =
+        |name: &str, value: i64| field(5, &[field(1, name.as_bytes()), integer(3, value), integer(20, 2)].concat());
+    let attributes = [int("num_heads", 2), int("do_rotary", 1), field(7, b"com.microsoft")].concat();
+    let weights = constant("qkv", &[8, 3 << 28], &[1]);
+    let attention = node_with("Attention", &["x", "qkv"], "h", &attributes);
+    let bytes = model(&[weights, attention, node("MatMul", &["h", "w"], "y")]);
+    let model = prefold::onnx::Model::from_bytes(bytes).unwrap();
+    let sites = locate::sites(&model).unwrap();
+    let error = locate::query(&model, &sites[0], prefold::adapter::Query::PostRope).unwrap_err().to_string();
+    assert!(error.contains("it turns 134217728 elements of each head, and at most 65536 are followed"), "{error}");
+}
+
 /// A graph may say of itself that it was folded any number of times.
 #[test]
 fn the_number_of_a_fold_does_not_overflow() {

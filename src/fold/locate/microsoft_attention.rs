@@ -28,6 +28,9 @@ use crate::onnx::{DataType, Index, Node, NodeDef, TensorDef};
 const SHAPE: &str = "microsoft_attention";
 const HELP: &str = "the node does not follow the operator's specification: look at how the graph was made";
 
+/// Elements of a head that are turned: their frequencies become a constant, whatever a file says of its dimensions.
+const MAX_TURNING: i64 = 1 << 16;
+
 const PAST: usize = 4;
 const PAST_LENGTH: usize = 6;
 
@@ -100,6 +103,10 @@ fn rotate(beside: &mut Beside, index: &Index, node: &Node, site: &Site, query: &
     if turning > head_dim || turning % 2 != 0 {
         let reason = format!("rotary_embedding_dim is {turning}, and its heads are {head_dim} wide");
         return Err(stopped(node, reason, HELP));
+    }
+    if turning > MAX_TURNING {
+        let reason = format!("it turns {turning} elements of each head, and at most {MAX_TURNING} are followed");
+        return Err(stopped(node, reason, "is the file damaged? its weights say how wide a head is"));
     }
     let data_type = node.input(1).and_then(|weights| float_type(index, weights)).unwrap_or(DataType::Float);
     let (cos, sin) = tables(beside, node, query, turning, data_type);
