@@ -184,25 +184,30 @@ def session(model, optimised=True):
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def run(model, feeds, outputs=("logits",), optimised=True):
-    """A run at once, without a past."""
-    runner = session(model, optimised)
+def all_inputs(runner, feeds):
+    """What a graph is fed for these tokens: all at once, after an empty past."""
     given = {}
     for port in runner.get_inputs():
         empty = [1 if at == 0 else size if isinstance(size, int) else 0 for at, size in enumerate(port.shape)]
         given[port.name] = feeds[port.name] if port.name in feeds else np.zeros(empty, np.float32)
-    return runner.run(list(outputs), given)
+    return given
+
+
+def run(model, feeds, outputs=("logits",), optimised=True):
+    runner = session(model, optimised)
+    return runner.run(list(outputs), all_inputs(runner, feeds))
 
 
 class Calibration:
-    def __init__(self):
-        self.rows = iter([tokens(seed) for seed in range(1, 5)])
+    def __init__(self, source):
+        runner = session(str(source))
+        self.rows = iter([all_inputs(runner, tokens(seed)) for seed in range(1, 5)])
 
     def get_next(self):
         return next(self.rows, None)
 
 
-def apply(tool, source, target, has_positions):
+def apply(tool, source, target):
     target.parent.mkdir(parents=True)
     if tool == "int4":
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -217,12 +222,8 @@ def apply(tool, source, target, has_positions):
     elif tool == "qdq":
         from onnxruntime.quantization import QuantFormat, quantize_static
 
-        rows = Calibration()
-        if not has_positions:
-            rows.rows = iter([{k: v for k, v in row.items() if k != "position_ids"} for row in rows.rows])
-        quantize_static(
-            source, target, rows, quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm"]
-        )
+        products, rows = ["MatMul", "Gemm"], Calibration(source)
+        quantize_static(source, target, rows, quant_format=QuantFormat.QDQ, op_types_to_quantize=products)
     elif tool == "slim":
         import onnxslim
 
@@ -299,13 +300,12 @@ def judge(prefold, family, exporter, tools, scratch):
     except Exception as error:  # what exporters and runtimes raise is theirs
         yield "float", "not made", str(error)
         return
-    has_positions = any(port.name == "position_ids" for port in session(str(plain)).get_inputs())
     queries = None
     for form in ["float", *tools]:
         graph, target = scratch / form / "model.onnx", scratch / form / "folded"
         try:
             if form != "float":
-                apply(form, plain, graph, has_positions)
+                apply(form, plain, graph)
             run(str(graph), feeds)
         except Exception as error:  # as above
             yield form, "not made", str(error)
