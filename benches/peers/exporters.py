@@ -5,9 +5,9 @@
 Needs the packages of requirements.txt, and onnx, onnxscript and onnxruntime; for `optimum` those of requirements-optimum.txt;
 for `slim` onnxslim. Everything is made anew from random weights, in a folder that goes away.
 
-A graph in float32 is right where its adapted logits are within 1e-4 of PyTorch's, whose attention has the term added, and its own
-logits are so without an adapter. Whatever another tool made of it is judged by the sites alone, since a quantised graph is another
-model: each site's output grows by elu(q) M (computed here in float64, to 1e-5), and its q is that of the float32 graph, up to what
+A graph in float32 is right where its adapted logits are within 1e-4 of PyTorch's, whose attention has the term added; where its own
+logits are not so without an adapter, and whatever another tool made of it (a quantised graph is another model), the sites alone
+tell: each site's output grows by elu(q) M (computed here in float64, to 1e-5), and its q is that of the float32 graph, up to what
 quantising did (slope within 0.1 of 1, cosine above 0.93). Folding has to run, and unfolding gives the file back byte for byte.
 """
 

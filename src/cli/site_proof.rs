@@ -1,7 +1,7 @@
 //! The proof of a fold's sites: the graph is run, and what was found goes into the manifest.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
@@ -266,7 +266,8 @@ impl Subject<'_> {
         let probe = Probe::new(base.outputs());
         let expected = probe.run(base.as_mut(), config.head_dim)?;
         let folder = TemporaryFolder::new().into_diagnostic()?;
-        let zero = self.with_zeros(config, folder.path());
+        let zero = self.with_zeros(config, folder.path())?;
+        let zero = self.open(&zero);
         let found = zero.and_then(|mut zero| Ok(probe.first_difference(&expected, zero.as_mut(), config.head_dim)?));
         let found = match found {
             Ok(found) => found,
@@ -281,13 +282,13 @@ impl Subject<'_> {
     }
 
     /// The graph with an adapter of zeros, over those that it carries.
-    fn with_zeros(&self, config: &AdapterConfig, folder: &Path) -> Result<Box<dyn Session>> {
+    fn with_zeros(&self, config: &AdapterConfig, folder: &Path) -> Result<PathBuf> {
         let zeros = Adapter::zeros(config.clone())?;
         let zeros = [fold::NamedAdapter { name: "zeros".into(), adapter: zeros }];
         let over = if self.model.metadata(fold::MARK).is_some() { Over::Stack } else { Over::Refuse };
         let options = fold::FoldOptions { over, ..fold::FoldOptions::default() };
         let (edited, _) = fold::fold(self.model, self.parent, &zeros, options, folder)?;
-        self.session(&edited, folder)
+        self.save(&edited, folder)
     }
 
     /// Opens a graph; the banks that it has are switched off.
@@ -305,7 +306,7 @@ impl Subject<'_> {
         let queries =
             sites.iter().map(|site| self.give_out(site, &mut patch, &mut made)).collect::<Result<Vec<_>>>()?;
         let folder = TemporaryFolder::new().into_diagnostic()?;
-        let mut graph = self.session(&patch.apply(self.model)?, folder.path())?;
+        let mut graph = self.open(&self.save(&patch.apply(self.model)?, folder.path())?)?;
         let decoder = Decoder::load(checkpoint, DType::F32, &Device::Cpu)?;
         let probe = Probe::new(graph.outputs());
         let distances = probe.query_distances(graph.as_mut(), &queries, &decoder)?;
@@ -354,8 +355,8 @@ impl Subject<'_> {
         self.model.graph().outputs().first().and_then(|value| value.elem_type())
     }
 
-    /// Opens an edited graph in `folder`, where the data of the one that it was made of is linked to.
-    fn session(&self, model: &Model, folder: &Path) -> Result<Box<dyn Session>> {
+    /// Saves an edited graph in `folder`, where the data of the one that it was made of is linked to.
+    fn save(&self, model: &Model, folder: &Path) -> Result<PathBuf> {
         for name in external_files(self.model)? {
             let (from, to) = (self.parent.join(&name), folder.join(&name));
             if let Some(parent) = to.parent() {
@@ -367,6 +368,6 @@ impl Subject<'_> {
         }
         let path = folder.join(MODEL_NAME);
         model.save(&path)?;
-        self.open(&path)
+        Ok(path)
     }
 }
