@@ -1,14 +1,15 @@
 //! What a folded adapter costs: decode steps of the base graph and of the folded graph, run alternately, as ratios.
 //!
-//! `cargo bench --bench fold_cost [-- MODEL]`, where MODEL is a checkpoint; the demo's model where none is given. Every
-//! runtime at hand is measured.
-#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
+//! `cargo bench --bench fold_cost [-- MODEL]`, where MODEL is a checkpoint or the name of a fetched one; the demo's model
+//! where none is given. Every runtime at hand is measured.
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, missing_docs)]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use prefold::adapter::{Adapter, AdapterConfig};
 use prefold::base::Checkpoint;
+use prefold::base::fetch::resolve_model;
 use prefold::export::{ExportOptions, export};
 use prefold::fold::fold_folder;
 use prefold::runtime::{GraphDecoder, OrtOptions, OrtSession, Session, TractOptions, TractSession, library};
@@ -21,8 +22,13 @@ type Decoder = GraphDecoder<Box<dyn Session>>;
 
 fn main() {
     let argument = std::env::args().skip(1).find(|a| !a.starts_with("--"));
-    let model =
-        argument.map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/demo/model"), PathBuf::from);
+    let model = match argument {
+        Some(name) => resolve_model(&name, &prefold::files::cache_folder().unwrap()).unwrap_or_else(|e| {
+            eprintln!("error: {e}");
+            std::process::exit(1);
+        }),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/demo/model"),
+    };
     let scratch = tempfile::tempdir().unwrap();
     let at = |name: &str| {
         let folder = scratch.path().join(name);

@@ -22,8 +22,7 @@ use crate::runtime::{self, DType, Dim, Error, Given, GraphDecoder, Port, Runtime
 /// Measure decoder graphs beside each other: prefill and decoding with a cache
 ///
 /// The graphs take turns, each begun by runs that do not count, and every round begins with another, so that what else the
-/// machine does meets all of them. Ratios
-/// are of times to the first graph, the median over the turns.
+/// machine does meets all of them. Ratios are of times to the first graph, the median over the turns.
 ///
 /// Slots are filled by GRAPH=FILE.onnx_adapter, banks by --input adapter_ids=…; without, slots are off.
 #[derive(Args, Debug)]
@@ -46,9 +45,13 @@ pub(super) struct BenchGraph {
     /// Rows of the batch
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Measured turns of each graph; one more comes before them
+    /// Measured turns of each graph after each loading; one more comes before them
     #[arg(long, default_value_t = 7)]
     rounds: usize,
+    /// How often the graphs are loaded, each time in another order: where its weights come to lie in memory changes the speed
+    /// of a graph by some percent
+    #[arg(long, default_value_t = 1)]
+    loads: usize,
     /// What a further input is fed, in graphs that have it: one number, or as many as it has elements, as
     /// `adapter_ids=0,1,2,3`; may be repeated
     #[arg(long = "input", value_name = "NAME=VALUES")]
@@ -136,6 +139,7 @@ struct Report {
     prompt_length: usize,
     decode_steps: usize,
     batch: usize,
+    loads: usize,
     graphs: Vec<Measured>,
 }
 
@@ -145,8 +149,8 @@ struct Measured {
     graph: PathBuf,
     /// Names of the further inputs that it was fed.
     inputs: Vec<String>,
-    /// Seconds of loading it.
-    load_seconds: f64,
+    /// Seconds of each loading.
+    load_seconds: Vec<f64>,
     /// Seconds of each prefill.
     prefill_seconds: Vec<f64>,
     /// Seconds of all cached steps of each turn.
@@ -166,6 +170,7 @@ impl BenchGraph {
             ("--decode-steps", self.decode_steps),
             ("--batch", self.batch),
             ("--rounds", self.rounds),
+            ("--loads", self.loads),
         ];
         let largest = 1 << 20;
         if let Some((option, value)) = numbers.into_iter().find(|(_, value)| !(1..=largest).contains(value)) {
@@ -178,33 +183,63 @@ impl BenchGraph {
         }
         println!("{}", table(&report));
         println!(
-            "{} {}, batch {}, {} prompt tokens, {} steps, median of {} turns",
+            "{} {}, batch {}, {} prompt tokens, {} steps, median of {} turns{}",
             report.runtime.runtime,
             report.runtime.version,
             self.batch,
             self.prompt_length,
             self.decode_steps,
-            self.rounds
+            self.rounds * self.loads,
+            if self.loads > 1 {
+                format!(" ({} after each of {} loadings)", self.rounds, self.loads)
+            } else {
+                String::new()
+            }
         );
         Ok(ExitCode::SUCCESS)
     }
 
     fn measure(&self, context: &Context) -> Result<Report> {
-        let mut decoders = Vec::new();
-        let mut graphs = Vec::new();
+        let mut graphs: Vec<Measured> = self.graphs.iter().map(|graph| Measured::new(&graph.name)).collect();
         // the graph that a process loads first decodes slower than the same one loaded after it, so one that does not count is
         // there before all
-        let _uncounted = self.graphs.first().map(|first| self.open(context, first)).transpose()?;
-        for graph in &self.graphs {
+        let mut uncounted = self.graphs.first().map(|first| self.open(context, first)).transpose()?;
+        for load in 0..self.loads {
+            self.load(context, load, &mut graphs)?;
+        }
+        let first = graphs.first().map(|first| (first.prefill_seconds.clone(), first.decode_seconds.clone()));
+        let (prefill, decode) = first.unwrap_or_default();
+        graphs.iter_mut().for_each(|graph| graph.summarise(self, &prefill, &decode));
+        let runtime = uncounted.as_mut().map(|(session, _)| session.info());
+        let runtime = runtime.ok_or_else(|| usage("no graph was given", "name one or more"))?;
+        Ok(Report {
+            runtime,
+            threads: self.threads,
+            prompt_length: self.prompt_length,
+            decode_steps: self.decode_steps,
+            batch: self.batch,
+            loads: self.loads,
+            graphs,
+        })
+    }
+
+    /// Loads the graphs, the first of them another one each time, and measures their turns.
+    fn load(&self, context: &Context, load: usize, graphs: &mut [Measured]) -> Result<()> {
+        let mut order: Vec<usize> = (0..graphs.len()).collect();
+        order.rotate_left(load % graphs.len());
+        let mut decoders = Vec::new();
+        for at in order {
+            let (Some(graph), Some(measured)) = (self.graphs.get(at), graphs.get_mut(at)) else { continue };
             let started = Instant::now();
             let (session, inputs) = self.open(context, graph)?;
-            let load_seconds = started.elapsed().as_secs_f64();
-            graphs.push(Measured::new(&graph.name, load_seconds, inputs));
+            measured.load_seconds.push(started.elapsed().as_secs_f64());
+            measured.inputs = inputs;
             decoders.push(match self.head_dim {
                 Some(head_dim) => GraphDecoder::with_head_dim(session, head_dim)?,
                 None => GraphDecoder::new(session)?,
             });
         }
+        decoders.rotate_right(load % graphs.len());
         let fed: Vec<&String> = graphs.iter().flat_map(|graph| &graph.inputs).collect();
         if let Some(unused) = self.inputs.iter().find(|input| !fed.contains(&&input.name)) {
             return Err(usage(
@@ -224,19 +259,7 @@ impl BenchGraph {
                 }
             }
         }
-        let first = graphs.first().map(|first| (first.prefill_seconds.clone(), first.decode_seconds.clone()));
-        let (prefill, decode) = first.unwrap_or_default();
-        graphs.iter_mut().for_each(|graph| graph.summarise(self, &prefill, &decode));
-        let runtime = decoders.first_mut().map(|decoder| decoder.session_mut().info());
-        let runtime = runtime.ok_or_else(|| usage("no graph was given", "name one or more"))?;
-        Ok(Report {
-            runtime,
-            threads: self.threads,
-            prompt_length: self.prompt_length,
-            decode_steps: self.decode_steps,
-            batch: self.batch,
-            graphs,
-        })
+        Ok(())
     }
 
     /// A graph that is given what stays the same in every run, and the names of these inputs.
@@ -294,11 +317,11 @@ impl BenchGraph {
 const UNCOUNTED_STEPS: usize = 4;
 
 impl Measured {
-    fn new(graph: &Path, load_seconds: f64, inputs: Vec<String>) -> Self {
+    fn new(graph: &Path) -> Self {
         Self {
             graph: graph.to_owned(),
-            inputs,
-            load_seconds,
+            inputs: Vec::new(),
+            load_seconds: Vec::new(),
             prefill_seconds: Vec::new(),
             decode_seconds: Vec::new(),
             median_prefill_ms: f64::NAN,
