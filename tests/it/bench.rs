@@ -32,9 +32,16 @@ fn graphs_are_measured_beside_each_other() {
     prefold_ok(folder.path(), &[&fold[..], &["--out", "slots", "--emission", "slot"]].concat());
     prefold_ok(folder.path(), &[&fold[..], &["--out", "bank", "--emission", "bank"]].concat());
     let command = ["bench", "graph", "base", "slots=slots/adapter.onnx_adapter", "bank", "--input", "adapter_ids=1,0"];
-    let report =
-        prefold_ok(folder.path(), &[&command[..], &["--runtime", "tract", "--rounds", "1"], &shape[..]].concat());
+    let report = prefold_ok(
+        folder.path(),
+        &[&command[..], &["--runtime", "tract", "--rounds", "1", "--loads", "2"], &shape[..]].concat(),
+    );
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    for graph in report["graphs"].as_array().unwrap() {
+        for seconds in ["load_seconds", "prefill_seconds", "decode_seconds"] {
+            assert_eq!(graph[seconds].as_array().unwrap().len(), 2, "{seconds}");
+        }
+    }
     let inputs = |graph: usize| report["graphs"][graph]["inputs"].clone();
     assert_eq!(inputs(0), serde_json::json!([]));
     assert_eq!(inputs(1), serde_json::json!(["prefold.layers.0.M", "prefold.layers.1.M"]));
@@ -47,4 +54,6 @@ fn graphs_are_measured_beside_each_other() {
     assert!(error.contains("no graph has an input `adapter_ids`"), "{error}");
     let error = failure(folder.path(), &["bench", "graph", "base", "--batch", "0"]);
     assert!(error.contains("--batch is 0"), "{error}");
+    let error = failure(folder.path(), &["bench", "graph", "base", "--loads", "0"]);
+    assert!(error.contains("--loads is 0"), "{error}");
 }
