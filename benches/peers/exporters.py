@@ -256,8 +256,7 @@ def sites(folder, feeds, matrices):
     nodes = {node.name.split("prefold.1/layers.")[-1]: node for node in model.graph.node if "prefold.1/" in node.name}
     names = []
     for layer in range(len(matrices)):
-        query = nodes.get(f"{layer}/Elu_exp") or nodes[f"{layer}/Elu"]
-        names.append((query.input[0], nodes[f"{layer}/Add"].input[0], nodes[f"{layer}/Add"].output[0]))
+        names.append((nodes[f"{layer}/Elu"].input[0], nodes[f"{layer}/Add"].input[0], nodes[f"{layer}/Add"].output[0]))
     given = {output.name for output in model.graph.output}
     for name in dict.fromkeys(name for layer in names for name in layer):
         if name not in given:

@@ -26,6 +26,14 @@ pub struct WithGiven<S> {
     models: Vec<NamedGiven>,
     /// The model of each row; none where the first one has all of them.
     active: Vec<usize>,
+    /// What the first row's model is given, as the session holds it.
+    held: Option<Held>,
+}
+
+/// The tensors of one model, by place in what it is given; none where that is made for each batch.
+struct Held {
+    model: usize,
+    tensors: Vec<Option<Tensor>>,
 }
 
 impl<S: Session> WithGiven<S> {
@@ -51,7 +59,7 @@ impl<S: Session> WithGiven<S> {
         }
         let is_given = |port: &&Port| models.iter().flatten().any(|(name, _)| *name == port.name);
         let inputs = inner.inputs().iter().filter(|port| !is_given(port)).cloned().collect();
-        Ok(Self { inner, inputs, models, active: Vec::new() })
+        Ok(Self { inner, inputs, models, active: Vec::new(), held: None })
     }
 
     /// Gives the session back.
@@ -64,24 +72,46 @@ impl<S: Session> WithGiven<S> {
     }
 
     /// What is given to a batch of so many rows.
-    fn feeds(&self, batch: usize) -> Result<Vec<(String, Tensor)>> {
-        let row = |row: usize| self.given(self.active.get(row).copied().unwrap_or(0));
-        let number = |given: &Given| if let Given::EveryRow(number) = given { Some(*number) } else { None };
-        let feed = |(name, given): &(String, Given)| {
-            let of_row = |at| row(at).iter().find(|(other, _)| other == name).and_then(|(_, given)| number(given));
-            let value: Value = match given {
-                Given::Value(value) => value.clone(),
-                Given::EveryRow(first) => {
-                    (0..batch).map(|at| of_row(at).unwrap_or(*first)).collect::<Array1<i64>>().into_dyn().into()
-                }
-            };
-            (name.clone(), Tensor::from(value))
-        };
+    fn feeds(&mut self, batch: usize) -> Result<Vec<(String, Tensor)>> {
         if !self.active.is_empty() && self.active.len() != batch {
             let reason = format!("{batch} rows were given to a session that was told of {}", self.active.len());
             return Err(Error::Feed { reason });
         }
-        Ok(row(0).iter().map(feed).collect())
+        let first = self.active.first().copied().unwrap_or(0);
+        let held = match self.held.take().filter(|held| held.model == first) {
+            Some(held) => held,
+            None => self.hold_model(first)?,
+        };
+        let feed = |((name, given), held): (&(String, Given), &Option<Tensor>)| {
+            let tensor = match given {
+                Given::Value(value) => {
+                    held.as_ref().and_then(Tensor::again).unwrap_or_else(|| Tensor::from(value.clone()))
+                }
+                Given::EveryRow(number) => self.rows(name, *number, batch).into(),
+            };
+            (name.clone(), tensor)
+        };
+        let feeds = self.given(first).iter().zip(&held.tensors).map(feed).collect();
+        self.held = Some(held);
+        Ok(feeds)
+    }
+
+    fn hold_model(&self, model: usize) -> Result<Held> {
+        let hold = |(_, given): &(String, Given)| match given {
+            Given::Value(value) => self.inner.hold(value.clone()).map(Some),
+            Given::EveryRow(_) => Ok(None),
+        };
+        Ok(Held { model, tensors: self.given(model).iter().map(hold).collect::<Result<_>>()? })
+    }
+
+    /// The number of each row's model, the first one's where a model has none.
+    fn rows(&self, name: &str, first: i64, batch: usize) -> Value {
+        let of_row = |row: usize| {
+            let given = self.given(self.active.get(row).copied().unwrap_or(0));
+            let number = |given: &Given| if let Given::EveryRow(number) = given { Some(*number) } else { None };
+            given.iter().find(|(other, _)| other == name).and_then(|(_, given)| number(given)).unwrap_or(first)
+        };
+        (0..batch).map(of_row).collect::<Array1<i64>>().into_dyn().into()
     }
 }
 
@@ -100,6 +130,10 @@ impl<S: Session> Session for WithGiven<S> {
 
     fn nodes(&self) -> Option<BTreeMap<String, usize>> {
         self.inner.nodes()
+    }
+
+    fn hold(&self, value: Value) -> Result<Tensor> {
+        self.inner.hold(value)
     }
 
     fn activate(&mut self, models: &[usize]) -> Result<()> {
@@ -143,18 +177,25 @@ impl Given {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
-    /// Keeps what it is fed.
-    struct Fed(Vec<Port>, Vec<Port>, Vec<(String, Vec<i64>)>);
+    /// Keeps what it is fed, and counts what it holds.
+    struct Fed {
+        inputs: Vec<Port>,
+        optional: Vec<Port>,
+        fed: Vec<(String, Vec<i64>)>,
+        holds: Cell<usize>,
+    }
 
     impl Session for Fed {
         fn inputs(&self) -> &[Port] {
-            &self.0
+            &self.inputs
         }
 
         fn optional_inputs(&self) -> &[Port] {
-            &self.1
+            &self.optional
         }
 
         fn outputs(&self) -> &[Port] {
@@ -168,8 +209,13 @@ mod tests {
 
         fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
             let values = |tensor: Tensor| tensor.into_value().unwrap().into_i64().unwrap().iter().copied().collect();
-            self.2 = feeds.into_iter().map(|(name, tensor)| (name, values(tensor))).collect();
+            self.fed = feeds.into_iter().map(|(name, tensor)| (name, values(tensor))).collect();
             Ok(Vec::new())
+        }
+
+        fn hold(&self, value: Value) -> Result<Tensor> {
+            self.holds.set(self.holds.get() + 1);
+            Ok(value.into())
         }
     }
 
@@ -182,8 +228,22 @@ mod tests {
     }
 
     #[test]
+    fn the_active_model_s_values_are_handed_over_once() {
+        let inner = Fed { inputs: vec![port("slot")], optional: Vec::new(), fed: Vec::new(), holds: Cell::new(0) };
+        let slot = |number| vec![("slot".to_owned(), value(number))];
+        let mut session = WithGiven::switching(inner, vec![slot(1), slot(2)]).unwrap();
+        let mut holds = |model: usize| {
+            session.activate(&[model]).unwrap();
+            session.run_tensors(Vec::new()).unwrap();
+            (session.inner.fed[0].1[0], session.inner.holds.get())
+        };
+        assert_eq!([0, 0, 0, 1, 1, 0].map(&mut holds), [(1, 1), (1, 1), (1, 1), (2, 2), (2, 2), (1, 3)]);
+    }
+
+    #[test]
     fn every_row_is_given_what_its_model_is_and_slots_are_for_all() {
-        let inner = Fed(vec![port("ids"), port("bank")], vec![port("slot")], Vec::new());
+        let (inputs, optional) = (vec![port("ids"), port("bank")], vec![port("slot")]);
+        let inner = Fed { inputs, optional, fed: Vec::new(), holds: Cell::new(0) };
         let row = |row| ("bank".to_owned(), Given::EveryRow(row));
         let slot = |number| ("slot".to_owned(), value(number));
         let models = vec![vec![row(1), slot(7)], vec![row(2), slot(7)], vec![row(0)]];
@@ -194,7 +254,7 @@ mod tests {
             let ids: Value = Array1::<i64>::zeros(3).into_dyn().into();
             session.run_tensors(vec![("ids".into(), ids.into())])?;
             Ok::<_, Error>(
-                session.inner.2.iter().skip(1).map(|(name, v)| (name.clone(), v.clone())).collect::<Vec<_>>(),
+                session.inner.fed.iter().skip(1).map(|(name, v)| (name.clone(), v.clone())).collect::<Vec<_>>(),
             )
         };
         let named = |name: &str, values: &[i64]| (name.to_owned(), values.to_vec());

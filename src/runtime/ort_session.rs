@@ -158,7 +158,8 @@ impl OrtSession {
     ) -> Result<Vec<(String, Tensor)>> {
         let mut binding = self.inner.create_binding().map_err(run_error)?;
         for (name, tensor) in feeds {
-            binding.bind_input(name, &tensor.into_ort()?).map_err(run_error)?;
+            let value = tensor.into_ort()?;
+            binding.bind_input(name, &*value).map_err(run_error)?;
         }
         let memory = MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default);
         let memory = memory.map_err(run_error)?;
@@ -265,8 +266,9 @@ impl Session for OrtSession {
             self.end_profile()?;
             return outputs;
         }
-        let feeds = feeds.into_iter().map(|(name, tensor)| Ok((name, SessionInputValue::from(tensor.into_ort()?))));
+        let feeds = feeds.into_iter().map(|(name, tensor)| Ok((name, tensor.into_ort()?)));
         let feeds = feeds.collect::<Result<Vec<_>>>()?;
+        let feeds: Vec<_> = feeds.iter().map(|(name, value)| (name, SessionInputValue::from(&**value))).collect();
         let outputs = match &self.adapter {
             Some(Active(options)) => self.inner.run_with_options(feeds, options),
             None => self.inner.run(feeds),
@@ -275,6 +277,10 @@ impl Session for OrtSession {
         let outputs = outputs.into_iter().map(|(name, value)| (name.to_owned(), Tensor::ort(value))).collect();
         self.end_profile()?;
         Ok(outputs)
+    }
+
+    fn hold(&self, value: Value) -> Result<Tensor> {
+        from_value(value).map(Tensor::ort)
     }
 
     fn nodes(&self) -> Option<BTreeMap<String, usize>> {
@@ -381,6 +387,19 @@ mod tests {
             testing::check_tiny(&mut session);
             assert_eq!(session.info().runtime, "onnxruntime");
         }
+    }
+
+    #[test]
+    fn a_held_tensor_is_fed_again_without_a_copy() {
+        let Some(library) = testing::ort_library() else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let graph = TinyModel { cached: false, external: false }.write(folder.path());
+        let session = OrtSession::open(&library, &graph, OrtOptions::default()).unwrap();
+        let value = Value::zeros(DType::F32, &[2, 3]).unwrap();
+        let held = session.hold(value.clone()).unwrap();
+        let again = || held.again().unwrap();
+        assert!(std::sync::Arc::ptr_eq(&again().into_ort().unwrap(), &again().into_ort().unwrap()));
+        assert_eq!(again().into_value().unwrap(), value);
     }
 
     /// The decode loop of a GPU, with the CPU in its place: outputs are bound, and go into the next step as they lie.

@@ -1,12 +1,13 @@
 //! What every runtime offers: ports, a run, and facts about itself.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DType, Error, NamedValues, Result, Tensor};
+use super::{DType, Error, NamedValues, Result, Tensor, Value};
 
 /// An input or output of a graph.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +85,14 @@ pub trait Session: Send {
     /// When the feeds are not the graph's inputs (checked before the runtime sees them), or the runtime fails.
     fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>>;
 
+    /// A tensor for many runs ([`Tensor::again`]), in the runtime's own memory where it has such in this process.
+    ///
+    /// # Errors
+    /// When the runtime does not take it.
+    fn hold(&self, value: Value) -> Result<Tensor> {
+        Ok(value.into())
+    }
+
     /// Chooses what the rows of the next runs are for, by numbers that whoever opened the session gave meaning to, as
     /// [`WithGiven::switching`](super::WithGiven::switching) does. A session that has no choice ignores it.
     ///
@@ -128,6 +137,9 @@ macro_rules! forward {
             fn run_tensors(&mut self, feeds: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
                 (**self).run_tensors(feeds)
             }
+            fn hold(&self, value: Value) -> Result<Tensor> {
+                (**self).hold(value)
+            }
             fn activate(&mut self, models: &[usize]) -> Result<()> {
                 (**self).activate(models)
             }
@@ -146,19 +158,28 @@ forward!(&mut S);
 pub(super) fn order_feeds(
     inputs: &[Port],
     optional: &[Port],
-    mut feeds: Vec<(String, Tensor)>,
+    feeds: Vec<(String, Tensor)>,
 ) -> Result<Vec<(String, Tensor)>> {
+    let mut given: HashMap<String, Tensor> = HashMap::with_capacity(feeds.len());
+    for (name, tensor) in feeds {
+        match given.entry(name) {
+            Entry::Vacant(free) => free.insert(tensor),
+            Entry::Occupied(taken) => {
+                return Err(Error::Feed { reason: format!("the input `{}` was given twice", taken.key()) });
+            }
+        };
+    }
     let mut sizes: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
     // A merged decoder names its dimensions as only one of its two graphs has them.
     let merged = inputs.iter().any(|port| port.name == "use_cache_branch");
-    let mut ordered = Vec::with_capacity(feeds.len());
-    let is_fed = |port: &&Port| feeds.iter().any(|(name, _)| *name == port.name);
-    let wanted: Vec<&Port> = inputs.iter().chain(optional.iter().filter(is_fed)).collect();
-    for port in wanted.iter().copied() {
-        let Some(index) = feeds.iter().position(|(name, _)| *name == port.name) else {
+    let mut ordered = Vec::with_capacity(given.len());
+    for (port, is_optional) in inputs.iter().map(|port| (port, false)).chain(optional.iter().map(|port| (port, true))) {
+        let Some((name, tensor)) = given.remove_entry(&port.name) else {
+            if is_optional {
+                continue;
+            }
             return Err(Error::Feed { reason: format!("the input {port} is missing") });
         };
-        let (name, tensor) = feeds.swap_remove(index);
         let dtype = tensor.dtype()?;
         if dtype != port.dtype {
             return Err(Error::Feed { reason: format!("the input {port} was given {dtype} elements") });
@@ -169,16 +190,9 @@ pub(super) fn order_feeds(
         }
         ordered.push((name, tensor));
     }
-    match feeds.first() {
-        None => Ok(ordered),
-        Some((name, _)) if wanted.iter().any(|port| port.name == *name) => {
-            Err(Error::Feed { reason: format!("the input `{name}` was given twice") })
-        }
-        Some((name, _)) => {
-            let inputs: Vec<String> = inputs.iter().map(Port::to_string).collect();
-            Err(Error::Feed { reason: format!("it has no input `{name}`; it has {}", inputs.join("; ")) })
-        }
-    }
+    let Some(unknown) = given.into_keys().min() else { return Ok(ordered) };
+    let inputs: Vec<String> = inputs.iter().map(Port::to_string).collect();
+    Err(Error::Feed { reason: format!("it has no input `{unknown}`; it has {}", inputs.join("; ")) })
 }
 
 fn check_shape<'a>(port: &'a Port, shape: &[usize], sizes: &mut BTreeMap<&'a str, (usize, &'a str)>) -> Result<()> {

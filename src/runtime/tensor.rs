@@ -1,5 +1,7 @@
 //! A tensor wherever it lies: in host memory, or still in the runtime that made it.
 
+use std::sync::Arc;
+
 use super::process::HeldTensor;
 use super::value::{DType, Value};
 use super::{Result, ort_session, tract_session};
@@ -12,7 +14,7 @@ pub struct Tensor(Storage);
 #[derive(Debug)]
 enum Storage {
     Host(Value),
-    Ort(ort::value::DynValue),
+    Ort(Arc<ort::value::DynValue>),
     Tract(tract_onnx::prelude::TValue),
     /// In another process.
     Held(HeldTensor),
@@ -20,7 +22,7 @@ enum Storage {
 
 impl Tensor {
     pub(super) fn ort(value: ort::value::DynValue) -> Self {
-        Self(Storage::Ort(value))
+        Self(Storage::Ort(Arc::new(value)))
     }
 
     pub(super) fn tract(value: tract_onnx::prelude::TValue) -> Self {
@@ -37,6 +39,17 @@ impl Tensor {
             Storage::Held(tensor) => Ok(tensor),
             other => Err(Self(other)),
         }
+    }
+
+    /// The same tensor for another run, without a copy of what lies in the runtime of this process. None for what another process
+    /// holds, which is given away.
+    pub(super) fn again(&self) -> Option<Self> {
+        Some(Self(match &self.0 {
+            Storage::Host(value) => Storage::Host(value.clone()),
+            Storage::Ort(value) => Storage::Ort(value.clone()),
+            Storage::Tract(value) => Storage::Tract(value.clone()),
+            Storage::Held(_) => return None,
+        }))
     }
 
     /// The element type.
@@ -75,10 +88,10 @@ impl Tensor {
         }
     }
 
-    pub(super) fn into_ort(self) -> Result<ort::value::DynValue> {
+    pub(super) fn into_ort(self) -> Result<Arc<ort::value::DynValue>> {
         match self.0 {
             Storage::Ort(value) => Ok(value),
-            other => ort_session::from_value(Self(other).into_value()?),
+            other => ort_session::from_value(Self(other).into_value()?).map(Arc::new),
         }
     }
 

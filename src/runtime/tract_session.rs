@@ -49,7 +49,7 @@ pub struct TractSession {
     inputs: Vec<Port>,
     /// Those of them that are this where they are not fed.
     optional: Vec<Port>,
-    defaults: Vec<(String, Value)>,
+    defaults: Vec<(String, TValue)>,
     outputs: Vec<Port>,
     plans: Plans,
     kept_plans: usize,
@@ -89,6 +89,8 @@ impl TractSession {
                 Plans::per_shape(model)
             }
         };
+        let defaults = defaults.into_iter().map(|(name, value)| Ok((name, from_value(value)?)));
+        let defaults = defaults.collect::<Result<Vec<_>>>()?;
         let has_default = |port: &Port| defaults.iter().any(|(name, _)| *name == port.name);
         let (optional, inputs) = planned.iter().cloned().partition(has_default);
         let (path, fed, kept_plans) = (graph.into(), fed.into(), options.kept_plans.max(1));
@@ -179,7 +181,7 @@ impl Session for TractSession {
     fn run_tensors(&mut self, mut feeds: Vec<(String, AnyTensor)>) -> Result<Vec<(String, AnyTensor)>> {
         for (name, value) in &self.defaults {
             if feeds.iter().all(|(fed, _)| fed != name) {
-                feeds.push((name.clone(), value.clone().into()));
+                feeds.push((name.clone(), AnyTensor::tract(value.clone())));
             }
         }
         let feeds = order_feeds(&self.planned, &[], feeds)?;
@@ -187,6 +189,10 @@ impl Session for TractSession {
         let outputs = self.run_plan(feeds)?;
         let names = self.outputs.iter().map(|port| port.name.clone());
         Ok(names.zip(outputs.into_iter().map(AnyTensor::tract)).collect())
+    }
+
+    fn hold(&self, value: Value) -> Result<AnyTensor> {
+        from_value(value).map(AnyTensor::tract)
     }
 }
 

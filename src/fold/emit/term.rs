@@ -16,8 +16,7 @@
 //! query [B, S, h·d] ─ Elu ─ Reshape [B·S, h, d] ─ Transpose ─ MatMul M [h, B·S, d] ─ Transpose ─ Reshape ─┐
 //! output [B, S, h·d] ───────────────────────────────────────────────────────────────────────────────────── Add
 //! ```
-//! The feature map is taken first: what it makes has one reader, so that the reshaping after it copies nothing. In float32 Elu is four
-//! nodes ([`Writer::elu`]).
+//! The feature map is taken first: what it makes has one reader, so that the reshaping after it copies nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -264,29 +263,16 @@ impl<'a, 'j> Writer<'a, 'j> {
         Ok(self.node_with(cast(DataType::Bfloat16), "Cast_narrow", &[&mapped]))
     }
 
-    /// Elu; in float32 as `relu(x) − clip(1 − exp(x), 0, 1)`, whose operators are vectorised in ONNX Runtime on a CPU, where its Elu is
-    /// not. Graphs for other devices are in half precision, and there one node is fewer kernels.
-    fn elu(&mut self, x: &str) -> String {
-        if self.job.constants.data_type() != DataType::Float {
-            return self.node("Elu", "Elu", &[x]);
-        }
-        let exp = self.node("Exp", "Elu_exp", &[x]);
-        let one_minus = |name| NodeDef::new("HardSigmoid", name).attr_float("alpha", -1.0).attr_float("beta", 1.0);
-        let below_zero = self.node_with(one_minus, "Elu_below_zero", &[&exp]);
-        let above_zero = self.node("Relu", "Elu_above_zero", &[x]);
-        self.node("Sub", "Elu", &[&above_zero, &below_zero])
-    }
-
     fn mapped(&mut self, map: Map, x: &str) -> Result<String> {
         Ok(match map {
             Map::Identity => x.to_owned(),
-            Map::Elu => self.elu(x),
+            Map::Elu => self.node("Elu", "Elu", &[x]),
             Map::Relu => self.node("Relu", "Relu", &[x]),
             Map::Softplus => self.node("Softplus", "Softplus", &[x]),
             Map::Abs => self.node("Abs", "Abs", &[x]),
             Map::EluPlusOne => {
                 let one = self.number("prefold/number_1", 1.0)?;
-                let elu = self.elu(x);
+                let elu = self.node("Elu", "Elu", &[x]);
                 self.node("Add", "Add_one", &[&elu, &one])
             }
             Map::Silu => {

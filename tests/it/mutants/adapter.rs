@@ -5,9 +5,9 @@ use prefold::onnx::{Model, TensorDef};
 use super::graph::{insert, node, op, read, rounded, swap, values, weight};
 use super::{Dialect, Kind, Mutant, at};
 
-/// The nodes of a layer's term that read the query.
-fn query_readers(layer: usize) -> [String; 2] {
-    ["Elu_exp", "Elu_above_zero"].map(|name| format!("/prefold.1/layers.{layer}/{name}"))
+/// The node of a layer's term that reads the query.
+fn query_reader(layer: usize) -> String {
+    format!("/prefold.1/layers.{layer}/Elu")
 }
 
 fn m(layer: usize) -> String {
@@ -44,12 +44,11 @@ fn rounded_to_bf16(model: &Model, _: Dialect) -> Model {
 }
 
 fn scaled_query(model: &Model, _: Dialect) -> Model {
-    let [first, second] = query_readers(0);
-    let query = node(model, &first).input(0).unwrap();
+    let reader = query_reader(0);
+    let query = node(model, &reader).input(0).unwrap();
     let scale = TensorDef::from_f32s("mutant/scale", &[], &[8f32.sqrt().recip()]);
     let scaled = op("Mul", "mutant/scaled", &[query, "mutant/scale"]);
-    let model = insert(model, &first, 0, vec![scale], vec![scaled], "mutant/scaled");
-    read(&model, &second, 0, "mutant/scaled")
+    insert(model, &reader, 0, vec![scale], vec![scaled], "mutant/scaled")
 }
 
 fn before_rotation(model: &Model, dialect: Dialect) -> Model {
@@ -57,7 +56,7 @@ fn before_rotation(model: &Model, dialect: Dialect) -> Model {
         Dialect::Portable => "/model/layers.0/self_attn/q/Transpose/output_0",
         Dialect::Ort => "/model/layers.0/self_attn/q_proj/Add/output_0",
     };
-    query_readers(0).iter().fold(model.clone(), |model, reader| read(&model, reader, 0, tensor))
+    read(model, &query_reader(0), 0, tensor)
 }
 
 fn missing_term(model: &Model, dialect: Dialect) -> Model {

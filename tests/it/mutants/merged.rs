@@ -157,9 +157,8 @@ fn mul(patch: &mut Patch, before: NodeId, slot: usize, tensor: &str, by: f32) {
 }
 
 fn scaled_query(graph: &Graph, _: &str, patch: &mut Patch) {
-    let [first, second] = ["Elu_exp", "Elu_above_zero"].map(|name| within(graph, &format!("/layers.0/{name}")));
-    mul(patch, first.id(), 0, first.input(0).unwrap(), 8f32.sqrt().recip());
-    patch.replace_input(second.id(), 0, "mutant/scaled");
+    let elu = within(graph, "/layers.0/Elu");
+    mul(patch, elu.id(), 0, elu.input(0).unwrap(), 8f32.sqrt().recip());
 }
 
 fn other_m(graph: &Graph, _: &str, patch: &mut Patch) {
