@@ -1,16 +1,15 @@
 """Decodes with prefold's `ort` dialect and with the onnxruntime-genai builder's graph of the same model, in float32.
 
-    python benches/peers/decode.py --prefold target/release/prefold --model smollm2-hf --rounds 3
+    python benches/peers/decode.py --prefold target/release/prefold --model smollm2-hf
 
-Needs the packages of requirements-genai.txt in the Python that runs it. Both graphs are written anew; every round is a new
-process of `prefold bench graph`, in which they take turns in ONNX Runtime on the CPU. The builder's graph comes first, so
-that a time ratio below 1 says that prefold's is faster.
+Needs the packages of requirements-genai.txt in the Python that runs it. Both graphs are written anew; `prefold bench graph` loads
+them many times, and they take turns in ONNX Runtime on the CPU. The builder's graph comes first, so that a time ratio below
+1 says that prefold's is faster.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefold", required=True, help="the prefold binary, built with --release")
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=7, help="turns of each graph in a round")
+    parser.add_argument("--loads", type=int, default=8, help="how often both are loaded")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each graph after a loading")
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--decode-steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
@@ -41,23 +40,21 @@ def main():
         command = [arguments.prefold, "bench", "graph", theirs, ours, "--json", "--head-dim", str(head_dim)]
         command += ["--prompt-length", str(arguments.prompt_length), "--decode-steps", str(arguments.decode_steps)]
         command += ["--batch", str(arguments.batch), "--rounds", str(arguments.turns)]
+        command += ["--loads", str(arguments.loads)]
         command += ["--threads", str(arguments.threads)] if arguments.threads else []
-        rounds = []
-        for _ in range(arguments.rounds):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-            rounds.append(json.loads(done.stdout))
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+        report = json.loads(done.stdout)
     print(f"{'':>8} {'prefill':>11} {'ratio':>7} {'decode':>18} {'time ratio':>11}")
-    for position, name in enumerate(["genai", "prefold"]):
-        median = lambda key: statistics.median(report["graphs"][position][key] for report in rounds)
+    for name, graph in zip(["genai", "prefold"], report["graphs"]):
         print(
-            f"{name:>8} {median('median_prefill_ms'):>8.1f} ms {median('prefill_ratio'):>7.3f}"
-            f" {median('decode_tokens_per_second'):>9.1f} tokens/s {median('decode_ratio'):>11.3f}"
+            f"{name:>8} {graph['median_prefill_ms']:>8.1f} ms {graph['prefill_ratio']:>7.3f}"
+            f" {graph['decode_tokens_per_second']:>9.1f} tokens/s {graph['decode_ratio']:>11.3f}"
         )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rounds, file, indent=1)
+            json.dump(report, file, indent=1)
 
 
 if __name__ == "__main__":
