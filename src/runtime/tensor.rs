@@ -43,7 +43,7 @@ impl Tensor {
 
     /// The same tensor for another run, without a copy of what lies in the runtime of this process. None for what another process
     /// holds, which is given away.
-    pub(super) fn again(&self) -> Option<Self> {
+    pub fn again(&self) -> Option<Self> {
         Some(Self(match &self.0 {
             Storage::Host(value) => Storage::Host(value.clone()),
             Storage::Ort(value) => Storage::Ort(value.clone()),
