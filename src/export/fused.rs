@@ -9,11 +9,11 @@
 //!
 //! Rotation stands before the attention operator (`do_rotary` = 0), so that the rotated query is a tensor of the graph and
 //! positions come from `position_ids`: the operator itself takes them, but of a prompt the first number alone, so that rows
-//! padded on the left would be turned by other angles than those that follow. Its tables hold the angles of the pass's own tokens, row by row, so that no position
-//! is beyond them. GroupQueryAttention by itself knows only rows that end in padding; here every row counts as full length
-//! and padding on either side is hidden by the operator's `attention_bias`. It takes several rows only without a past or
-//! one token at a time, and heads whose width is a multiple of 8; where the width is not, attention is written in standard
-//! operators, as in the portable dialect.
+//! padded on the left would be turned by other angles than those that follow. Its tables hold the angles of the pass's own
+//! tokens, row by row, so that no position is beyond them. GroupQueryAttention by itself knows only rows that end in
+//! padding; here every row counts as full length and padding on either side is hidden by the operator's `attention_bias`.
+//! It takes several rows only without a past or one token at a time, and heads whose width is a multiple of 8; where the
+//! width is not, attention is written in standard operators, as in the portable dialect.
 //!
 //! `SimplifiedLayerNormalization` has no schema under `com.microsoft`, and the one that ONNX Runtime keeps in `ai.onnx` is
 //! refused by the official checker. So the graph calls `com.microsoft.SimplifiedLayerNormalization` and defines it as a
