@@ -203,14 +203,14 @@ impl BenchGraph {
         let mut graphs: Vec<Measured> = self.graphs.iter().map(|graph| Measured::new(&graph.name)).collect();
         // the graph that a process loads first decodes slower than the same one loaded after it, so one that does not count is
         // there before all
-        let mut uncounted = self.graphs.first().map(|first| self.open(context, first)).transpose()?;
+        let uncounted = self.graphs.first().map(|first| self.open(context, first)).transpose()?;
         for load in 0..self.loads {
             self.load(context, load, &mut graphs)?;
         }
         let first = graphs.first().map(|first| (first.prefill_seconds.clone(), first.decode_seconds.clone()));
         let (prefill, decode) = first.unwrap_or_default();
         graphs.iter_mut().for_each(|graph| graph.summarise(self, &prefill, &decode));
-        let runtime = uncounted.as_mut().map(|(session, _)| session.info());
+        let runtime = uncounted.as_ref().map(|(session, _)| session.info());
         let runtime = runtime.ok_or_else(|| usage("no graph was given", "name one or more"))?;
         Ok(Report {
             runtime,
