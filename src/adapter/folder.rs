@@ -34,7 +34,9 @@ impl Adapter {
             return Err(Error::Peft {
                 path: path.into(),
                 why: "the base model is not at hand, whose modules its names mean".into(),
-                help: "name the base model, or convert it: prefold adapter convert --to prefold --model …".into(),
+                help: "put the model's config.json beside the graph, or convert the adapter: prefold adapter convert \
+                       --adapter PEFT_FOLDER --model BASE_MODEL --to prefold --out FOLDER"
+                    .into(),
             });
         }
         let config: AdapterConfig = files::read_json(&config_path, "an adapter's configuration")?;

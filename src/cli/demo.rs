@@ -54,7 +54,8 @@ const MARK: &str = "demo.txt";
 impl Demo {
     pub(super) fn run(self, context: &Context) -> Result<ExitCode> {
         let started = Instant::now();
-        let staged = StagedFolder::new(&self.out, self.out.join(MARK).is_file())?;
+        let own = self.out.join(MARK).is_file();
+        let staged = if own { StagedFolder::over(&self.out)? } else { StagedFolder::new(&self.out, false)? };
         let root = staged.path();
         let note = "Written by `prefold demo`, which replaces this folder when it runs again.\n";
         std::fs::write(root.join(MARK), note).map_err(files::Error::io("write", root))?;

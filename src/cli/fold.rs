@@ -103,8 +103,14 @@ impl Fold {
         for name in folded.adapters.iter().take(folded.slot_values.len()) {
             println!("{}", out.join(format!("{name}.{ADAPTER_EXTENSION}")).display());
         }
+        if !folded.exactness.holds_left_padded() {
+            println!("exact for {}", folded.exactness.exact_for);
+        }
         if let Some(why) = proof.as_ref().and_then(|proof| proof.missing()) {
             println!("sites not proved: {why}");
+        }
+        if let Some(note) = proof.as_ref().and_then(|proof| proof.note()) {
+            println!("with an adapter of zeros {note}");
         }
         Ok(if proof.is_some_and(|proof| proof.failed()) { ExitCode::from(NOT_PROVED) } else { ExitCode::SUCCESS })
     }

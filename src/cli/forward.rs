@@ -14,7 +14,7 @@ use super::device::DeviceArgs;
 use super::verify::{Engine, open_given};
 use super::{Context, existing_graph, keep_apart, usage};
 use crate::base::{Decoder, Input, NoHook, SiteHook};
-use crate::runtime::{GraphDecoder, positions};
+use crate::runtime::{GraphDecoder, OrtOptions, positions};
 use crate::train::{ComputeType, completion_loss};
 
 /// Run a forward pass on given tokens, and write logits, loss and gradients
@@ -126,7 +126,7 @@ impl Forward {
 
     fn graph(&self, context: &Context, graph: &Path, given: &Given) -> Result<HashMap<String, Tensor>> {
         let graph = existing_graph(graph)?;
-        let session = open_given(context, self.runtime, &graph, self.active.given(&graph)?)?;
+        let session = open_given(context, self.runtime, &graph, self.active.given(&graph)?, OrtOptions::default())?;
         let mut decoder = GraphDecoder::new(session)?;
         let array =
             |values: &[i64]| Array2::from_shape_vec((given.batch, given.seq), values.to_vec()).into_diagnostic();

@@ -13,7 +13,7 @@ use super::device::DeviceArgs;
 use super::verify::{Engine, open_given};
 use super::{Context, existing_graph, usage};
 use crate::base::{Decoder, Input, KvCache, Message, NoHook, SiteHook, Tokenizer};
-use crate::runtime::GraphDecoder;
+use crate::runtime::{GraphDecoder, OrtOptions};
 use crate::train::ComputeType;
 
 /// Continue a prompt greedily, with a checkpoint in candle or a graph in a runtime
@@ -82,7 +82,13 @@ impl Generate {
         let graph = existing_graph(graph)?;
         let tokenizer = Tokenizer::from_folder(graph.parent().unwrap_or(Path::new(".")))?;
         let prompt = self.prompt_ids(&tokenizer)?;
-        let mut decoder = GraphDecoder::new(open_given(context, self.runtime, &graph, self.active.given(&graph)?)?)?;
+        let mut decoder = GraphDecoder::new(open_given(
+            context,
+            self.runtime,
+            &graph,
+            self.active.given(&graph)?,
+            OrtOptions::default(),
+        )?)?;
         let mut stream = tokenizer.stream(&prompt, true);
         let wide = |ids: &[u32]| ids.iter().map(|id| i64::from(*id)).collect::<Vec<i64>>();
         let (prompts, eos) = ([wide(&prompt)], wide(tokenizer.eos_ids()));

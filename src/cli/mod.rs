@@ -214,7 +214,15 @@ fn existing_graph(path: &Path) -> Result<PathBuf> {
     if file.is_file() {
         return Ok(file);
     }
-    Err(usage(format!("there is no graph {}", path.display()), "name a folder that holds model.onnx, or an .onnx file"))
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut graphs: Vec<_> = entries.filter(|path| path.extension().is_some_and(|end| end == "onnx")).collect();
+    graphs.sort();
+    if graphs.is_empty() {
+        let message = format!("there is no graph {}", path.display());
+        return Err(usage(message, "name a folder that holds model.onnx, or an .onnx file"));
+    }
+    let graphs: Vec<String> = graphs.iter().map(|path| path.display().to_string()).collect();
+    Err(usage(format!("{} holds no model.onnx", path.display()), format!("name the graph: {}", graphs.join(" or "))))
 }
 
 /// `NAME=PATH` or `PATH`, whose name is then the last part of it.

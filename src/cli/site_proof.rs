@@ -17,8 +17,8 @@ use crate::base::{Checkpoint, Decoder};
 use crate::files::{MANIFEST_NAME, Manifest, TemporaryFolder, read_json};
 use crate::fold::{self, ADAPTER_IDS, Emission, Layout, Over, Record, Site, graph_file, locate};
 use crate::onnx::{DataType, Dim, MODEL_NAME, Model, Patch, ValueDef, external_files};
-use crate::parity::{CapturedQuery, Probe, QueryDistance};
-use crate::runtime::{Given, RuntimeInfo, Session};
+use crate::parity::{CapturedQuery, Difference, Probe, QueryDistance};
+use crate::runtime::{Given, Optimization, OrtOptions, RuntimeInfo, Session};
 
 /// How the sites are proved.
 #[derive(Args, Clone, Debug)]
@@ -91,6 +91,9 @@ pub struct SiteProof {
     /// What an adapter of zeros changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     zero_adapter: Option<String>,
+    /// Whether that is more than rounding.
+    #[serde(skip)]
+    moves: bool,
     /// How far the sites' queries are from the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     queries: Option<Vec<QueryDistance>>,
@@ -122,12 +125,17 @@ pub struct FoldFacts {
 impl SiteProof {
     fn without(verdict: ProofVerdict, why: impl Into<String>) -> Self {
         let why = Some(why.into());
-        Self { verdict, why, runtime: None, zero_adapter: None, queries: None, query_tolerance: None }
+        Self { verdict, why, runtime: None, zero_adapter: None, moves: false, queries: None, query_tolerance: None }
     }
 
     /// Why the sites are not proved, where they are not.
     pub(super) fn missing(&self) -> Option<&str> {
         self.why.as_deref().filter(|_| self.verdict != ProofVerdict::Proved)
+    }
+
+    /// What an adapter of zeros changed, where a user should know.
+    pub(super) fn note(&self) -> Option<&str> {
+        self.zero_adapter.as_deref().filter(|_| self.moves)
     }
 
     /// Whether the proof was tried in vain.
@@ -173,6 +181,10 @@ impl ProofArgs {
             let subject = Subject { context, engine, graph, parent, model: &model, adapter: &adapter };
             let (zero, runtime) = match subject.zero_adapter() {
                 Ok(found) => found,
+                // a library that was named is not passed over
+                Err(error) if engine == Engine::Ort && context.ort_lib().is_some() && is_library(&error) => {
+                    return Err(error);
+                }
                 Err(error) => {
                     failures.push(error.to_string());
                     continue;
@@ -199,7 +211,7 @@ impl ProofArgs {
                         "ONNX Runtime runs the graph, but not with an adapter of zeros in it: {why}"
                     ));
                 }
-                Zero::Nothing | Zero::Rounds(_) | Zero::NotJudged => {}
+                Zero::Nothing | Zero::Rounds(_) | Zero::Fuses(_) | Zero::NotJudged => {}
             }
             // queries behind an adapter are not the checkpoint's
             let bare = checkpoint.as_ref().filter(|_| model.metadata(fold::MARK).is_none());
@@ -209,6 +221,7 @@ impl ProofArgs {
                 why: None,
                 runtime: Some(runtime),
                 zero_adapter: Some(zero.in_words()),
+                moves: matches!(zero, Zero::Fuses(_)),
                 query_tolerance: queries.as_ref().and_then(|_| tolerance(&model)),
                 queries,
             });
@@ -217,12 +230,20 @@ impl ProofArgs {
     }
 }
 
+/// Whether it is the runtime's library that failed, and not the graph.
+fn is_library(error: &miette::Report) -> bool {
+    use crate::runtime::Error;
+    matches!(error.downcast_ref::<Error>(), Some(Error::Library { .. } | Error::NoLibrary { .. }))
+}
+
 /// What an adapter of zeros does.
 enum Zero {
     /// No bit of any output is another.
     Nothing,
     /// Outputs are rounded otherwise, in a half type: by this much of their largest elements.
     Rounds(f64),
+    /// Node by node no bit is another, but the runtime fuses other nodes: outputs move by this much of their largest elements.
+    Fuses(f64),
     /// This output is another.
     Changes(String),
     /// The runtime runs the base graph, but not the one with zeros.
@@ -238,6 +259,9 @@ impl Zero {
             Self::Rounds(by) => {
                 format!("half precision was rounded otherwise, by at most {by:.1e} of the largest element")
             }
+            Self::Fuses(by) => format!(
+                "no bit changed node by node; the runtime fuses other nodes, which moves an output by {by:.1e} of the largest element"
+            ),
             Self::Changes(_) => "an output changed".into(),
             Self::Fails(_) => "the graph does not run".into(),
             Self::NotJudged => "not judged: zeros of this method are not the base model".into(),
@@ -258,27 +282,45 @@ struct Subject<'a> {
 impl Subject<'_> {
     /// Compares the graph with itself and an adapter of zeros.
     fn zero_adapter(&self) -> Result<(Zero, RuntimeInfo)> {
-        let mut base = self.open(self.graph)?;
+        let mut base = self.open(self.graph, Optimization::default())?;
         let config = self.adapter.config();
         if !self.adapter.zeros_are_the_base() {
             return Ok((Zero::NotJudged, base.info()));
         }
-        let probe = Probe::new(base.outputs());
-        let expected = probe.run(base.as_mut(), config.head_dim)?;
         let folder = TemporaryFolder::new().into_diagnostic()?;
-        let zero = self.with_zeros(config, folder.path())?;
-        let zero = self.open(&zero);
-        let found = zero.and_then(|mut zero| Ok(probe.first_difference(&expected, zero.as_mut(), config.head_dim)?));
-        let found = match found {
-            Ok(found) => found,
-            Err(error) => return Ok((Zero::Fails(error.to_string()), base.info())),
+        let zeros = self.with_zeros(config, folder.path())?;
+        let found = match self.difference(base.as_mut(), &zeros, Optimization::default())? {
+            Ok(None) => Zero::Nothing,
+            Ok(Some(found)) if found.distance < rounding(self.model) => Zero::Rounds(found.distance),
+            Ok(Some(found)) if self.is_the_base_unfused(&zeros)? => Zero::Fuses(found.distance),
+            Ok(Some(found)) => Zero::Changes(found.output),
+            Err(error) => Zero::Fails(error.to_string()),
         };
-        let zero = match found {
-            None => Zero::Nothing,
-            Some(found) if found.distance < rounding(self.model) => Zero::Rounds(found.distance),
-            Some(found) => Zero::Changes(found.output),
-        };
-        Ok((zero, base.info()))
+        Ok((found, base.info()))
+    }
+
+    /// Where another graph's outputs differ from those of `base`; inside, an error of the other graph's.
+    fn difference(
+        &self,
+        base: &mut dyn Session,
+        other: &Path,
+        optimization: Optimization,
+    ) -> Result<Result<Option<Difference>>> {
+        let head_dim = self.adapter.config().head_dim;
+        let probe = Probe::new(base.inputs(), base.outputs());
+        let expected = probe.run(base, head_dim)?;
+        let other = self.open(other, optimization);
+        Ok(other.and_then(|mut other| Ok(probe.first_difference(&expected, other.as_mut(), head_dim)?)))
+    }
+
+    /// Whether the graph with zeros gives every bit of the base graph's where the runtime runs the nodes as they are written. A
+    /// runtime that joins the two quantisations around a projection into one integer operator no longer does so with a sum between.
+    fn is_the_base_unfused(&self, zeros: &Path) -> Result<bool> {
+        if self.engine != Engine::Ort {
+            return Ok(false);
+        }
+        let mut base = self.open(self.graph, Optimization::Off)?;
+        Ok(self.difference(base.as_mut(), zeros, Optimization::Off)?.is_ok_and(|found| found.is_none()))
     }
 
     /// The graph with an adapter of zeros, over those that it carries.
@@ -292,10 +334,11 @@ impl Subject<'_> {
     }
 
     /// Opens a graph; the banks that it has are switched off.
-    fn open(&self, graph: &Path) -> Result<Box<dyn Session>> {
+    fn open(&self, graph: &Path, optimization: Optimization) -> Result<Box<dyn Session>> {
         let banks = Record::all(self.model)?.into_iter().filter(|fold| fold.emission == Emission::Bank);
         let given = banks.map(|fold| (fold.input_name(ADAPTER_IDS), Given::EveryRow(0))).collect();
-        Ok(open_given(self.context, self.engine, graph, given)?)
+        let options = OrtOptions { optimization, ..OrtOptions::default() };
+        Ok(open_given(self.context, self.engine, graph, given, options)?)
     }
 
     /// How far the sites' queries are from the checkpoint's.
@@ -306,9 +349,10 @@ impl Subject<'_> {
         let queries =
             sites.iter().map(|site| self.give_out(site, &mut patch, &mut made)).collect::<Result<Vec<_>>>()?;
         let folder = TemporaryFolder::new().into_diagnostic()?;
-        let mut graph = self.open(&self.save(&patch.apply(self.model)?, folder.path())?)?;
+        let graph = self.save(&patch.apply(self.model)?, folder.path())?;
+        let mut graph = self.open(&graph, Optimization::default())?;
         let decoder = Decoder::load(checkpoint, DType::F32, &Device::Cpu)?;
-        let probe = Probe::new(graph.outputs());
+        let probe = Probe::new(graph.inputs(), graph.outputs());
         let distances = probe.query_distances(graph.as_mut(), &queries, &decoder)?;
         let Some(tolerance) = tolerance(self.model) else { return Ok(distances) };
         match distances.iter().find(|found| found.distance > tolerance * found.largest.max(1.0)) {

@@ -211,30 +211,23 @@ impl Engine {
 
 /// Opens a graph in a runtime.
 pub(super) fn open_session(context: &Context, engine: Engine, graph: &Path) -> runtime::Result<Box<dyn Session>> {
-    open_given(context, engine, graph, Vec::new())
+    open_given(context, engine, graph, Vec::new(), OrtOptions::default())
 }
 
-/// Opens a graph in ONNX Runtime, on the CPU or a GPU.
-pub(super) fn open_ort(
-    context: &Context,
-    engine: Engine,
-    graph: &Path,
-    threads: Option<usize>,
-) -> runtime::Result<OrtSession> {
-    let provider = if engine == Engine::OrtCuda { Provider::Cuda } else { Provider::Cpu };
-    let library = library::find_with(context.ort_lib(), &context.cache, provider)?;
-    OrtSession::open(&library, graph, OrtOptions { threads, provider, ..OrtOptions::default() })
-}
-
-/// Opens a graph in a runtime, with inputs that are given with every run.
+/// Opens a graph in a runtime, with inputs that are given with every run; `options` are ONNX Runtime's, but for the provider.
 pub(super) fn open_given(
     context: &Context,
     engine: Engine,
     graph: &Path,
     given: Vec<(String, Given)>,
+    options: OrtOptions,
 ) -> runtime::Result<Box<dyn Session>> {
     let session: Box<dyn Session> = match engine {
-        Engine::Ort | Engine::OrtCuda => Box::new(open_ort(context, engine, graph, None)?),
+        Engine::Ort | Engine::OrtCuda => {
+            let provider = if engine == Engine::OrtCuda { Provider::Cuda } else { Provider::Cpu };
+            let library = library::find_with(context.ort_lib(), &context.cache, provider)?;
+            Box::new(OrtSession::open(&library, graph, OrtOptions { provider, ..options })?)
+        }
         Engine::Tract => {
             let fed: Vec<String> = given.iter().map(|(name, _)| name.clone()).collect();
             Box::new(TractSession::open_fed(graph, &fed, TractOptions::default())?)

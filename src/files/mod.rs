@@ -47,6 +47,15 @@ pub enum Error {
         /// The output path.
         path: PathBuf,
     },
+    /// --overwrite was given for what prefold did not write.
+    #[error("{} is not replaced: {found}, and prefold did not write it", path.display())]
+    #[diagnostic(code(prefold::files::foreign), help("choose another --out, or remove it yourself"))]
+    Foreign {
+        /// The output path.
+        path: PathBuf,
+        /// What it has that the output would not.
+        found: String,
+    },
     /// A JSON file does not hold what it should.
     #[error("cannot parse {} as {what}: {source}", path.display())]
     #[diagnostic(code(prefold::files::json), help("the file is damaged, or was written by another tool or version"))]

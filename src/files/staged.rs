@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Error, Result, TemporaryFolder};
+use super::{Error, MANIFEST_NAME, Result, TemporaryFolder};
 
 /// An output folder under construction, beside its final place. [`commit`](Self::commit) renames it there; dropping it
 /// without that removes everything, so that a failed command leaves nothing behind.
@@ -10,18 +10,42 @@ use super::{Error, Result, TemporaryFolder};
 pub struct StagedFolder {
     staging: TemporaryFolder,
     target: PathBuf,
-    overwrite: bool,
+    replaces: Replaces,
+}
+
+/// What a finished folder may take the place of; an empty folder is nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Replaces {
+    Nothing,
+    /// A folder with a manifest, or with nothing but what is written again.
+    Own,
+    Anything,
 }
 
 impl StagedFolder {
-    /// Starts a folder that will become `target`.
+    /// Starts a folder that will become `target`; `overwrite` lets it take the place of what prefold wrote, and of nothing else.
     ///
     /// # Errors
-    /// When `target` exists and `overwrite` is false (an empty folder counts as absent), or when the parent cannot be
-    /// created or written.
+    /// When `target` exists and `overwrite` is false (an empty folder counts as absent), when it is a file, or when the parent
+    /// cannot be created or written.
     pub fn new(target: &Path, overwrite: bool) -> Result<Self> {
-        if !overwrite && is_occupied(target) {
+        Self::start(target, if overwrite { Replaces::Own } else { Replaces::Nothing })
+    }
+
+    /// Starts a folder that will take the place of `target`, whatever that is.
+    ///
+    /// # Errors
+    /// When the parent cannot be created or written.
+    pub fn over(target: &Path) -> Result<Self> {
+        Self::start(target, Replaces::Anything)
+    }
+
+    fn start(target: &Path, replaces: Replaces) -> Result<Self> {
+        if replaces == Replaces::Nothing && is_occupied(target) {
             return Err(Error::Exists { path: target.into() });
+        }
+        if replaces == Replaces::Own && is_occupied(target) && !target.is_dir() {
+            return Err(Error::Foreign { path: target.into(), found: "it is a file".into() });
         }
         let parent = match target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -29,7 +53,7 @@ impl StagedFolder {
         };
         std::fs::create_dir_all(parent).map_err(Error::io("create folder", parent))?;
         let staging = TemporaryFolder::within(parent, ".partial").map_err(Error::io("create a folder in", parent))?;
-        Ok(Self { staging, target: target.into(), overwrite })
+        Ok(Self { staging, target: target.into(), replaces })
     }
 
     /// Where to write for now.
@@ -55,23 +79,25 @@ impl StagedFolder {
         Ok(target)
     }
 
-    /// Moves the folder to its final place. With `overwrite`, what was there is replaced only now.
+    /// Moves the folder to its final place. What is replaced is so only now.
     ///
     /// # Errors
-    /// When the rename fails; the previous content, if any, is put back.
+    /// When what is there may not be replaced, or the rename fails; the previous content, if any, is put back.
     pub fn commit(self) -> Result<PathBuf> {
-        let Self { staging, target, overwrite } = self;
-        staging.placed(|staging| replace(staging, &target, overwrite))?;
+        let Self { staging, target, replaces } = self;
+        staging.placed(|staging| replace(staging, &target, replaces))?;
         Ok(target)
     }
 }
 
 /// Moves a finished folder to its place; what was there is set aside until it stands.
-fn replace(staging: &Path, target: &Path, overwrite: bool) -> Result<()> {
+fn replace(staging: &Path, target: &Path, replaces: Replaces) -> Result<()> {
     let mut previous = None;
     if is_occupied(target) {
-        if !overwrite {
-            return Err(Error::Exists { path: target.into() });
+        match replaces {
+            Replaces::Nothing => return Err(Error::Exists { path: target.into() }),
+            Replaces::Own => refuse_foreign(staging, target)?,
+            Replaces::Anything => {}
         }
         let aside = staging.with_extension("previous");
         std::fs::rename(target, &aside).map_err(Error::io("move aside", target))?;
@@ -88,6 +114,22 @@ fn replace(staging: &Path, target: &Path, overwrite: bool) -> Result<()> {
         removed.map_err(Error::io("remove the replaced", &aside))?;
     }
     Ok(())
+}
+
+/// Refuses a folder without a manifest that holds what the folder that is to replace it does not.
+fn refuse_foreign(staging: &Path, target: &Path) -> Result<()> {
+    if target.join(MANIFEST_NAME).is_file() {
+        return Ok(());
+    }
+    let entries = std::fs::read_dir(target).map_err(Error::io("read", target))?;
+    let foreign = entries.flatten().find(|entry| !staging.join(entry.file_name()).exists());
+    match foreign {
+        Some(entry) => {
+            let found = format!("it holds `{}`", entry.file_name().to_string_lossy());
+            Err(Error::Foreign { path: target.into(), found })
+        }
+        None => Ok(()),
+    }
 }
 
 /// Waits until the disk has a file's content, or a folder's list of names; folders are passed over on Windows, which does
@@ -108,9 +150,9 @@ pub fn sync(path: &Path) -> Result<()> {
 fn is_occupied(path: &Path) -> bool {
     match std::fs::read_dir(path) {
         Ok(mut entries) => entries.next().is_some(),
-        // a file stands where a folder would be: its own place is taken, and below it there is none
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => path.symlink_metadata().is_ok(),
-        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => true,
+        // where a file stands its place is taken, and below it there is none
+        Err(_) => path.symlink_metadata().is_ok(),
     }
 }
 
@@ -136,11 +178,36 @@ mod tests {
         let below = StagedFolder::new(&file.join("out"), false);
         assert!(matches!(below, Err(Error::Io { action: "create folder", path, .. }) if path == file));
 
-        let staged = StagedFolder::new(&target, true).unwrap();
+        let staged = StagedFolder::over(&target).unwrap();
         std::fs::write(staged.path().join("b"), "2").unwrap();
         assert!(target.join("a").exists(), "the old content stays until the commit");
         staged.commit().unwrap();
         assert!(!target.join("a").exists() && target.join("b").exists());
         assert_eq!(std::fs::read_dir(target.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_prefold_did_not_write_is_not_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("home");
+        let staged = |names: &[&str]| {
+            let staged = StagedFolder::new(&target, true).unwrap();
+            names.iter().for_each(|name| std::fs::write(staged.path().join(name), "new").unwrap());
+            staged.commit()
+        };
+        std::fs::create_dir(&target).unwrap();
+        std::fs::write(target.join("thesis.txt"), "old").unwrap();
+        std::fs::write(target.join("model.onnx"), "old").unwrap();
+        let error = staged(&["model.onnx"]).unwrap_err();
+        assert!(matches!(&error, Error::Foreign { found, .. } if found.contains("thesis.txt")), "{error}");
+        assert_eq!(std::fs::read_to_string(target.join("thesis.txt")).unwrap(), "old");
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1, "nothing is left beside it");
+        // what is written again, and a folder with a manifest
+        std::fs::remove_file(target.join("thesis.txt")).unwrap();
+        staged(&["model.onnx", MANIFEST_NAME, "parity.json"]).unwrap();
+        staged(&["model.onnx"]).unwrap();
+        assert_eq!(std::fs::read_dir(&target).unwrap().count(), 1);
+        let file = target.join("model.onnx");
+        assert!(matches!(StagedFolder::new(&file, true), Err(Error::Foreign { .. })));
     }
 }

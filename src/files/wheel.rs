@@ -104,7 +104,7 @@ impl Wheel {
     /// folder cannot be written.
     pub fn unpack(&mut self, members: &[Member], target: &Path) -> Result<PathBuf> {
         let record = self.record()?;
-        let staged = StagedFolder::new(target, true)?;
+        let staged = StagedFolder::over(target)?;
         for member in members {
             let name = self.safe_name(&member.path)?;
             let path = staged.path().join(name);

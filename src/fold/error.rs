@@ -21,7 +21,8 @@ pub enum Error {
         code(prefold::fold::no_site),
         help(
             "known: softmax attention of standard operators; Attention of ai.onnx; GroupQueryAttention, MultiHeadAttention \
-             and Attention of com.microsoft"
+             and Attention of com.microsoft. What stands in local functions is not looked into: inline them first, with \
+             onnx.inliner.inline_local_functions"
         )
     )]
     NoSite,

@@ -121,6 +121,11 @@ impl Attribute {
         if let AttributeValue::Ints(values) = &self.value { Some(values) } else { None }
     }
 
+    /// The value as floats, if it is a list of them.
+    pub fn as_floats(&self) -> Option<&[f32]> {
+        if let AttributeValue::Floats(values) = &self.value { Some(values) } else { None }
+    }
+
     /// The value as a tensor, if it is one.
     pub fn as_tensor(&self) -> Option<&TensorInfo> {
         if let AttributeValue::Tensor(value) = &self.value { Some(value) } else { None }

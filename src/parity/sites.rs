@@ -56,32 +56,51 @@ pub struct Difference {
 /// The columns of the tokens that a run took, and its outputs.
 pub type ProbeRun = (Range<usize>, NamedValues);
 
-/// Two rows of tokens; the second one ends in padding, which every kind of attention knows.
+/// Rows of tokens, as many of both as a graph takes; all rows but the first end in padding, which every kind of attention knows.
 pub struct Probe {
+    batch: usize,
+    seq: usize,
+    /// Columns of padding.
+    padding: usize,
     ids: Vec<i64>,
     mask: Vec<i64>,
     positions: Vec<i64>,
 }
 
 impl Probe {
-    const BATCH: usize = 2;
-    const SEQ: usize = 12;
+    /// Rows and columns, where a graph takes any number.
+    const SIZE: [usize; 2] = [2, 12];
     const PADDING: usize = 3;
+    /// Rows times columns: a graph that takes more is not run.
+    const MOST: usize = 1 << 16;
     /// Tokens, where a graph does not say how many it knows.
     const FEW: usize = 100;
 
-    /// Tokens that a graph with these outputs knows.
-    pub fn new(outputs: &[Port]) -> Self {
+    /// Tokens that a graph with these inputs and outputs takes.
+    pub fn new(inputs: &[Port], outputs: &[Port]) -> Self {
         let logits = outputs.iter().find(|port| port.name == "logits").and_then(|port| port.dims.last());
         let vocab = if let Some(Dim::Fixed(size)) = logits { *size } else { Self::FEW };
-        let token = |at: usize| ((at * 7919 + 13) % vocab.max(1)) as i64;
-        let real = |at: usize| at / Self::SEQ == 0 || at % Self::SEQ < Self::SEQ - Self::PADDING;
-        let all = || 0..Self::BATCH * Self::SEQ;
-        let last = |at: usize| if at / Self::SEQ == 0 { Self::SEQ } else { Self::SEQ - Self::PADDING } - 1;
+        let dims = inputs.iter().find(|port| port.name == "input_ids").map_or(&[][..], |port| &port.dims);
+        let mut sizes = Self::SIZE;
+        for (size, dim) in sizes.iter_mut().zip(dims) {
+            if let Dim::Fixed(fixed) = dim {
+                *size = *fixed;
+            }
+        }
+        let fits =
+            sizes.iter().try_fold(1usize, |product, size| product.checked_mul(*size)).is_some_and(|n| n <= Self::MOST);
+        let [batch, seq] = if fits { sizes } else { Self::SIZE };
+        let padding = Self::PADDING.min(seq.saturating_sub(1));
+        let (row, column) = (|at: usize| at / seq.max(1), |at: usize| at % seq.max(1));
+        let real = |at: usize| if row(at) == 0 { seq } else { seq - padding };
+        let all = || 0..batch.saturating_mul(seq);
         Self {
-            ids: all().map(token).collect(),
-            mask: all().map(|at| i64::from(real(at))).collect(),
-            positions: all().map(|at| (at % Self::SEQ).min(last(at)) as i64).collect(),
+            batch,
+            seq,
+            padding,
+            ids: all().map(|at| ((at * 7919 + 13) % vocab.max(1)) as i64).collect(),
+            mask: all().map(|at| i64::from(column(at) < real(at))).collect(),
+            positions: all().map(|at| column(at).min(real(at).saturating_sub(1)) as i64).collect(),
         }
     }
 
@@ -91,8 +110,8 @@ impl Probe {
     /// # Errors
     /// When it has an input that is none of a decoder's, or fails.
     pub fn run(&self, graph: &mut dyn Session, head_dim: usize) -> Result<Vec<ProbeRun>> {
-        let (end, prompt) = (Self::SEQ, Self::SEQ - Self::PADDING);
-        let branches = graph.inputs().iter().any(|port| port.name == BRANCH);
+        let (end, prompt) = (self.seq, self.seq - self.padding);
+        let branches = prompt < end && graph.inputs().iter().any(|port| port.name == BRANCH);
         let starts = if branches { vec![0, prompt] } else { vec![0] };
         let ends = starts.iter().skip(1).copied().chain([end]);
         let calls = starts.iter().zip(ends).map(|(start, end)| *start..end);
@@ -120,10 +139,10 @@ impl Probe {
                 "attention_mask" => (&self.mask, 0..columns.end),
                 "position_ids" => (&self.positions, columns.clone()),
                 _ => {
-                    let derived = derived_feed(port, Self::BATCH, columns.start, columns.len())?;
+                    let derived = derived_feed(port, self.batch, columns.start, columns.len())?;
                     let value = match (derived, before) {
                         (Some(value), _) => value,
-                        (None, None) => empty(port, head_dim)?,
+                        (None, None) => empty(port, self.batch, head_dim)?,
                         (None, Some(before)) => {
                             let name = &present(graph.outputs(), &port.name)?.name;
                             before.get(name).cloned().ok_or_else(|| refused(port, "the run before gave no cache"))?
@@ -133,7 +152,7 @@ impl Probe {
                     continue;
                 }
             };
-            let array = ArrayD::from_shape_vec(IxDyn(&[Self::BATCH, Self::SEQ]), values.clone());
+            let array = ArrayD::from_shape_vec(IxDyn(&[self.batch, self.seq]), values.clone());
             let array = array.map_err(|error| refused(port, &error.to_string()))?;
             let array = array.slice_axis(Axis(1), columns.into()).to_owned();
             let value: Value =
@@ -178,7 +197,7 @@ impl Probe {
         decoder: &Decoder,
     ) -> Result<Vec<QueryDistance>> {
         let capture = Capture::default();
-        let input = Input::new(Self::BATCH, &self.ids, &self.mask, None)?;
+        let input = Input::new(self.batch, &self.ids, &self.mask, None)?;
         decoder.hidden_states(&input, None, &capture)?;
         let attention = &decoder.spec().attention;
         let (heads, head_dim) = (attention.num_heads, attention.head_dim);
@@ -214,7 +233,7 @@ impl Probe {
     fn compare(&self, found: &ArrayD<f64>, expected: &[f64], shape: &Shape, most: &mut QueryDistance) -> Result<()> {
         let Shape { heads, head_dim, columns, merged } = shape;
         let (heads, head_dim, seq) = (*heads, *head_dim, columns.len());
-        let wanted = vec![Self::BATCH, heads, seq, head_dim];
+        let wanted = vec![self.batch, heads, seq, head_dim];
         if found.len() != wanted.iter().product::<usize>() {
             return Err(Error::Logits { found: found.shape().to_vec(), expected: wanted });
         }
@@ -226,9 +245,9 @@ impl Probe {
                 (rest / (head_dim * seq), rest / head_dim % seq)
             };
             let column = columns.start + column;
-            let place = ((row * heads + head) * Self::SEQ + column) * head_dim + rest % head_dim;
+            let place = ((row * heads + head) * self.seq + column) * head_dim + rest % head_dim;
             let expected = expected.get(place).copied().unwrap_or(f64::NAN);
-            if self.mask.get(row * Self::SEQ + column) == Some(&1) {
+            if self.mask.get(row * self.seq + column) == Some(&1) {
                 // what is no number is no small distance
                 let distance = (found - expected).abs();
                 most.distance = most.distance.max(if distance.is_nan() { f64::INFINITY } else { distance });
@@ -272,12 +291,12 @@ fn refused(port: &Port, why: &str) -> Error {
 }
 
 /// A cache without positions.
-fn empty(port: &Port, head_dim: usize) -> Result<Value> {
+fn empty(port: &Port, batch: usize, head_dim: usize) -> Result<Value> {
     let [_, Dim::Fixed(heads), _, width] = &port.dims[..] else {
         return Err(refused(port, "a cache is [batch, kv_heads, past, head_dim] with the heads declared"));
     };
     let width = if let Dim::Fixed(width) = width { *width } else { head_dim };
-    Ok(Value::zeros(port.dtype, &[Probe::BATCH, *heads, 0, width])?)
+    Ok(Value::zeros(port.dtype, &[batch, *heads, 0, width])?)
 }
 
 /// The largest difference by the largest element.

@@ -63,7 +63,7 @@ pub(super) struct Saved {
 
 /// Writes a checkpoint to `target`, whole or not at all, and waits until the disk has it.
 pub(super) fn write(target: &Path, adapter: &Adapter, optimizer: &AdamW, state: &State) -> Result<()> {
-    let staged = StagedFolder::new(target, true)?;
+    let staged = StagedFolder::over(target)?;
     adapter.save(staged.path())?;
     let path = staged.path().join(OPTIMIZER_NAME);
     optimizer.save(&path).map_err(|why| Error::Checkpoint { path, why: format!("cannot be written: {why}") })?;

@@ -12,12 +12,14 @@ use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 
 use super::super::active::slots_of;
-use super::super::verify::{Engine, open_given, open_ort};
+use super::super::verify::{Engine, open_given};
 use super::super::{Context, existing_graph, style, usage};
 use super::median;
 use crate::fold::ADAPTER_EXTENSION;
 use crate::onnx::Model;
-use crate::runtime::{self, DType, Dim, Error, Given, GraphDecoder, Port, RuntimeInfo, Session, Value, WithGiven};
+use crate::runtime::{
+    self, DType, Dim, Error, Given, GraphDecoder, OrtOptions, Port, RuntimeInfo, Session, Value, WithGiven,
+};
 
 /// Measure decoder graphs beside each other: prefill and decoding with a cache
 ///
@@ -270,10 +272,8 @@ impl BenchGraph {
             None => Vec::new(),
         };
         let mut names: Vec<String> = slots.iter().map(|(name, _)| name.clone()).collect();
-        let session: Box<dyn Session> = match self.threads.filter(|_| self.runtime != Engine::Tract) {
-            Some(threads) => Box::new(WithGiven::new(open_ort(context, self.runtime, &file, Some(threads))?, slots)?),
-            None => open_given(context, self.runtime, &file, slots)?,
-        };
+        let options = OrtOptions { threads: self.threads, ..OrtOptions::default() };
+        let session = open_given(context, self.runtime, &file, slots, options)?;
         let mut given = Vec::new();
         for input in &self.inputs {
             if let Some(port) = session.inputs().iter().find(|port| port.name == input.name) {

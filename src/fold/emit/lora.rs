@@ -227,7 +227,7 @@ fn scaling(job: &Job, index: &Index, parts: &[Part]) -> Result<Option<(Tensor, O
 
 /// A float weight as `[out, in]`, in float64.
 fn weight(job: &Job, index: &Index, node: &LinearNode) -> Result<Tensor> {
-    let found = index.initializer(&node.weight).filter(|_| node.storage == WeightStorage::Float);
+    let found = shape::constant(index, &node.weight).filter(|_| node.storage == WeightStorage::Float);
     let Some(found) = found else {
         return Err(stopped(node, "DoRA needs the norms of its weight, which is quantised"));
     };

@@ -107,6 +107,7 @@ fn site(index: &Index, softmax: &Node, scores: &Node) -> Result<Site> {
         readers: readers(index, output.tensor),
         ..Site::new(SHAPE, softmax, (&query, query_layout), (output.tensor, output.layout))
     };
+    refuse_scaled_rotation(index, softmax, scores, &site)?;
     (site.num_heads, site.head_dim) = heads(index, &site);
     if let (None, Some(width), Some(dim)) = (site.num_heads, site.width, site.head_dim) {
         site.num_heads = (width % dim == 0).then_some(width / dim);
@@ -155,7 +156,10 @@ fn query(index: &Index, softmax: &Node, scores: &Node, axes: &Axes) -> Result<(S
     let Some(left) = scores.input(0) else {
         return Err(stopped(softmax, format!("`{}` has no left operand", scores.name()), HELP));
     };
-    let Back { found, .. } = back(index, left, axes.clone());
+    let Back { found, unknown, .. } = back(index, left, axes.clone());
+    if let Some(unknown) = unknown {
+        return Err(stopped(softmax, unknown, HELP));
+    }
     let known = found.iter().find_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
     let turned = found.iter().find(|(_, axes)| axes.is_seq_first());
     known.or(turned.map(|(tensor, _)| ((*tensor).to_owned(), Layout::SeqFirst))).ok_or_else(|| {
@@ -165,18 +169,21 @@ fn query(index: &Index, softmax: &Node, scores: &Node, axes: &Axes) -> Result<(S
 }
 
 /// The query of an operator before a scale that the graph applies to it first, as OPT's does; none where there is no scale. In
-/// the layout that the operator reads where there is one, else in one that `fits`; where there is none, how it lies.
+/// the layout that the operator reads where there is one, else in one that `fits`; where it cannot be told, why.
 pub(super) fn before_scale(
     index: &Index,
     query: &str,
     layout: Layout,
     fits: impl Fn(Layout) -> bool,
 ) -> Option<std::result::Result<(String, Layout), String>> {
-    let Back { found, scaled } = back(index, query, Axes::of_layout(layout));
+    let Back { found, scaled, unknown } = back(index, query, Axes::of_layout(layout));
+    if let Some(unknown) = unknown {
+        return Some(Err(unknown));
+    }
     let known = || found.iter().filter_map(|(tensor, axes)| Some(((*tensor).to_owned(), axes.layout()?)));
     let fitting = known().find(|(_, found)| *found == layout).or_else(|| known().find(|(_, found)| fits(*found)));
     let lies = || found.first().map_or(String::new(), |(tensor, axes)| format!("`{tensor}` lies as {axes}"));
-    scaled.then(|| fitting.ok_or_else(lies))
+    scaled.then(|| fitting.ok_or_else(|| format!("its query is scaled before it, and behind the scale {}", lies())))
 }
 
 /// The way from what a product or an operator reads back through scales, quantisers and layouts.
@@ -185,11 +192,13 @@ struct Back<'g> {
     found: Vec<(&'g str, Axes)>,
     /// Whether there was a scale.
     scaled: bool,
+    /// What ends the way and may be or hide a scale.
+    unknown: Option<String>,
 }
 
 fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
     let (mut tensor, mut axes) = (query, axes);
-    let mut back = Back { found: vec![(tensor, axes.clone())], scaled: false };
+    let mut back = Back { found: vec![(tensor, axes.clone())], scaled: false, unknown: None };
     for _ in 0..MAX_STEPS {
         let Some(node) = index.producer(tensor) else { break };
         if let Some(unscaled) = unscaled(index, node) {
@@ -197,7 +206,10 @@ fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
             back.found.clear();
             back.scaled = true;
         } else {
-            let Some((behind, before)) = laid_out(index, node, &axes) else { break };
+            let Some((behind, before)) = laid_out(index, node, &axes) else {
+                back.unknown = unknown_scale(index, node);
+                break;
+            };
             (tensor, axes) = (behind, before);
             // what it made are integers, and what was made of them is rounded
             if node.is("", "QuantizeLinear") {
@@ -213,10 +225,62 @@ fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
 fn unscaled<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
     let (left, right) = (node.input(0)?, node.input(1)?);
     match node.op_type() {
-        "Mul" | "Div" if shape::is_number(index, right) => Some(left),
-        "Mul" if shape::is_number(index, left) => Some(right),
+        "Mul" | "Div" if shape::is_uniform(index, right) => Some(left),
+        "Mul" if shape::is_uniform(index, left) => Some(right),
         _ => None,
     }
+}
+
+/// Why a query may be scaled behind a node that is neither a scale nor a layout.
+fn unknown_scale(index: &Index, node: &Node) -> Option<String> {
+    let label = node.label();
+    match node.op_type() {
+        "Mul" | "Div" => {
+            let by = node.inputs().iter().find(|input| shape::is_computed_number(index, input))?;
+            Some(format!("{label} may scale its query: what `{by}` is was not found out"))
+        }
+        "Abs" | "Add" | "Clip" | "Erf" | "Exp" | "Max" | "Min" | "Neg" | "Pow" | "Relu" | "Sigmoid" | "Sqrt"
+        | "Sub" | "Sum" | "Tanh" | "Where" => {
+            let mut values = node.inputs().iter().filter(|input| !shape::is_uniform(index, input));
+            let (Some(values), None) = (values.next(), values.next()) else { return None };
+            let Back { scaled, unknown, .. } = back(index, values, Axes::unknown());
+            (scaled || unknown.is_some()).then(|| format!("{label} changes its query behind its scale"))
+        }
+        _ => None,
+    }
+}
+
+/// Whether a scale stands between the product of the scores, or what its sides are made of, and the softmax.
+fn is_scaled(index: &Index, softmax: &Node, scores: &Node) -> bool {
+    let after = softmax.input(0).and_then(|tensor| scaled_on_the_way(index, tensor, scores, &mut BTreeSet::new()));
+    let alpha = scores.attribute("alpha").and_then(|alpha| alpha.as_float()).is_some_and(|alpha| alpha != 1.0);
+    let side = |slot: usize| scores.input(slot).is_some_and(|side| back(index, side, Axes::unknown()).scaled);
+    after == Some(true) || alpha || side(0) || side(1)
+}
+
+/// Whether a tensor that is made of a node's product is scaled on the way; none where it is not made of it.
+fn scaled_on_the_way<'g>(
+    index: &Index<'g>,
+    tensor: &'g str,
+    product: &Node,
+    seen: &mut BTreeSet<&'g str>,
+) -> Option<bool> {
+    let node = index.producer(tensor).filter(|_| seen.len() < MAX_STEPS && seen.insert(tensor))?;
+    if node.id() == product.id() {
+        return Some(false);
+    }
+    let behind = node.inputs().iter().find_map(|input| scaled_on_the_way(index, input, product, seen));
+    behind.map(|scaled| scaled || unscaled(index, node).is_some())
+}
+
+/// An error where the one scale of the scores stands before the rotation of the query: what is rotated is scaled then.
+fn refuse_scaled_rotation(index: &Index, softmax: &Node, scores: &Node, site: &Site) -> Result<()> {
+    let Ok(source) = unrotated(index, site) else { return Ok(()) };
+    let rotates = !source.nodes.is_empty() || source.tensor != site.query;
+    if rotates && back(index, &source.tensor, Axes::unknown()).scaled && !is_scaled(index, softmax, scores) {
+        return Err(stopped(softmax, "its query is scaled before it is rotated, and nowhere after", HELP));
+    }
+    Ok(())
 }
 
 /// What a node lays out otherwise, and the axes before it.

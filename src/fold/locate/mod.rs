@@ -104,10 +104,7 @@ impl Site {
         let Some(before) = decomposed::before_scale(index, &self.query, self.query_layout, fits) else {
             return Ok(self);
         };
-        let (query, layout) = before.map_err(|lies| {
-            let reason = format!("its query is scaled before it, and behind the scale {lies}");
-            stopped(anchor, reason, decomposed::HELP)
-        })?;
+        let (query, layout) = before.map_err(|reason| stopped(anchor, reason, decomposed::HELP))?;
         let scaled = std::mem::replace(&mut self.query, query);
         self.scaled_query = Some((scaled, std::mem::replace(&mut self.query_layout, layout)));
         Ok(self)

@@ -8,6 +8,8 @@ const MAX_STEPS: usize = 256;
 const MAX_LOOKS: usize = 16 * MAX_STEPS;
 /// Elements of a list that may be a shape.
 const MAX_LIST: usize = 64;
+/// Elements of a constant that may be one number many times.
+const MAX_UNIFORM: usize = 4096;
 
 /// The number of dimensions of a tensor, where the graph tells.
 pub(in crate::fold) fn rank(index: &Index, tensor: &str) -> Option<usize> {
@@ -19,15 +21,51 @@ pub(in crate::fold) fn target(index: &Index, reshape: &Node) -> Option<Vec<Optio
     Reader::new(index).list(reshape.input(1)?)
 }
 
-/// The constant of this name, be it an initializer or a node's.
+/// The constant of this name, be it an initializer or a node's. An initializer that is an input too, as all were before IR version 4,
+/// counts by its default.
 pub(in crate::fold) fn constant<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g TensorInfo> {
-    let stored = index.initializer(tensor).filter(|_| index.input(tensor).is_none());
-    stored.or_else(|| index.producer(tensor).filter(|n| n.is("", "Constant"))?.attribute("value")?.as_tensor())
+    let node = || index.producer(tensor).filter(|n| n.is("", "Constant"))?.attribute("value")?.as_tensor();
+    index.initializer(tensor).or_else(node)
 }
 
 /// Whether a tensor is one number: a constant of one element, or what arithmetic makes of such and of dimensions.
 pub(in crate::fold) fn is_number(index: &Index, tensor: &str) -> bool {
     Reader::new(index).number(tensor, false)
+}
+
+/// Whether a tensor is one number, maybe many times.
+pub(in crate::fold) fn is_uniform(index: &Index, tensor: &str) -> bool {
+    Reader { many: true, ..Reader::new(index) }.number(tensor, false)
+}
+
+/// Whether a tensor is computed, and of nothing but numbers and dimensions.
+pub(in crate::fold) fn is_computed_number(index: &Index, tensor: &str) -> bool {
+    let mut reader = Reader { many: true, ..Reader::new(index) };
+    let (mut open, mut computed) = (vec![tensor], false);
+    while let Some(tensor) = open.pop() {
+        if let Some(constant) = constant(index, tensor) {
+            let is_list = constant.to_i64s().is_ok();
+            if !is_list && !reader.number(tensor, true) {
+                return false;
+            }
+            continue;
+        }
+        let Some(node) = reader.producer(tensor) else { return false };
+        computed = true;
+        match node.op_type() {
+            "Constant" | "Shape" | "Size" => {}
+            // what they make depends on what a subgraph reads, or on chance
+            "If" | "Loop" | "Scan" | "Multinomial" | "RandomNormal" | "RandomUniform" => return false,
+            _ => open.extend(node.inputs().iter().map(String::as_str).filter(|input| !input.is_empty())),
+        }
+    }
+    computed
+}
+
+/// Whether a constant has several elements, which are all one number.
+fn repeats(constant: &TensorInfo) -> bool {
+    let values = elements(constant).filter(|count| *count <= MAX_UNIFORM).and_then(|_| constant.to_f32s().ok());
+    values.is_some_and(|values| !values.is_empty() && values.windows(2).all(|pair| pair.first() == pair.last()))
 }
 
 /// How many elements a constant has; none where its dimensions make no sense.
@@ -67,11 +105,13 @@ pub(super) struct Reader<'i, 'g> {
     index: &'i Index<'g>,
     steps: usize,
     looks: usize,
+    /// Whether a number may stand there many times.
+    many: bool,
 }
 
 impl<'i, 'g> Reader<'i, 'g> {
     pub(super) fn new(index: &'i Index<'g>) -> Self {
-        Self { index, steps: MAX_STEPS, looks: MAX_LOOKS }
+        Self { index, steps: MAX_STEPS, looks: MAX_LOOKS, many: false }
     }
 
     /// Whether a tensor is not computed from what the graph is fed: a weight, or a number.
@@ -251,17 +291,32 @@ impl<'i, 'g> Reader<'i, 'g> {
             return false;
         }
         if let Some(constant) = constant(self.index, tensor) {
-            return elements(constant) == Some(1);
+            return elements(constant) == Some(1) || self.many && repeats(constant);
         }
         let Some(node) = self.producer(tensor) else { return false };
+        let same = |count: usize| count == 1;
         match node.op_type() {
-            "Constant" => node.attribute("value_float").or(node.attribute("value_int")).is_some(),
-            "Shape" => inside,
-            "Cast" | "DequantizeLinear" | "Gather" | "Identity" | "Neg" | "QuantizeLinear" | "Reciprocal"
-            | "Reshape" | "Slice" | "Sqrt" | "Squeeze" | "Unsqueeze" => {
-                node.input(0).is_some_and(|input| self.number(input, true))
+            "Constant" => {
+                let has = |name: &str| node.attribute(name).is_some();
+                let ints = node.attribute("value_ints").and_then(|list| list.as_ints());
+                let floats = node.attribute("value_floats").and_then(|list| list.as_floats());
+                has("value_float")
+                    || has("value_int")
+                    || ints.is_some_and(|list| same(list.len()))
+                    || floats.is_some_and(|list| same(list.len()))
             }
-            "Add" | "Sub" | "Mul" | "Div" | "Pow" => node.inputs().iter().all(|input| self.number(input, true)),
+            "Shape" => inside,
+            "Size" => true,
+            "ConstantOfShape" => self.many,
+            "Expand" | "Tile" if !self.many => false,
+            "Abs" | "Cast" | "CastLike" | "Ceil" | "DequantizeLinear" | "Exp" | "Expand" | "Floor" | "Gather"
+            | "Identity" | "Log" | "Neg" | "QuantizeLinear" | "Reciprocal" | "ReduceMax" | "ReduceMean"
+            | "ReduceMin" | "ReduceProd" | "ReduceSum" | "Reshape" | "Slice" | "Sqrt" | "Squeeze" | "Tile"
+            | "Transpose" | "Unsqueeze" => node.input(0).is_some_and(|input| self.number(input, true)),
+            "Concat" => same(node.inputs().len()) && node.input(0).is_some_and(|input| self.number(input, true)),
+            "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Clip" | "Max" | "Mean" | "Min" | "Sum" | "Where" => {
+                node.inputs().iter().filter(|input| !input.is_empty()).all(|input| self.number(input, true))
+            }
             _ => false,
         }
     }

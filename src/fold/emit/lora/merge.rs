@@ -13,6 +13,7 @@ use crate::fold::emit::constants::bytes_of;
 use crate::fold::emit::emission::{INLINE_LIMIT, data_name};
 use crate::fold::emit::{Job, types};
 use crate::fold::locate::projections::{LinearNode, WeightStorage};
+use crate::fold::locate::shape;
 use crate::fold::{Error, Result};
 use crate::onnx::{DataType, ExternalWriter, Index, TensorDef, TensorInfo};
 
@@ -61,7 +62,7 @@ fn checked<'g>(index: &Index<'g>, node: &LinearNode) -> Result<&'g TensorInfo> {
         ));
     }
     let narrow = |stored: &&TensorInfo| types::is_float(stored.data_type()) && stored.data_type() != DataType::Double;
-    let Some(stored) = index.initializer(&node.weight).filter(narrow) else {
+    let Some(stored) = shape::constant(index, &node.weight).filter(narrow) else {
         return Err(stopped(node, "its weight is no constant of 32 or 16-bit floats: fold with --lora side"));
     };
     // what lays the weight out may serve other products too; the weight itself may, for the others go on reading it

@@ -43,6 +43,9 @@ fn model(parts: &[Part]) -> Model {
     }
     let constant = |name: &str, values: &[i64]| TensorDef::from_i64s(name, &[values.len() as i64], values);
     builder.initializer(TensorDef::from_f32s("scale", &[], &[0.5]));
+    builder.initializer(TensorDef::from_f32s("halves", &[4], &[0.5; 4]));
+    builder.initializer(TensorDef::from_f32s("gamma", &[4], &[0.5, 0.25, 1.0, 2.0]));
+    builder.input(ValueDef::new("fed", DataType::Float, [])).initializer(TensorDef::from_f32s("fed", &[], &[0.5]));
     builder.initializer(TensorDef::from_f32s("w", &[8, 8], &[0.0; 64]));
     builder.initializer(constant("merged", &[0, 0, 8])).initializer(constant("split", &[0, 0, 2, 4]));
     builder.initializer(constant("rest", &[0, 0, -1]));
@@ -267,6 +270,79 @@ fn a_scale_behind_a_layout_that_is_not_told_is_seen() {
         ("Softmax", &["s"], "p"),
     ];
     is(&found(&[plain, &TAIL]), "qt", "o");
+}
+
+/// Numbers that exporters compute, or write out for every element.
+#[test]
+fn a_scale_is_a_number_however_it_is_made() {
+    let of = |made: &[Part]| {
+        let block: &[Part] = &[("Mul", &["q", "by"], "qs"), ("MatMul", &["qs", "k"], "s"), ("Softmax", &["s"], "p")];
+        locate::sites(&model(&[made, block, &TAIL].concat()))
+            .map(|sites| sites[0].query.clone())
+            .map_err(|e| e.to_string())
+    };
+    for made in [
+        &[("CastLike", &["scale", "q"] as &[&str], "by")] as &[Part],
+        &[("Expand", &["scale", "four"], "by")],
+        &[("Shape", &["q"], "d"), ("Expand", &["scale", "d"], "by")],
+        &[("Exp", &["scale"], "e"), ("Max", &["e", "scale"], "by")],
+        &[("Sum", &["scale", "scale"], "by")],
+        &[("Identity", &["halves"], "by")],
+        &[("Size", &["q"], "n"), ("Cast to=1", &["n"], "by")],
+    ] {
+        assert_eq!(of(made), Ok("q".to_owned()), "{made:?}");
+    }
+    // weights of a norm, and what depends on positions, are the query's own
+    assert_eq!(of(&[("Identity", &["gamma"], "by")]), Ok("qs".to_owned()));
+    assert_eq!(of(&[("Cos", &["mask"], "by")]), Ok("qs".to_owned()));
+    // what is a number and was not found out is not taken for either
+    let error = of(&[("Det", &["scale"], "by")]).unwrap_err();
+    assert!(error.ends_with("`qs` (Mul) may scale its query: what `by` is was not found out"), "{error}");
+}
+
+/// An initializer that is an input too, as all are before IR version 4, is a number as well.
+#[test]
+fn a_scale_may_be_an_input_with_a_default() {
+    let block: &[Part] = &[("Mul", &["q", "fed"], "qs"), ("MatMul", &["qs", "k"], "s"), ("Softmax", &["s"], "p")];
+    is(&found(&[block, &TAIL]), "q", "o");
+}
+
+#[test]
+fn what_hides_a_scale_is_named() {
+    for hides in [("Neg", &["qs"] as &[&str], "x"), ("Clip", &["qs"], "x"), ("Add", &["qs", "scale"], "x")] {
+        let block: &[Part] =
+            &[("Mul", &["q", "scale"], "qs"), hides, ("MatMul", &["x", "k"], "s"), ("Softmax", &["s"], "p")];
+        let error = stops(&[block, &TAIL]);
+        assert!(error.ends_with(&format!("`x` ({}) changes its query behind its scale", hides.0)), "{error}");
+        let unscaled: &[Part] =
+            &[(hides.0, &["q", "scale"], "x"), ("MatMul", &["x", "k"], "s"), ("Softmax", &["s"], "p")];
+        is(&found(&[unscaled, &TAIL]), "x", "o");
+    }
+}
+
+/// What is rotated is scaled then, and no query before the scale is rotated.
+#[test]
+fn a_scale_before_the_rotation_alone_is_refused() {
+    let rotated = |source: &'static str, scores: &'static str| -> Vec<Part<'static>> {
+        vec![
+            ("Mul", &["q", "scale"], "qs"),
+            ("Cos", &["mask"], "cos"),
+            ("Sin", &["mask"], "sin"),
+            ("Identity", if source == "qs" { &["qs"] } else { &["q"] }, "x"),
+            ("Neg", &["x"], "turned"),
+            ("Mul", &["x", "cos"], "a"),
+            ("Mul", &["turned", "sin"], "b"),
+            ("Add", &["a", "b"], "r"),
+            ("MatMul", &["r", "k"], "s"),
+            ("Add", &["s", "mask"], "masked"),
+            ("Mul", &["masked", "scale"], "again"),
+            ("Softmax", if scores == "again" { &["again"] } else { &["masked"] }, "p"),
+        ]
+    };
+    let error = stops(&[&rotated("qs", "masked"), &TAIL]);
+    assert!(error.ends_with("its query is scaled before it is rotated, and nowhere after"), "{error}");
+    is(&found(&[&rotated("qs", "again"), &TAIL]), "r", "o");
+    is(&found(&[&rotated("q", "masked"), &TAIL]), "r", "o");
 }
 
 /// Before an operator too.

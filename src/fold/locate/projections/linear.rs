@@ -75,7 +75,8 @@ struct Parts<'g> {
 /// The linear map that a node computes; `None` where it does not, or not with constant weights.
 pub(super) fn linear<'g>(index: &Index<'g>, node: &'g Node) -> Option<LinearNode> {
     let parts = parts(index, node)?;
-    let (weight, weight_use, flips, wrapped) = constant(index, node, parts.weight_slot)?;
+    let Constant { name, tensor: weight, read_at: weight_use, flips, wrapped } =
+        constant(index, node, parts.weight_slot)?;
     let storage = if parts.quantized || wrapped { WeightStorage::Quantized } else { WeightStorage::Float };
     let transposed = parts.transposed != flips;
     let width = parts.width.or_else(|| {
@@ -89,7 +90,7 @@ pub(super) fn linear<'g>(index: &Index<'g>, node: &'g Node) -> Option<LinearNode
         id: node.id(),
         name: if node.name().is_empty() { product.to_owned() } else { node.name().to_owned() },
         op_type: node.op_type().to_owned(),
-        weight: weight.name().to_owned(),
+        weight: name.to_owned(),
         transposed,
         storage,
         weight_use,
@@ -165,16 +166,26 @@ fn parts<'g>(index: &Index, node: &'g Node) -> Option<Parts<'g>> {
     }
 }
 
-/// The initializer behind an input slot, who reads it, whether it is transposed on the way, and whether it is dequantised.
-fn constant<'g>(index: &Index<'g>, node: &'g Node, slot: usize) -> Option<(&'g TensorInfo, Use, bool, bool)> {
-    let mut tensor = node.input(slot)?;
-    let mut at = Use { node: node.id(), slot };
+/// A constant behind a node's input.
+struct Constant<'g> {
+    name: &'g str,
+    tensor: &'g TensorInfo,
+    read_at: Use,
+    /// Whether it is transposed on the way.
+    flips: bool,
+    /// Whether it is dequantised.
+    wrapped: bool,
+}
+
+fn constant<'g>(index: &Index<'g>, node: &'g Node, slot: usize) -> Option<Constant<'g>> {
+    let mut name = node.input(slot)?;
+    let mut read_at = Use { node: node.id(), slot };
     let (mut flips, mut wrapped) = (false, false);
     for _ in 0..MAX_WRAPS {
-        if let Some(found) = index.initializer(tensor) {
-            return Some((found, at, flips, wrapped));
+        if let Some(tensor) = shape::constant(index, name) {
+            return Some(Constant { name, tensor, read_at, flips, wrapped });
         }
-        let wrap = index.producer(tensor)?;
+        let wrap = index.producer(name)?;
         match wrap.op_type() {
             "Transpose" => {
                 let order = wrap.attribute("perm").and_then(|a| a.as_ints());
@@ -185,8 +196,8 @@ fn constant<'g>(index: &Index<'g>, node: &'g Node, slot: usize) -> Option<(&'g T
             "Cast" | "Identity" => {}
             _ => return None,
         }
-        at = Use { node: wrap.id(), slot: 0 };
-        tensor = wrap.input(0)?;
+        read_at = Use { node: wrap.id(), slot: 0 };
+        name = wrap.input(0)?;
     }
     None
 }
