@@ -242,7 +242,8 @@ enum Zero {
     Nothing,
     /// Outputs are rounded otherwise, in a half type: by this much of their largest elements.
     Rounds(f64),
-    /// Node by node no bit is another, but the runtime fuses other nodes: outputs move by this much of their largest elements.
+    /// Node by node no bit is another, but the runtime fuses other nodes and rounds to other integers: outputs move by this much of
+    /// their largest elements.
     Fuses(f64),
     /// This output is another.
     Changes(String),
@@ -313,10 +314,12 @@ impl Subject<'_> {
         Ok(other.and_then(|mut other| Ok(probe.first_difference(&expected, other.as_mut(), head_dim)?)))
     }
 
-    /// Whether the graph with zeros gives every bit of the base graph's where the runtime runs the nodes as they are written. A
-    /// runtime that joins the two quantisations around a projection into one integer operator no longer does so with a sum between.
+    /// Whether a graph that rounds to integers gives, with zeros, every bit of the base graph's where the runtime runs the nodes as
+    /// they are written. A runtime that joins the two quantisations around a projection into one integer operator no longer does
+    /// so with a sum between them, and rounds otherwise.
     fn is_the_base_unfused(&self, zeros: &Path) -> Result<bool> {
-        if self.engine != Engine::Ort {
+        let quantises = self.model.graph().nodes().iter().any(|node| node.is("", "QuantizeLinear"));
+        if self.engine != Engine::Ort || !quantises {
             return Ok(false);
         }
         let mut base = self.open(self.graph, Optimization::Off)?;

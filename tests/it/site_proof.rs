@@ -87,6 +87,31 @@ fn sites_are_proved_and_the_manifest_says_by_what() {
     assert_eq!(facts(&folder.path().join("over_bank"))["site_proof"]["zero_adapter"], "no bit changed");
 }
 
+#[test]
+fn a_runtime_that_was_named_is_not_passed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    exported(folder.path(), &ExportOptions::default());
+    let told = refused(folder.path(), "base", &["--out", "out", "--ort-lib", "no_such_library.so"]);
+    assert!(told.contains("no_such_library.so"), "{told}");
+    assert!(!folder.path().join("out").exists());
+}
+
+#[test]
+fn overwrite_replaces_what_prefold_wrote_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    exported(folder.path(), &ExportOptions::default());
+    let home = folder.path().join("home");
+    std::fs::create_dir(&home).unwrap();
+    std::fs::write(home.join("thesis.txt"), "years of work").unwrap();
+    let told = refused(folder.path(), "base", &["--out", "home"]);
+    assert!(told.contains("it holds `thesis.txt`, and prefold did not write it"), "{told}");
+    assert_eq!(std::fs::read_to_string(home.join("thesis.txt")).unwrap(), "years of work");
+    std::fs::remove_file(home.join("thesis.txt")).unwrap();
+    for _ in 0..2 {
+        folded(folder.path(), "base", &["--out", "home"]);
+    }
+}
+
 /// ONNX Runtime on the CPU computes float16 in float32 where it has no kernel, and one more node moves the place where it rounds.
 /// That is told, and is no fault of the sites.
 #[test]

@@ -199,6 +199,7 @@ struct Back<'g> {
 fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
     let (mut tensor, mut axes) = (query, axes);
     let mut back = Back { found: vec![(tensor, axes.clone())], scaled: false, unknown: None };
+    let mut end = None;
     for _ in 0..MAX_STEPS {
         let Some(node) = index.producer(tensor) else { break };
         if let Some(unscaled) = unscaled(index, node) {
@@ -208,6 +209,7 @@ fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
         } else {
             let Some((behind, before)) = laid_out(index, node, &axes) else {
                 back.unknown = unknown_scale(index, node);
+                end = Some(node);
                 break;
             };
             (tensor, axes) = (behind, before);
@@ -218,7 +220,39 @@ fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
         }
         back.found.push((tensor, axes.clone()));
     }
+    if let Some(end) = end.filter(|end| hides_scale(index, end)) {
+        back.unknown = Some(format!("{} changes its query behind its scale", end.label()));
+    }
     back
+}
+
+/// Why the end of a way may be a scale.
+fn unknown_scale(index: &Index, node: &Node) -> Option<String> {
+    let is_factor = matches!(node.op_type(), "Mul" | "Div");
+    let by = node.inputs().iter().find(|input| is_factor && shape::is_computed_number(index, input))?;
+    Some(format!("{} may scale its query: what `{by}` is was not found out", node.label()))
+}
+
+/// Whether a scale stands behind a node that changes every element by itself.
+fn hides_scale(index: &Index, node: &Node) -> bool {
+    let mut node = node;
+    for step in 0..MAX_STEPS {
+        let is_scale = unscaled(index, node).is_some() || unknown_scale(index, node).is_some();
+        if is_scale {
+            return step > 0;
+        }
+        let behind = match node.op_type() {
+            "Abs" | "Add" | "Clip" | "Erf" | "Exp" | "Max" | "Min" | "Neg" | "Pow" | "Relu" | "Sigmoid" | "Sqrt"
+            | "Sub" | "Sum" | "Tanh" | "Where" => {
+                let mut values = node.inputs().iter().filter(|input| !shape::is_uniform(index, input));
+                if let (Some(values), None) = (values.next(), values.next()) { Some(values.as_str()) } else { None }
+            }
+            _ => laid_out(index, node, &Axes::unknown()).map(|(behind, _)| behind),
+        };
+        let Some(behind) = behind.and_then(|behind| index.producer(behind)) else { return false };
+        node = behind;
+    }
+    false
 }
 
 /// What a scale is applied to.
@@ -227,25 +261,6 @@ fn unscaled<'g>(index: &Index<'g>, node: &'g Node) -> Option<&'g str> {
     match node.op_type() {
         "Mul" | "Div" if shape::is_uniform(index, right) => Some(left),
         "Mul" if shape::is_uniform(index, left) => Some(right),
-        _ => None,
-    }
-}
-
-/// Why a query may be scaled behind a node that is neither a scale nor a layout.
-fn unknown_scale(index: &Index, node: &Node) -> Option<String> {
-    let label = node.label();
-    match node.op_type() {
-        "Mul" | "Div" => {
-            let by = node.inputs().iter().find(|input| shape::is_computed_number(index, input))?;
-            Some(format!("{label} may scale its query: what `{by}` is was not found out"))
-        }
-        "Abs" | "Add" | "Clip" | "Erf" | "Exp" | "Max" | "Min" | "Neg" | "Pow" | "Relu" | "Sigmoid" | "Sqrt"
-        | "Sub" | "Sum" | "Tanh" | "Where" => {
-            let mut values = node.inputs().iter().filter(|input| !shape::is_uniform(index, input));
-            let (Some(values), None) = (values.next(), values.next()) else { return None };
-            let Back { scaled, unknown, .. } = back(index, values, Axes::unknown());
-            (scaled || unknown.is_some()).then(|| format!("{label} changes its query behind its scale"))
-        }
         _ => None,
     }
 }
