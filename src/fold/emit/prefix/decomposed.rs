@@ -13,7 +13,7 @@ use candle_core::Tensor;
 use super::{Block, LOWEST, Scores, stopped, types, window};
 use crate::fold::Result;
 use crate::fold::locate::shape;
-use crate::onnx::{DataType, Index, Node};
+use crate::onnx::{DataType, Index, Node, NodeDef};
 
 /// Nodes on one way through a block.
 const MAX_STEPS: usize = 64;
@@ -56,8 +56,11 @@ impl Block<'_, '_> {
             return Err(stopped(site, "the way from its product to its softmax is not known"));
         };
         self.refuse_biases(&way.added)?;
-        let side = |slot: usize, end: &str| way.product.input(slot).map_or(Vec::new(), |x| scales(index, x, end));
-        let steps = [side(0, &site.query), side(1, ""), way.steps].concat();
+        let side = |slot: usize, end: Option<&str>| way.product.input(slot).and_then(|x| scales(index, x, end));
+        let (Some(queries), Some(keys)) = (side(0, Some(&site.query)), side(1, None)) else {
+            return Err(stopped(site, "the scales between its query or keys and their product are not known"));
+        };
+        let steps = [queries, keys, way.steps].concat();
 
         let (_, query) = self.queries(None)?;
         let mut data_type = self.writer.job.constants.data_type();
@@ -65,7 +68,10 @@ impl Block<'_, '_> {
         let mut prefix = self.node("MatMul", "MatMul_scores", &[&query, &key]);
         for step in steps {
             prefix = match step {
-                Step::Scale(op, by) => self.node(op, &format!("{op}_scale"), &[&prefix, &by]),
+                Step::Scale(op, by) => {
+                    let by = self.one_of(by);
+                    self.node(op, &format!("{op}_scale"), &[&prefix, &by])
+                }
                 Step::Alpha(alpha) => {
                     let alpha = self.number(&format!("prefold/number_{alpha}"), alpha.into())?;
                     self.node("Mul", "Mul_alpha", &[&prefix, &alpha])
@@ -88,6 +94,15 @@ impl Block<'_, '_> {
             self.columns(&total, &seq)
         });
         Ok(Scores { prefix, own, window, column })
+    }
+
+    /// A number that a tensor may hold many times, in a shape that fits any other.
+    fn one_of(&mut self, number: String) -> String {
+        if shape::is_number(self.index, &number) {
+            return number;
+        }
+        let reduced = |name: String| NodeDef::new("ReduceMax", name).attr_int("keepdims", 0);
+        self.writer.node_with(reduced, "ReduceMax_scale", &[&number])
     }
 
     /// The logarithm of the sum of exponentials behind a softmax, `[batch, heads, seq, 1]` as the prefix's scores have them.
@@ -136,7 +151,7 @@ fn way<'g>(index: &Index<'g>, scores: &'g str, steps: &mut usize) -> Option<Way<
     let node = index.producer(scores)?;
     *steps = steps.checked_sub(1)?;
     let mut behind = |slot: usize| way(index, node.input(slot)?, steps);
-    let number = |slot: usize| node.input(slot).filter(|input| shape::is_number(index, input));
+    let number = |slot: usize| node.input(slot).filter(|input| shape::is_uniform(index, input));
     let with = |way: Option<Way<'g>>, step: Step| {
         way.map(|mut way| {
             way.steps.push(step);
@@ -179,12 +194,15 @@ fn way<'g>(index: &Index<'g>, scores: &'g str, steps: &mut usize) -> Option<Way<
     }
 }
 
-/// The scales between one side of the product and `end`, or as far as nodes only lay it out.
-fn scales(index: &Index, side: &str, end: &str) -> Vec<Step> {
+/// The scales between one side of the product and `end`, or as far as nodes only lay it out; none where they are not known.
+fn scales(index: &Index, side: &str, end: Option<&str>) -> Option<Vec<Step>> {
     let (mut tensor, mut steps) = (side, Vec::new());
     for _ in 0..MAX_STEPS {
-        let Some(node) = index.producer(tensor).filter(|_| tensor != end) else { break };
-        let number = |slot: usize| node.input(slot).filter(|input| shape::is_number(index, input));
+        if end == Some(tensor) {
+            return Some(steps);
+        }
+        let Some(node) = index.producer(tensor) else { break };
+        let number = |slot: usize| node.input(slot).filter(|input| shape::is_uniform(index, input));
         let slot = match (node.op_type(), number(0), number(1)) {
             ("Mul", _, Some(by)) => {
                 steps.push(Step::Scale("Mul", by.to_owned()));
@@ -198,6 +216,9 @@ fn scales(index: &Index, side: &str, end: &str) -> Vec<Step> {
                 steps.push(Step::Scale("Div", by.to_owned()));
                 0
             }
+            ("Mul" | "Div", ..) if node.inputs().iter().any(|input| shape::is_computed_number(index, input)) => {
+                return None;
+            }
             (
                 "Cast" | "DequantizeLinear" | "Dropout" | "Expand" | "Identity" | "QuantizeLinear" | "Reshape"
                 | "Squeeze" | "Transpose" | "Unsqueeze",
@@ -208,5 +229,5 @@ fn scales(index: &Index, side: &str, end: &str) -> Vec<Step> {
         let Some(behind) = node.input(slot) else { break };
         tensor = behind;
     }
-    steps
+    end.is_none().then_some(steps)
 }
