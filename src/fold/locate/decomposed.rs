@@ -13,8 +13,8 @@
 //! ```
 //!
 //! - Either MatMul may be a `FusedMatMul` of `com.microsoft`, whose alpha is a scale and whose transB transposes the keys.
-//! - A scale is a number, or computed from a dimension; it stands on the scores, the query, or with its root on query and
-//!   keys. The site's query is the one before any of it.
+//! - A scale is a number, or computed from numbers and dimensions; it stands on the scores, the query, or with its root on
+//!   query and keys. The site's query is the one before any of it. What may be a scale or hide one is refused.
 //! - A mask is added, subtracted, or chosen by `Where`; the soft cap is `Tanh` between two scales; a NaN guard is `IsNaN` and
 //!   `Where`, both of which read the softmax.
 //! - Products of three, four and five dimensions are told apart by their ranks ([`Axes`]).
@@ -229,7 +229,7 @@ fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
 /// Why the end of a way may be a scale.
 fn unknown_scale(index: &Index, node: &Node) -> Option<String> {
     let is_factor = matches!(node.op_type(), "Mul" | "Div");
-    let by = node.inputs().iter().find(|input| is_factor && shape::is_computed_number(index, input))?;
+    let by = node.inputs().iter().take(2).find(|input| is_factor && shape::is_computed_number(index, input))?;
     Some(format!("{} may scale its query: what `{by}` is was not found out", node.label()))
 }
 
@@ -244,7 +244,7 @@ fn hides_scale(index: &Index, node: &Node) -> bool {
         let behind = match node.op_type() {
             "Abs" | "Add" | "Clip" | "Erf" | "Exp" | "Max" | "Min" | "Neg" | "Pow" | "Relu" | "Sigmoid" | "Sqrt"
             | "Sub" | "Sum" | "Tanh" | "Where" => {
-                let mut values = node.inputs().iter().filter(|input| !shape::is_uniform(index, input));
+                let mut values = node.inputs().iter().take(MAX_STEPS).filter(|input| !shape::is_uniform(index, input));
                 if let (Some(values), None) = (values.next(), values.next()) { Some(values.as_str()) } else { None }
             }
             _ => laid_out(index, node, &Axes::unknown()).map(|(behind, _)| behind),
@@ -284,7 +284,7 @@ fn scaled_on_the_way<'g>(
     if node.id() == product.id() {
         return Some(false);
     }
-    let behind = node.inputs().iter().find_map(|input| scaled_on_the_way(index, input, product, seen));
+    let behind = node.inputs().iter().take(MAX_STEPS).find_map(|input| scaled_on_the_way(index, input, product, seen));
     behind.map(|scaled| scaled || unscaled(index, node).is_some())
 }
 

@@ -43,8 +43,11 @@ pub(in crate::fold) fn is_computed_number(index: &Index, tensor: &str) -> bool {
     let mut reader = Reader { many: true, ..Reader::new(index) };
     let (mut open, mut computed) = (vec![tensor], false);
     while let Some(tensor) = open.pop() {
+        if reader.look().is_none() {
+            return false;
+        }
         if let Some(constant) = constant(index, tensor) {
-            let is_list = constant.to_i64s().is_ok();
+            let is_list = elements(constant).is_some_and(|count| count <= MAX_LIST) && constant.to_i64s().is_ok();
             if !is_list && !reader.number(tensor, true) {
                 return false;
             }
@@ -56,7 +59,10 @@ pub(in crate::fold) fn is_computed_number(index: &Index, tensor: &str) -> bool {
             "Constant" | "Shape" | "Size" => {}
             // what they make depends on what a subgraph reads, or on chance
             "If" | "Loop" | "Scan" | "Multinomial" | "RandomNormal" | "RandomUniform" => return false,
-            _ => open.extend(node.inputs().iter().map(String::as_str).filter(|input| !input.is_empty())),
+            _ => {
+                let inputs = node.inputs().iter().map(String::as_str).filter(|input| !input.is_empty());
+                open.extend(inputs.take(MAX_LOOKS));
+            }
         }
     }
     computed
