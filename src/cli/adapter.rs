@@ -53,7 +53,7 @@ struct Merge {
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
-    /// Replace the output folder if it exists
+    /// Replace the output folder if it exists and prefold wrote it
     #[arg(long)]
     overwrite: bool,
 }
@@ -80,7 +80,7 @@ struct Convert {
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
-    /// Replace the output folder if it exists
+    /// Replace the output folder if it exists and prefold wrote it
     #[arg(long)]
     overwrite: bool,
 }

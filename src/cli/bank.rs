@@ -67,7 +67,7 @@ struct Output {
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
-    /// Replace the output folder if it exists
+    /// Replace the output folder if it exists and prefold wrote it
     #[arg(long)]
     overwrite: bool,
 }

@@ -27,7 +27,7 @@ pub(super) struct Compile {
     /// Folder to write: model.onnx, its data, tokenizer, prefold.json, parity.json
     #[arg(long)]
     out: PathBuf,
-    /// Replace the output folder if it exists
+    /// Replace the output folder if it exists and prefold wrote it
     #[arg(long)]
     overwrite: bool,
     /// Keep the graph where parity does not hold

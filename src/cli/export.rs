@@ -22,7 +22,7 @@ pub(super) struct Export {
     out: PathBuf,
     #[command(flatten)]
     options: ExportArgs,
-    /// Replace the output folder if it exists
+    /// Replace the output folder if it exists and prefold wrote it
     #[arg(long)]
     overwrite: bool,
 }

@@ -55,7 +55,7 @@ pub(super) struct Fold {
     /// such files, runtimes do not
     #[arg(long)]
     link: bool,
-    /// Replace the output folder if it exists
+    /// Replace the output folder if it exists and prefold wrote it
     #[arg(long)]
     overwrite: bool,
     #[command(flatten)]
@@ -108,9 +108,6 @@ impl Fold {
         }
         if let Some(why) = proof.as_ref().and_then(|proof| proof.missing()) {
             println!("sites not proved: {why}");
-        }
-        if let Some(note) = proof.as_ref().and_then(|proof| proof.note()) {
-            println!("with an adapter of zeros {note}");
         }
         Ok(if proof.is_some_and(|proof| proof.failed()) { ExitCode::from(NOT_PROVED) } else { ExitCode::SUCCESS })
     }

@@ -82,13 +82,8 @@ impl Generate {
         let graph = existing_graph(graph)?;
         let tokenizer = Tokenizer::from_folder(graph.parent().unwrap_or(Path::new(".")))?;
         let prompt = self.prompt_ids(&tokenizer)?;
-        let mut decoder = GraphDecoder::new(open_given(
-            context,
-            self.runtime,
-            &graph,
-            self.active.given(&graph)?,
-            OrtOptions::default(),
-        )?)?;
+        let session = open_given(context, self.runtime, &graph, self.active.given(&graph)?, OrtOptions::default())?;
+        let mut decoder = GraphDecoder::new(session)?;
         let mut stream = tokenizer.stream(&prompt, true);
         let wide = |ids: &[u32]| ids.iter().map(|id| i64::from(*id)).collect::<Vec<i64>>();
         let (prompts, eos) = ([wide(&prompt)], wide(tokenizer.eos_ids()));

@@ -91,9 +91,6 @@ pub struct SiteProof {
     /// What an adapter of zeros changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     zero_adapter: Option<String>,
-    /// Whether that is more than rounding.
-    #[serde(skip)]
-    moves: bool,
     /// How far the sites' queries are from the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     queries: Option<Vec<QueryDistance>>,
@@ -125,17 +122,12 @@ pub struct FoldFacts {
 impl SiteProof {
     fn without(verdict: ProofVerdict, why: impl Into<String>) -> Self {
         let why = Some(why.into());
-        Self { verdict, why, runtime: None, zero_adapter: None, moves: false, queries: None, query_tolerance: None }
+        Self { verdict, why, runtime: None, zero_adapter: None, queries: None, query_tolerance: None }
     }
 
     /// Why the sites are not proved, where they are not.
     pub(super) fn missing(&self) -> Option<&str> {
         self.why.as_deref().filter(|_| self.verdict != ProofVerdict::Proved)
-    }
-
-    /// What an adapter of zeros changed, where a user should know.
-    pub(super) fn note(&self) -> Option<&str> {
-        self.zero_adapter.as_deref().filter(|_| self.moves)
     }
 
     /// Whether the proof was tried in vain.
@@ -211,7 +203,8 @@ impl ProofArgs {
                         "ONNX Runtime runs the graph, but not with an adapter of zeros in it: {why}"
                     ));
                 }
-                Zero::Nothing | Zero::Rounds(_) | Zero::Fuses(_) | Zero::NotJudged => {}
+                Zero::Fuses(_) => tracing::warn!("with an adapter of zeros {}", zero.in_words()),
+                Zero::Nothing | Zero::Rounds(_) | Zero::NotJudged => {}
             }
             // queries behind an adapter are not the checkpoint's
             let bare = checkpoint.as_ref().filter(|_| model.metadata(fold::MARK).is_none());
@@ -221,7 +214,6 @@ impl ProofArgs {
                 why: None,
                 runtime: Some(runtime),
                 zero_adapter: Some(zero.in_words()),
-                moves: matches!(zero, Zero::Fuses(_)),
                 query_tolerance: queries.as_ref().and_then(|_| tolerance(&model)),
                 queries,
             });

@@ -24,7 +24,7 @@ pub(super) struct Unfold {
     /// Take off every fold, not the last one alone
     #[arg(long)]
     all: bool,
-    /// Replace the output folder if it exists
+    /// Replace the output folder if it exists and prefold wrote it
     #[arg(long)]
     overwrite: bool,
 }

@@ -199,7 +199,6 @@ struct Back<'g> {
 fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
     let (mut tensor, mut axes) = (query, axes);
     let mut back = Back { found: vec![(tensor, axes.clone())], scaled: false, unknown: None };
-    let mut end = None;
     for _ in 0..MAX_STEPS {
         let Some(node) = index.producer(tensor) else { break };
         if let Some(unscaled) = unscaled(index, node) {
@@ -208,8 +207,8 @@ fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
             back.scaled = true;
         } else {
             let Some((behind, before)) = laid_out(index, node, &axes) else {
-                back.unknown = unknown_scale(index, node);
-                end = Some(node);
+                let hidden = || format!("{} changes its query behind its scale", node.label());
+                back.unknown = unknown_scale(index, node).or_else(|| hides_scale(index, node).then(hidden));
                 break;
             };
             (tensor, axes) = (behind, before);
@@ -219,9 +218,6 @@ fn back<'g>(index: &Index<'g>, query: &'g str, axes: Axes) -> Back<'g> {
             }
         }
         back.found.push((tensor, axes.clone()));
-    }
-    if let Some(end) = end.filter(|end| hides_scale(index, end)) {
-        back.unknown = Some(format!("{} changes its query behind its scale", end.label()));
     }
     back
 }

@@ -300,7 +300,6 @@ impl<'i, 'g> Reader<'i, 'g> {
             return elements(constant) == Some(1) || self.many && repeats(constant);
         }
         let Some(node) = self.producer(tensor) else { return false };
-        let same = |count: usize| count == 1;
         match node.op_type() {
             "Constant" => {
                 let has = |name: &str| node.attribute(name).is_some();
@@ -308,8 +307,8 @@ impl<'i, 'g> Reader<'i, 'g> {
                 let floats = node.attribute("value_floats").and_then(|list| list.as_floats());
                 has("value_float")
                     || has("value_int")
-                    || ints.is_some_and(|list| same(list.len()))
-                    || floats.is_some_and(|list| same(list.len()))
+                    || ints.is_some_and(|list| list.len() == 1)
+                    || floats.is_some_and(|list| list.len() == 1)
             }
             "Shape" => inside,
             "Size" => true,
@@ -319,7 +318,7 @@ impl<'i, 'g> Reader<'i, 'g> {
             | "Identity" | "Log" | "Neg" | "QuantizeLinear" | "Reciprocal" | "ReduceMax" | "ReduceMean"
             | "ReduceMin" | "ReduceProd" | "ReduceSum" | "Reshape" | "Slice" | "Sqrt" | "Squeeze" | "Tile"
             | "Transpose" | "Unsqueeze" => node.input(0).is_some_and(|input| self.number(input, true)),
-            "Concat" => same(node.inputs().len()) && node.input(0).is_some_and(|input| self.number(input, true)),
+            "Concat" => node.inputs().len() == 1 && node.input(0).is_some_and(|input| self.number(input, true)),
             "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Clip" | "Max" | "Mean" | "Min" | "Sum" | "Where" => {
                 node.inputs().iter().filter(|input| !input.is_empty()).all(|input| self.number(input, true))
             }
