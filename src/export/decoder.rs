@@ -23,6 +23,11 @@ pub(super) struct Projected {
 
 /// The operators in which dialects differ.
 pub(super) trait Operators {
+    /// Whether the linear maps that read one tensor are one product, `self_attn.qkv_proj` and `mlp.gate_up_proj`.
+    fn packs(&self) -> bool {
+        false
+    }
+
     /// Normalises `x` over its last dimension.
     fn norm(&mut self, graph: &mut GraphWriter, node: &NormNode, x: &str) -> Result<String> {
         norm::make(graph, node, x)
@@ -216,9 +221,8 @@ fn output_norm(
 }
 
 fn attention(graph: &mut GraphWriter, operators: &mut dyn Operators, layer: usize, x: &str) -> Result<String> {
-    let query = mlp::linear(graph, layer, Linear::Query, x)?;
-    let key = mlp::linear(graph, layer, Linear::Key, x)?;
-    let value = mlp::linear(graph, layer, Linear::Value, x)?;
+    let maps = ("self_attn.qkv_proj", [Linear::Query, Linear::Key, Linear::Value]);
+    let [query, key, value] = mlp::linears(graph, operators, layer, maps, x)?;
     let (heads, kv_heads) = (graph.spec().attention.num_heads, graph.spec().attention.num_kv_heads);
     let query = qk_norm(graph, operators, layer, (NormSite::Query, heads), query)?;
     let key = qk_norm(graph, operators, layer, (NormSite::Key, kv_heads), key)?;

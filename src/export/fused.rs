@@ -1,11 +1,16 @@
 //! The `ort` dialect: ONNX Runtime's fused operators.
 //!
 //! ```text
-//! q ─ (RotaryEmbedding) ─┐ query
-//! k ─ (RotaryEmbedding) ─┼─ GroupQueryAttention ─► o_proj
-//! v ─────────────────────┤        │
-//! past, lengths, bias ───┘     present
+//!                  ┌ q ─ (RotaryEmbedding) ─┐ query
+//! qkv_proj ─ Split ┼ k ─ (RotaryEmbedding) ─┼─ GroupQueryAttention ─► o_proj
+//!                  └ v ─────────────────────┤        │
+//!                      past, lengths, bias ─┘     present
+//!
+//! gate_up_proj ─ Split ─ gate, up ─ activation, Mul ─► down_proj
 //! ```
+//!
+//! Linear maps that read one tensor are one product: with one token each product is little work between two waits of ONNX
+//! Runtime's threads for each other.
 //!
 //! Rotation stands before the attention operator (`do_rotary` = 0), so that the rotated query is a tensor of the graph and
 //! positions come from `position_ids`: the operator itself takes them, but of a prompt the first number alone, so that rows
@@ -80,6 +85,10 @@ fn root_mean_square_epsilon(spec: &DecoderSpec) -> Option<f64> {
 }
 
 impl Operators for Fused {
+    fn packs(&self) -> bool {
+        true
+    }
+
     fn norm(&mut self, graph: &mut GraphWriter, node: &NormNode, x: &str) -> Result<String> {
         if !self.is_simplified(node) {
             return norm::make(graph, node, x);

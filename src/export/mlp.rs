@@ -4,6 +4,7 @@ use super::Result;
 use super::decoder::Operators;
 use super::writer::GraphWriter;
 use crate::base::{Activation, Linear, WeightRole};
+use crate::onnx::NodeDef;
 
 /// `x · Wᵀ`, and the bias where there is one.
 pub(super) fn linear(graph: &mut GraphWriter, layer: usize, linear: Linear, x: &str) -> Result<String> {
@@ -22,12 +23,48 @@ pub(super) fn matmul(graph: &mut GraphWriter, name: &str, role: WeightRole, x: &
     Ok(graph.node("MatMul", &format!("{name}/MatMul"), &[x, &weight]))
 }
 
+/// Several maps of the same input, each by itself or, where the dialect packs them, as one product under the name `module`:
+/// ```text
+/// x ─ MatMul [Wᵀ | Wᵀ | …] ─ (Add) ─ Split ─► the products
+/// ```
+pub(super) fn linears<const N: usize>(
+    graph: &mut GraphWriter,
+    operators: &dyn Operators,
+    layer: usize,
+    (module, maps): (&str, [Linear; N]),
+    x: &str,
+) -> Result<[String; N]> {
+    let mut products = maps.map(|_| String::new());
+    if !operators.packs() {
+        for (product, map) in products.iter_mut().zip(maps) {
+            *product = linear(graph, layer, map, x)?;
+        }
+        return Ok(products);
+    }
+    let name = format!("/model/layers.{layer}/{}", module.replace('.', "/"));
+    let stem = format!("model.layers.{layer}.{module}");
+    let weight = graph.packed_transposed_weight(&stem, &maps.map(|map| WeightRole::Weight(layer, map)))?;
+    let mut packed = graph.node("MatMul", &format!("{name}/MatMul"), &[x, &weight]);
+    if maps.iter().any(|map| graph.spec().has_bias(*map)) {
+        let bias = graph.packed_weight(&format!("{stem}.bias"), &maps.map(|map| WeightRole::Bias(layer, map)))?;
+        packed = graph.node("Add", &format!("{name}/Add"), &[&packed, &bias]);
+    }
+    let widths = maps.map(|map| graph.spec().linear_shape(map)[0] as i64);
+    let widths = graph.integers(&widths);
+    for (product, map) in products.iter_mut().zip(maps) {
+        *product = format!("/model/layers.{layer}/{}/output_0", map.module().replace('.', "/"));
+    }
+    let split = NodeDef::new("Split", format!("{name}/Split")).attr_int("axis", -1);
+    graph.add(split.inputs([&packed, &widths]).outputs(products.iter().map(String::as_str)));
+    Ok(products)
+}
+
 pub(super) fn make(graph: &mut GraphWriter, operators: &mut dyn Operators, layer: usize, x: &str) -> Result<String> {
     let at = |name: &str| format!("/model/layers.{layer}/mlp/{name}");
     let mlp = &graph.spec().mlp;
     let inner = if mlp.gated {
-        let gate = linear(graph, layer, Linear::Gate, x)?;
-        let up = linear(graph, layer, Linear::Up, x)?;
+        let maps = ("mlp.gate_up_proj", [Linear::Gate, Linear::Up]);
+        let [gate, up] = linears(graph, operators, layer, maps, x)?;
         let gate = operators.activation(graph, &at("act_fn"), mlp.activation, &gate)?;
         graph.node("Mul", &at("Mul"), &[&gate, &up])
     } else {

@@ -194,6 +194,25 @@ impl<'a> GraphWriter<'a> {
         self.tensor(&format!("{stem}.MatMul.weight"), tensor.t())
     }
 
+    /// Several `[out, in]` matrices of the same inputs as one right-hand side of a MatMul, `[in, sum of their outputs]`.
+    pub(super) fn packed_transposed_weight(&mut self, stem: &str, roles: &[WeightRole]) -> Result<String> {
+        let packed = self.packed(roles)?;
+        self.tensor(&format!("{stem}.MatMul.weight"), packed.and_then(|t| t.t()))
+    }
+
+    /// Several weights behind each other in their first dimension.
+    pub(super) fn packed_weight(&mut self, name: &str, roles: &[WeightRole]) -> Result<String> {
+        let packed = self.packed(roles)?;
+        self.tensor(name, packed)
+    }
+
+    /// In the graph's type: weights of one checkpoint may have several.
+    fn packed(&self, roles: &[WeightRole]) -> Result<candle_core::Result<Tensor>> {
+        let dtype = self.options.precision.dtype();
+        let parts: Vec<_> = roles.iter().map(|role| Ok(self.read(*role)?.to_dtype(dtype))).collect::<Result<_>>()?;
+        Ok(parts.into_iter().collect::<candle_core::Result<Vec<_>>>().and_then(|parts| Tensor::cat(&parts, 0)))
+    }
+
     fn read(&self, role: WeightRole) -> Result<Tensor> {
         let weight = WeightShape { role, name: role.name(), shape: self.spec.weight_shape(role) };
         let tensor = (self.weights)(&weight)?;

@@ -72,6 +72,7 @@ fn graphs(spec: &DecoderSpec, weights: &Weights<'_>, dialect: Dialect, precision
         adapter(spec, scale).save(&trained).unwrap();
         let facts = fold_folder(&base, &trained, &folded).unwrap();
         assert_eq!(facts.sites.len(), spec.num_layers);
+        assert!(facts.exactness.holds_left_padded(), "{dialect}: {:?}", facts.exactness);
     }
 }
 

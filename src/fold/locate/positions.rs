@@ -80,6 +80,12 @@ pub fn exactness(model: &Model) -> Exactness {
 fn rotation(origins: &mut Origins, node: &Node) -> Vec<Positions> {
     let index = origins.index;
     let mut of = |slot: usize| node.input(slot).map(|tensor| origins.of(tensor).positions());
+    // rows of a table of the pass's own angles are no positions: these are what the angles are made from
+    let row_of = |origins: &mut Origins, rows: &str, table: usize| {
+        let mut origin = origins.of(rows);
+        origin.add(node.input(table).map_or(Origin::default(), |table| origins.of(table)));
+        origin.positions()
+    };
     let flag = |name: &str| node.attribute(name).and_then(|a| a.as_int()).unwrap_or(0) != 0;
     match (node.domain(), node.op_type()) {
         (MICROSOFT, "GroupQueryAttention") => {
@@ -89,8 +95,10 @@ fn rotation(origins: &mut Origins, node: &Node) -> Vec<Positions> {
             own.filter(|_| hidden).into_iter().chain((!hidden).then_some(Positions::Operator)).collect()
         }
         (MICROSOFT, "Attention") if flag("do_rotary") => vec![Positions::Operator],
-        (MICROSOFT, "RotaryEmbedding") => of(1).into_iter().collect(),
-        ("", "RotaryEmbedding") => of(3).or_else(|| of(1)).into_iter().collect(),
+        (MICROSOFT, "RotaryEmbedding") => node.input(1).map(|rows| row_of(origins, rows, 2)).into_iter().collect(),
+        ("", "RotaryEmbedding") => {
+            node.input(3).or(node.input(1)).map(|rows| row_of(origins, rows, 1)).into_iter().collect()
+        }
         ("", "Mul") => {
             let angles = node.inputs().iter().filter_map(|input| angles(index, input));
             let positions = angles.filter_map(|made| made.input(usize::from(made.is("", "Gather"))));

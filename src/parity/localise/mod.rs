@@ -391,7 +391,9 @@ impl Subject<'_> {
                 .notes
                 .push("no tensor of the graph holds this place: the one that is named comes after it".into());
         }
-        let agreeing = gaps.iter().filter(|gap| gap.call == first.call && gap.ratio() <= usual);
+        // some columns of a tensor say nothing of the others
+        let whole = |gap: &&Gap| gap.call == first.call && gap.tap.columns.is_none() && gap.ratio() <= usual;
+        let agreeing = gaps.iter().filter(whole);
         let agreeing: Vec<&str> = agreeing.map(|gap| gap.tap.tensor.as_str()).collect();
         self.bisect(way, branches, (first, usual), &agreeing, &mut departure)?;
         Ok((Some(departure), layers))

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::tapped::Seen;
 use super::types::element_types;
 use crate::files::TemporaryFolder;
-use crate::onnx::{DataType, Dim, Index, MODEL_NAME, Model, Node, NodeId, ValueDef, cut};
+use crate::onnx::{DataType, Dim, Graph, Index, MODEL_NAME, Model, Node, NodeId, ValueDef, cut};
 use crate::parity::Result;
 use crate::runtime::{self, NamedValues, Session, Value};
 
@@ -24,10 +24,20 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// The nodes that `departing` is made by and none of `agreeing` is.
+    /// The nodes that `departing` is made by and none of `agreeing` is. What is computed from `departing` and agrees, because it shows
+    /// too little of it, does not count.
     pub(super) fn between(model: &Model, departing: &str, agreeing: &[&str]) -> Self {
         let index = Index::new(model.graph());
-        let innocent = behind(&index, agreeing, &HashSet::new());
+        let later = made_from(model.graph(), departing);
+        let agreeing: Vec<&str> = agreeing
+            .iter()
+            .filter(|tensor| !later.contains(**tensor))
+            .map(|tensor| {
+                let node = index.producer(tensor);
+                node.and_then(|node| node.input(cached(node, tensor)?)).unwrap_or(tensor)
+            })
+            .collect();
+        let innocent = behind(&index, &agreeing, &HashSet::new());
         let guilty = behind(&index, &[departing], &innocent);
         let nodes: Vec<&Node> =
             model.graph().nodes().iter().filter(|node| guilty.contains(&node.id())).take(MOST).collect();
@@ -113,6 +123,36 @@ pub(super) fn behind(index: &Index, tensors: &[&str], known: &HashSet<NodeId>) -
     found
 }
 
+/// The tensors that are computed from one, and itself.
+fn made_from<'g>(graph: &'g Graph, tensor: &'g str) -> HashSet<&'g str> {
+    let mut found = HashSet::from([tensor]);
+    for node in graph.nodes() {
+        let reached = node.inputs().iter().enumerate().filter(|(_, input)| found.contains(input.as_str()));
+        let reached: Vec<usize> = reached.map(|(slot, _)| slot).collect();
+        let is_made = |output: &&str| match cached(node, output) {
+            Some(own) => reached.iter().any(|slot| *slot == own || *slot > 2),
+            None => !reached.is_empty(),
+        };
+        let outputs = node.outputs().iter().map(String::as_str).filter(|output| !output.is_empty());
+        let outputs: Vec<&str> = outputs.filter(is_made).collect();
+        found.extend(outputs);
+    }
+    found
+}
+
+/// The slot of the keys or values that an attention operator puts into this output, a cache: the others of its first three inputs have
+/// no part in it.
+fn cached(node: &Node, output: &str) -> Option<usize> {
+    let attends = match node.domain() {
+        "" => node.op_type() == "Attention",
+        "com.microsoft" => matches!(node.op_type(), "GroupQueryAttention" | "MultiHeadAttention"),
+        _ => false,
+    };
+    let are_apart = [1, 2].iter().all(|slot| node.input(*slot).is_some_and(|input| !input.is_empty()));
+    let slot = [1, 2].into_iter().find(|slot| node.output(*slot) == Some(output));
+    slot.filter(|_| attends && are_apart)
+}
+
 /// The first node of which a runtime makes something else than was seen, from the same inputs.
 pub(super) struct Disagreement {
     pub(super) node: NodeId,
@@ -194,4 +234,53 @@ fn too_far(own: &Value, other: &Value, relative: f64) -> Option<f64> {
         largest = largest.max(x.abs());
     }
     (most > relative * largest.max(f64::MIN_POSITIVE)).then_some(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{ModelBuilder, NodeDef};
+
+    /// `x` → `table`; `x`, `table` → `query`, `key`; `x` → `value`; attention, whose output is read once more.
+    fn graph() -> Model {
+        let mut builder = ModelBuilder::new("test", 8);
+        builder.opset("", 17).opset("com.microsoft", 1);
+        for input in ["x", "past_key", "past_value"] {
+            builder.input(ValueDef::new(input, DataType::Float, [Dim::Value(1)]));
+        }
+        let mut node = |domain: &str, op: &str, inputs: &[&str], outputs: &[&str]| {
+            let name = outputs.first().copied().unwrap_or_default();
+            let node = NodeDef::new(op, name).domain(domain);
+            builder.node(node.inputs(inputs.iter().copied()).outputs(outputs.iter().copied()));
+        };
+        node("", "Cos", &["x"], &["table"]);
+        node("", "Mul", &["x", "table"], &["query"]);
+        node("", "Mul", &["x", "table"], &["key"]);
+        node("", "Relu", &["x"], &["value"]);
+        let read = ["query", "key", "value", "past_key", "past_value"];
+        node("com.microsoft", "GroupQueryAttention", &read, &["mixed", "present_key", "present_value"]);
+        node("", "Relu", &["mixed"], &["after"]);
+        builder.build().unwrap()
+    }
+
+    fn between(departing: &str, agreeing: &[&str]) -> Vec<String> {
+        Segment::between(&graph(), departing, agreeing).makes
+    }
+
+    #[test]
+    fn what_comes_after_a_departure_vindicates_nothing_before_it() {
+        assert_eq!(between("query", &["x"]), ["table", "query"]);
+        assert_eq!(between("query", &["x", "after"]), ["table", "query"]);
+        assert_eq!(between("mixed", &["query", "after"])[..2], ["key".to_owned(), "value".into()]);
+    }
+
+    #[test]
+    fn a_cache_that_agrees_tells_of_what_was_put_into_it_alone() {
+        // the key that agrees was turned by the same table
+        assert_eq!(between("query", &["present_key"]), ["query"]);
+        assert_eq!(between("query", &["present_value"]), ["table", "query"]);
+        assert_eq!(between("key", &["present_key"]), ["table", "key"]);
+        let attention = ["mixed", "present_key", "present_value"];
+        assert_eq!(between("mixed", &["query", "present_key", "present_value"]), attention);
+    }
 }

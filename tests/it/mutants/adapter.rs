@@ -54,7 +54,7 @@ fn scaled_query(model: &Model, _: Dialect) -> Model {
 fn before_rotation(model: &Model, dialect: Dialect) -> Model {
     let tensor = match dialect {
         Dialect::Portable => "/model/layers.0/self_attn/q/Transpose/output_0",
-        Dialect::Ort => "/model/layers.0/self_attn/q_proj/Add/output_0",
+        Dialect::Ort => "/model/layers.0/self_attn/q_proj/output_0",
     };
     read(model, &query_reader(0), 0, tensor)
 }

@@ -2,7 +2,7 @@
 
 use prefold::onnx::{Model, TensorDef};
 
-use super::graph::{attribute, behind, insert, node, op, read, rounded, swap, weight};
+use super::graph::{attribute, behind, insert, map, node, op, read, rounded, swap_maps, weight};
 use super::{Dialect, Kind, Mutant, at, outside};
 
 pub fn indices(name: &str, values: &[i64]) -> TensorDef {
@@ -142,20 +142,23 @@ fn other_cache(model: &Model, dialect: Dialect) -> Model {
 }
 
 fn tf32(model: &Model, _: Dialect) -> Model {
-    weight(model, "model.layers.1.mlp.up_proj.MatMul.weight", |_, values| rounded(values, 10))
+    map(model, 1, "mlp.up_proj", |_, values| rounded(values, 10))
 }
 
 fn swapped_queries(model: &Model, _: Dialect) -> Model {
-    let q = |layer| format!("model.layers.{layer}.self_attn.q_proj.MatMul.weight");
-    swap(model, &q(0), &q(1))
+    swap_maps(model, (0, "self_attn.q_proj"), (1, "self_attn.q_proj"))
 }
 
 fn gate_and_up(model: &Model, _: Dialect) -> Model {
-    swap(model, "model.layers.0.mlp.gate_proj.MatMul.weight", "model.layers.0.mlp.up_proj.MatMul.weight")
+    swap_maps(model, (0, "mlp.gate_proj"), (0, "mlp.up_proj"))
 }
 
-fn activation(model: &Model, _: Dialect) -> Model {
-    read(model, "/model/layers.1/mlp/Mul", 0, "/model/layers.1/mlp/gate_proj/Add/output_0")
+fn activation(model: &Model, dialect: Dialect) -> Model {
+    let gate = match dialect {
+        Dialect::Portable => "/model/layers.1/mlp/gate_proj/Add/output_0",
+        Dialect::Ort => "/model/layers.1/mlp/gate_proj/output_0",
+    };
+    read(model, "/model/layers.1/mlp/Mul", 0, gate)
 }
 
 fn epsilon(model: &Model, dialect: Dialect) -> Model {

@@ -1,5 +1,7 @@
 //! Small ways to break a graph.
 
+use std::ops::Range;
+
 use prefold::onnx::{Model, Node, NodeDef, NodeId, Patch, TensorDef};
 
 /// A node of the main graph by its name; `/prefold.1/` is where a fold's nodes are.
@@ -119,6 +121,49 @@ pub fn swap(model: &Model, a: &str, b: &str) -> Model {
     let (first, second) = (values(model, a).1, values(model, b).1);
     let model = weight(model, a, |_, _| second.clone());
     weight(&model, b, |_, _| first.clone())
+}
+
+/// Columns of a constant that hold a linear map, alone or beside others behind a `Split`.
+fn columns(model: &Model, layer: usize, map: &str) -> (String, Range<usize>) {
+    let weight = |module: &str| format!("model.layers.{layer}.{module}.MatMul.weight");
+    let initializers = model.graph().initializers();
+    if initializers.iter().any(|found| found.name() == weight(map)) {
+        let width = values(model, &weight(map)).0[1] as usize;
+        return (weight(map), 0..width);
+    }
+    let packed = if map.starts_with("mlp") { "mlp.gate_up_proj" } else { "self_attn.qkv_proj" };
+    let split = node(model, &format!("/model/layers.{layer}/{}/Split", packed.replace('.', "/")));
+    let widths = initializers.iter().find(|found| Some(found.name()) == split.input(1)).unwrap().to_i64s().unwrap();
+    let product = format!("/model/layers.{layer}/{}/output_0", map.replace('.', "/"));
+    let at = split.outputs().iter().position(|output| *output == product).unwrap();
+    let start = widths[..at].iter().sum::<i64>() as usize;
+    (weight(packed), start..start + widths[at] as usize)
+}
+
+/// The values of a linear map, `[in, out]`.
+fn map_values(model: &Model, layer: usize, map: &str) -> Vec<f32> {
+    let (tensor, columns) = columns(model, layer, map);
+    let (dims, found) = values(model, &tensor);
+    found.chunks(dims[1] as usize).flat_map(|row| row[columns.clone()].to_vec()).collect()
+}
+
+/// Changes a linear map, `[in, out]`, whose name is that of its module: `self_attn.q_proj`.
+pub fn map(model: &Model, layer: usize, map: &str, change: impl Fn(&[i64], Vec<f32>) -> Vec<f32>) -> Model {
+    let (tensor, columns) = columns(model, layer, map);
+    let own = map_values(model, layer, map);
+    weight(model, &tensor, |dims, mut found| {
+        let changed = change(&[dims[0], columns.len() as i64], own.clone());
+        let rows = found.chunks_mut(dims[1] as usize).zip(changed.chunks(columns.len()));
+        rows.for_each(|(row, own)| row[columns.clone()].copy_from_slice(own));
+        found
+    })
+}
+
+/// Exchanges two linear maps of one shape.
+pub fn swap_maps(model: &Model, a: (usize, &str), b: (usize, &str)) -> Model {
+    let (first, second) = (map_values(model, a.0, a.1), map_values(model, b.0, b.1));
+    let model = map(model, a.0, a.1, |_, _| second.clone());
+    map(&model, b.0, b.1, |_, _| first.clone())
 }
 
 /// Changes the bytes of an attribute in the `nth` node that has it: `value` replaces what stands after `tag` in its message.

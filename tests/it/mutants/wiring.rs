@@ -3,7 +3,7 @@
 use prefold::onnx::{Model, TensorDef};
 
 use super::base::indices;
-use super::graph::{behind, inner, insert, node, op, read, replace_output, swap, values, weight};
+use super::graph::{behind, inner, insert, map, node, op, read, replace_output, swap, swap_maps, values, weight};
 use super::{Dialect, Kind, Mutant, at, outside};
 
 /// Width of a head of the model.
@@ -23,15 +23,13 @@ fn layers(model: &Model, _: Dialect) -> Model {
 }
 
 fn keys_and_values(model: &Model, _: Dialect) -> Model {
-    let weight = |part| format!("model.layers.1.self_attn.{part}_proj.MatMul.weight");
-    swap(model, &weight("k"), &weight("v"))
+    swap_maps(model, (1, "self_attn.k_proj"), (1, "self_attn.v_proj"))
 }
 
 /// Pairs of neighbours are rotated and not halves: rows of queries and keys in the other order.
 fn interleaved(model: &Model, _: Dialect) -> Model {
     let turned = |model: &Model, part: &str| {
-        let name = format!("model.layers.0.self_attn.{part}_proj.MatMul.weight");
-        weight(model, &name, |dims, values| {
+        map(model, 0, &format!("self_attn.{part}_proj"), |dims, values| {
             let width = dims[1] as usize;
             let from = |at: usize| {
                 let (head, at) = (at / HEAD, at % HEAD);
@@ -156,7 +154,7 @@ fn far_positions(model: &Model, _: Dialect) -> Model {
 }
 
 fn slightly(model: &Model, name: &str, part: f32, is_meant: impl Fn(usize, usize) -> bool) -> Model {
-    weight(model, name, |dims, values| {
+    map(model, 1, name, |dims, values| {
         let width = dims[1] as usize;
         let change = |(i, x): (usize, &f32)| if is_meant(i / width, i % width) { x * part } else { *x };
         values.iter().enumerate().map(change).collect()
@@ -164,16 +162,15 @@ fn slightly(model: &Model, name: &str, part: f32, is_meant: impl Fn(usize, usize
 }
 
 fn tiny_output(model: &Model, _: Dialect) -> Model {
-    slightly(model, "model.layers.1.self_attn.o_proj.MatMul.weight", 1.0005, |_, _| true)
+    slightly(model, "self_attn.o_proj", 1.0005, |_, _| true)
 }
 
 fn one_weight(model: &Model, _: Dialect) -> Model {
-    slightly(model, "model.layers.1.mlp.down_proj.MatMul.weight", 1.05, |row, column| (row, column) == (3, 5))
+    slightly(model, "mlp.down_proj", 1.05, |row, column| (row, column) == (3, 5))
 }
 
 fn one_head(model: &Model, _: Dialect) -> Model {
-    let name = "model.layers.1.self_attn.q_proj.MatMul.weight";
-    slightly(model, name, 1.01, |_, column| (HEAD..2 * HEAD).contains(&column))
+    slightly(model, "self_attn.q_proj", 1.01, |_, column| (HEAD..2 * HEAD).contains(&column))
 }
 
 fn scaled_logits(model: &Model, _: Dialect) -> Model {
