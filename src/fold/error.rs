@@ -197,6 +197,22 @@ pub enum Error {
         /// ONNX's name of the type.
         found: String,
     },
+    /// A value of the adapter is beyond the graph's type.
+    #[error("`{tensor}` has a value of {value:.3e}, and {data_type}, in which the graph computes, ends at {most:.3e}")]
+    #[diagnostic(
+        code(prefold::fold::too_large),
+        help("fold into the float32 graph, or train with a lower rate or more weight decay")
+    )]
+    TooLarge {
+        /// The tensor as the fold writes it.
+        tensor: String,
+        /// Its largest magnitude.
+        value: f64,
+        /// ONNX's name of the type.
+        data_type: String,
+        /// The type's largest number.
+        most: f64,
+    },
     /// An adapter that cannot be written into this graph.
     #[error("not yet folded: {what}")]
     #[diagnostic(code(prefold::fold::not_folded), help("{help}"))]

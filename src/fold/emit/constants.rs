@@ -74,8 +74,8 @@ impl Constants {
                 let gather = gather.inputs([bank_name(name), ADAPTER_IDS.to_owned()]).outputs([row.as_str()]);
                 patch.insert_before(NodeId(0), gather);
             }
-            let bytes = bytes_of(tensor, self.data_type).map_err(Error::Convert)?;
             let data_type = self.data_type;
+            let bytes = rounded(name, tensor, data_type)?;
             self.parameters.push(Parameter { name: name.to_owned(), data_type, dims, bytes, off });
         }
         Ok(if is_bank { row } else { name.to_owned() })
@@ -118,8 +118,29 @@ impl Constants {
     }
 }
 
-/// Little-endian bytes of a tensor, rounded to `data_type`.
-pub(super) fn bytes_of(tensor: &Tensor, data_type: DataType) -> candle_core::Result<Vec<u8>> {
+/// Little-endian bytes of an adapter's tensor, rounded to `data_type`.
+///
+/// # Errors
+/// When a value is too large for that type.
+pub(super) fn rounded(name: &str, tensor: &Tensor, data_type: DataType) -> Result<Vec<u8>> {
+    let most = match data_type {
+        DataType::Float16 => f64::from(half::f16::MAX),
+        DataType::Bfloat16 => f64::from(half::bf16::MAX),
+        DataType::Double => f64::MAX,
+        _ => f64::from(f32::MAX),
+    };
+    let largest = || match tensor.elem_count() {
+        0 => Ok(0.0),
+        _ => tensor.flatten_all()?.abs()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>(),
+    };
+    let value = largest().map_err(Error::Convert)?;
+    if value > most {
+        return Err(Error::TooLarge { tensor: name.to_owned(), value, data_type: data_type.to_string(), most });
+    }
+    bytes_of(tensor, data_type).map_err(Error::Convert)
+}
+
+fn bytes_of(tensor: &Tensor, data_type: DataType) -> candle_core::Result<Vec<u8>> {
     let flat = tensor.flatten_all()?;
     Ok(match data_type {
         DataType::Double => flat.to_dtype(DType::F64)?.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -140,4 +161,21 @@ pub(super) fn filled(data_type: DataType, count: usize, value: f64) -> Result<Ve
         return Ok(vec![0; count.saturating_mul(bits / 8)]);
     }
     Tensor::full(value, count, &Device::Cpu).and_then(|t| bytes_of(&t, data_type)).map_err(Error::Convert)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_beyond_the_graph_s_type_is_an_error() {
+        let tensor = |values: &[f64]| Tensor::new(values, &Device::Cpu).unwrap();
+        let largest = tensor(&[65_504.0, -65_504.0]);
+        assert_eq!(rounded("M", &largest, DataType::Float16).unwrap(), [0xff, 0x7b, 0xff, 0xfb]);
+        let error = rounded("M", &tensor(&[1.0, -7e4]), DataType::Float16).unwrap_err().to_string();
+        assert_eq!(error, "`M` has a value of 7.000e4, and float16, in which the graph computes, ends at 6.550e4");
+        assert!(rounded("M", &tensor(&[-7e4]), DataType::Bfloat16).is_ok());
+        assert!(rounded("M", &tensor(&[1e39]), DataType::Float).is_err());
+        assert!(rounded("M", &tensor(&[]), DataType::Float16).unwrap().is_empty());
+    }
 }

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 
 use super::{Part, module, products, stopped, weight};
 use crate::adapter::Lora;
-use crate::fold::emit::constants::bytes_of;
+use crate::fold::emit::constants::rounded;
 use crate::fold::emit::emission::{INLINE_LIMIT, data_name};
 use crate::fold::emit::{Job, types};
 use crate::fold::locate::projections::{LinearNode, WeightStorage};
@@ -39,7 +39,7 @@ pub(super) fn write(job: &mut Job, lora: &Lora, folder: &Path) -> Result<()> {
         }
         let merged = merged(&weight(job, &index, node)?, parts).map_err(Error::Convert)?;
         let oriented = if node.transposed { Ok(merged) } else { merged.t().and_then(|merged| merged.contiguous()) };
-        let bytes = oriented.and_then(|merged| bytes_of(&merged, stored.data_type())).map_err(Error::Convert)?;
+        let bytes = rounded(&name, &oriented.map_err(Error::Convert)?, stored.data_type())?;
         let tensor = match &mut external {
             Some(file) => file.write(&name, stored.data_type(), stored.dims(), |out| out.write_all(&bytes))?,
             None => TensorDef::inline(name.as_str(), stored.data_type(), stored.dims(), bytes),
