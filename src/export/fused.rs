@@ -124,6 +124,9 @@ impl Operators for Fused {
                 .inputs(bias)
                 .outputs([normed.as_str(), "", "", &sum]),
         );
+        let width = graph.spec().hidden_size;
+        graph.describe(&normed, width);
+        graph.describe(&sum, width);
         Ok((normed, sum))
     }
 
@@ -138,7 +141,9 @@ impl Operators for Fused {
         let name = format!("{name}/{op}");
         let node = NodeDef::new(op, name.as_str()).domain(DOMAIN);
         let node = if kind == Activation::Silu { node.attr_float("alpha", 1.0) } else { node };
-        Ok(graph.node_with(node, &name, &[x]))
+        let activated = graph.node_with(node, &name, &[x]);
+        graph.describe(&activated, graph.spec().mlp.intermediate_size);
+        Ok(activated)
     }
 
     fn attention(&mut self, graph: &mut GraphWriter, layer: usize, projected: &Projected) -> Result<String> {
@@ -210,6 +215,7 @@ impl Grouped {
                 .inputs([&self.bias])
                 .outputs([mixed.clone(), cache("present", "key"), cache("present", "value")]),
         );
+        graph.describe(&mixed, attention.num_heads * attention.head_dim);
         mixed
     }
 
@@ -225,7 +231,9 @@ impl Grouped {
         if rotary.dim < spec.attention.head_dim {
             node = node.attr_int("rotary_embedding_dim", rotary.dim as i64);
         }
-        graph.node_with(node, name, &[x, &self.rows, &angles.cos, &angles.sin])
+        let rotated = graph.node_with(node, name, &[x, &self.rows, &angles.cos, &angles.sin]);
+        graph.describe(&rotated, heads as usize * spec.attention.head_dim);
+        rotated
     }
 }
 

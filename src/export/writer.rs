@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
+use super::decoder::{BATCH, SEQUENCE};
 use super::{DATA_NAME, Error, ExportOptions, Result, new_builder};
 use crate::base::{self, DecoderSpec, WeightRole, WeightShape};
 use crate::onnx::{DataType, Dim, ExternalWriter, FunctionDef, Model, ModelBuilder, NodeDef, TensorDef, ValueDef};
@@ -59,6 +60,14 @@ impl<'a> GraphWriter<'a> {
 
     pub(super) fn output(&mut self, name: &str, data_type: DataType, dims: impl IntoIterator<Item = Dim>) {
         self.builder.output(ValueDef::new(name, data_type, dims));
+    }
+
+    /// Says what an inner tensor `[batch, sequence, width]` is, where only a runtime knows the operator that makes it: tools that infer
+    /// types, quantisers first of all, need it.
+    pub(super) fn describe(&mut self, tensor: &str, width: usize) {
+        let dims: [Dim; 3] = [BATCH.into(), SEQUENCE.into(), (width as i64).into()];
+        let data_type = self.data_type();
+        self.builder.value_info(ValueDef::new(tensor, data_type, dims));
     }
 
     pub(super) fn function(&mut self, function: FunctionDef) {

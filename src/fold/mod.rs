@@ -186,6 +186,30 @@ pub fn fold(
     Ok((folded, Folded { emission: options.emission, sites, adapters: names, slots, slot_values, exactness }))
 }
 
+/// Refuses magnitudes over or under another adapter of the same map: DoRA scales the whole map, so that the two would be another
+/// function in each order and form, and none of them what was trained.
+fn check_stack(earlier: &[Record], config: &AdapterConfig) -> Result<()> {
+    let Method::Lora(lora) = &config.method else { return Ok(()) };
+    let sites = lora.sites(config);
+    for fold in earlier {
+        let Method::Lora(other) = &fold.config.method else { continue };
+        let others = other.sites(&fold.config);
+        let shared = sites.iter().find(|site| others.contains(site));
+        if let Some((layer, linear)) = shared.filter(|_| lora.dora || other.dora) {
+            let module = linear.module();
+            return Err(Error::NotFolded {
+                what: format!(
+                    "a second adapter of layers.{layer}.{module}, which `{}` adapts, where one of them is DoRA",
+                    fold.adapters.join("`, `")
+                ),
+                help: "DoRA scales the whole map, and so what another adapter adds to it: train one adapter on top of the other's \
+                       merged weights, or pass --replace",
+            });
+        }
+    }
+    Ok(())
+}
+
 /// The sites of the layers that an adapter adapts.
 fn adapted(sites: &[Site], adapter: &Adapter) -> Result<Vec<Site>> {
     let config = adapter.config();
@@ -296,6 +320,9 @@ pub fn fold_adapters(
         .iter()
         .map(|(name, path)| Ok(NamedAdapter { name: name.clone(), adapter: open_adapter(&graph, path)? }));
     let opened: Vec<NamedAdapter> = opened.collect::<Result<_>>()?;
+    if let Some(first) = opened.first().filter(|_| options.over == Over::Stack) {
+        check_stack(&Record::all(&model)?, first.adapter.config())?;
+    }
     let (edited, folded) = fold(&model, folder_of(&graph), &opened, options, folder)?;
     let target = folder.join(MODEL_NAME);
     edited.save(&target)?;

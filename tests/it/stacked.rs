@@ -48,9 +48,13 @@ impl Stack {
 
     /// LoRA of rank 2 for every map, times `factor`.
     fn lora(&self, name: &str, factor: f64) {
+        self.low_rank(name, factor, false);
+    }
+
+    fn low_rank(&self, name: &str, factor: f64, dora: bool) {
         let checkpoint = Checkpoint::open(&self.oracle).unwrap();
         let targets = checkpoint.spec().linears().map(Into::into).collect();
-        let lora = Lora { rank: 2, alpha: 2.0, targets: Some(targets), ..Lora::default() };
+        let lora = Lora { rank: 2, alpha: 2.0, dora, targets: Some(targets), ..Lora::default() };
         let config = AdapterConfig::new(Method::Lora(lora), checkpoint.spec(), None);
         let numbers = |shape: &[usize], factor: f64| {
             let count = shape.iter().product::<usize>();
@@ -162,4 +166,26 @@ fn adapters_of_two_kinds_may_be_folded_in_either_order() {
         stack.both("maps", "term", "term_over_maps");
         stack.same("maps_over_term", "term_over_maps");
     }
+}
+
+/// DoRA scales a whole map, and so what another adapter adds to it: each order and form would be another function.
+#[test]
+fn magnitudes_are_not_stacked_with_another_adapter_of_the_same_map() {
+    let Some(stack) = Stack::new("torch_dynamo18/llama_gqa/model.onnx") else { return };
+    stack.lora("lora", 1.0);
+    stack.low_rank("dora", 1.0, true);
+    stack.prefix_plus("term", 1.0);
+    for (first, second) in [("lora", "dora"), ("dora", "lora"), ("dora", "dora")] {
+        let (below, above) = (format!("{first}_{second}_below"), stack.at(&format!("{first}_{second}")));
+        stack.fold(&stack.graph, first, Over::Refuse, &below);
+        std::fs::create_dir(&above).unwrap();
+        let options = FoldOptions { over: Over::Stack, ..FoldOptions::default() };
+        let folded = fold_adapters(&stack.at(&below), &[("x".into(), stack.at(second))], options, &above);
+        let error = folded.unwrap_err().to_string();
+        let expected =
+            format!("a second adapter of layers.0.self_attn.q_proj, which `{first}` adapts, where one of them is DoRA");
+        assert!(error.contains(&expected), "{error}");
+    }
+    stack.both("dora", "term", "dora_and_term");
+    stack.fold(&stack.at("lora_dora_below"), "dora", Over::Replace, "replaced");
 }

@@ -335,6 +335,23 @@ fn seen_all(
     Ok(tapped.run(session, given, script, ports)?.1)
 }
 
+/// The tensors that agree in a call. Some columns of one say nothing of the others: all of them must.
+fn agreeing<'g>(gaps: &'g [Gap], (call, usual): (usize, f64), seen: Option<&Seen>) -> Vec<&'g str> {
+    let mut whole = Vec::new();
+    let mut parts: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::new();
+    for gap in gaps.iter().filter(|gap| gap.call == call && gap.ratio() <= usual) {
+        match &gap.tap.columns {
+            None => whole.push(gap.tap.tensor.as_str()),
+            Some(columns) => parts.entry(gap.tap.tensor.as_str()).or_default().extend(columns),
+        }
+    }
+    let width = |tensor: &str| seen.and_then(|seen| seen.get(tensor)?.shape().last().copied());
+    whole.extend(
+        parts.into_iter().filter(|(tensor, columns)| width(tensor) == Some(columns.len())).map(|(name, _)| name),
+    );
+    whole
+}
+
 /// The inputs that are given.
 fn names_of(given: &[NamedGiven]) -> Vec<String> {
     let fed: BTreeSet<String> = given.iter().flatten().map(|(name, _)| name.clone()).collect();
@@ -391,10 +408,7 @@ impl Subject<'_> {
                 .notes
                 .push("no tensor of the graph holds this place: the one that is named comes after it".into());
         }
-        // some columns of a tensor say nothing of the others
-        let whole = |gap: &&Gap| gap.call == first.call && gap.tap.columns.is_none() && gap.ratio() <= usual;
-        let agreeing = gaps.iter().filter(whole);
-        let agreeing: Vec<&str> = agreeing.map(|gap| gap.tap.tensor.as_str()).collect();
+        let agreeing = agreeing(&gaps, (first.call, usual), capture.seen.get(first.call));
         self.bisect(way, branches, (first, usual), &agreeing, &mut departure)?;
         Ok((Some(departure), layers))
     }

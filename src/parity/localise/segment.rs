@@ -37,7 +37,7 @@ impl Segment {
                 node.and_then(|node| node.input(cached(node, tensor)?)).unwrap_or(tensor)
             })
             .collect();
-        let innocent = behind(&index, &agreeing, &HashSet::new());
+        let innocent = vindicated(&index, &agreeing);
         let guilty = behind(&index, &[departing], &innocent);
         let nodes: Vec<&Node> =
             model.graph().nodes().iter().filter(|node| guilty.contains(&node.id())).take(MOST).collect();
@@ -106,6 +106,25 @@ pub(super) struct Cut {
 fn declared(name: &str, value: &Value) -> ValueDef {
     let dims = value.shape().iter().map(|size| Dim::Value(*size as i64));
     ValueDef::new(name, DataType::from_code(value.dtype().onnx()), dims)
+}
+
+/// The nodes that tensors which agree are made by, up to those that took a part of a tensor: other parts may be wrong.
+fn vindicated(index: &Index, agreeing: &[&str]) -> HashSet<NodeId> {
+    let parts = index.graph().nodes().iter().filter(|node| takes_a_part(index, node));
+    let parts: HashSet<NodeId> = parts.map(Node::id).collect();
+    let mut found = behind(index, agreeing, &parts);
+    // what took one part only is read by them as a whole
+    let readers: Vec<&Node> = index.graph().nodes().iter().filter(|node| found.contains(&node.id())).collect();
+    let read = readers.iter().flat_map(|node| node.inputs()).map(String::as_str).chain(agreeing.iter().copied());
+    let taken = read.filter_map(|tensor| index.producer(tensor)).filter(|node| parts.contains(&node.id()));
+    found.extend(taken.filter(|node| node.outputs().len() == 1).map(Node::id).collect::<Vec<_>>());
+    found
+}
+
+/// Whether a node gives parts of a tensor that is computed.
+fn takes_a_part(index: &Index, node: &Node) -> bool {
+    let constant = |slot: usize| node.input(slot).is_none_or(|input| index.initializer(input).is_some());
+    node.is("", "Split") || node.is("", "Slice") || node.is("", "Gather") && !constant(0) && constant(1)
 }
 
 /// The nodes that tensors are made by, without going behind those of `known`.
@@ -272,6 +291,29 @@ mod tests {
         assert_eq!(between("query", &["x"]), ["table", "query"]);
         assert_eq!(between("query", &["x", "after"]), ["table", "query"]);
         assert_eq!(between("mixed", &["query", "after"])[..2], ["key".to_owned(), "value".into()]);
+    }
+
+    #[test]
+    fn a_part_that_agrees_says_nothing_of_the_other_parts() {
+        let mut builder = ModelBuilder::new("test", 8);
+        builder.opset("", 17).input(ValueDef::new("x", DataType::Float, [Dim::Value(2)]));
+        let mut node = |op: &str, input: &str, outputs: &[&str]| {
+            let node = NodeDef::new(op, outputs[0]).inputs([input]);
+            builder.node(node.outputs(outputs.iter().copied()));
+        };
+        node("Relu", "x", &["packed"]);
+        node("Split", "packed", &["query", "value"]);
+        node("Cos", "query", &["rotated"]);
+        node("Slice", "packed", &["slice"]);
+        node("Cos", "slice", &["key"]);
+        node("Sin", "slice", &["other"]);
+        let model = builder.build().unwrap();
+        let between = |departing: &str, agreeing: &[&str]| Segment::between(&model, departing, agreeing).makes;
+        assert_eq!(between("value", &["x", "rotated"]), ["packed", "query", "value"]);
+        assert_eq!(between("value", &["x", "query"]), ["packed", "query", "value"]);
+        // both read all of the slice
+        assert_eq!(between("other", &["x", "key"]), ["other"]);
+        assert_eq!(between("value", &["packed"]), ["query", "value"]);
     }
 
     #[test]

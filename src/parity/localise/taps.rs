@@ -22,6 +22,8 @@ use crate::onnx::{Index, Model, Node, NodeDef, NodeId, Patch, without};
 /// What the names of a fold's nodes begin with.
 const FOLD: &str = "/prefold";
 const MICROSOFT: &str = "com.microsoft";
+/// Nodes of folds between a tensor of the base graph and what reads it.
+const MOST_FOLDED: usize = 256;
 /// Nodes between the head and the logits, and between a constant and what reads it.
 const MAX_STEPS: usize = 16;
 
@@ -180,28 +182,38 @@ fn is_fold(node: &Node) -> bool {
     node.name().starts_with(FOLD)
 }
 
-/// What a fold's sum adds to; the tensor itself where it is none.
+/// The base graph's tensor that a fold adds to, and perhaps scales; the tensor itself where it is none of a fold's sums.
 fn base_of<'g>(index: &Index<'g>, tensor: &'g str) -> &'g str {
-    let mut tensor = tensor;
-    for _ in 0..MAX_STEPS {
-        match fold_sum(index, tensor) {
-            Some((base, _)) => tensor = base,
+    let mut base = tensor;
+    for _ in 0..MOST_FOLDED {
+        match under(index, base) {
+            Some(under) => base = under,
             None => break,
         }
     }
-    tensor
+    if made_by_fold(index, base) { tensor } else { base }
 }
 
-/// What a fold's sum is of: the base graph's tensor and the fold's.
-fn fold_sum<'g>(index: &Index<'g>, tensor: &str) -> Option<(&'g str, &'g str)> {
-    let node = index.producer(tensor).filter(|node| is_fold(node) && node.is("", "Add"))?;
-    let made_by_fold = |tensor: &&str| index.producer(tensor).is_some_and(is_fold);
-    let (left, right) = node.input(0).zip(node.input(1))?;
-    match (fold_sum(index, left).is_some() || !made_by_fold(&left), made_by_fold(&right)) {
-        (true, true) => Some((left, right)),
-        (false, false) => Some((right, left)),
+/// What a fold's sum adds to, or, behind the sum, what it scales or gives its shape back.
+fn under<'g>(index: &Index<'g>, tensor: &str) -> Option<&'g str> {
+    let node = index.producer(tensor).filter(|node| is_fold(node))?;
+    let first = node.input(0)?;
+    let is_sum = |tensor: &str| index.producer(tensor).is_some_and(|node| is_fold(node) && node.is("", "Add"));
+    match node.op_type() {
+        "Add" => {
+            let second = node.input(1)?;
+            let swapped = made_by_fold(index, first) && !made_by_fold(index, second) && !is_constant(index, second);
+            Some(if swapped { second } else { first })
+        }
+        "Mul" => Some(first).filter(|first| is_sum(first)),
+        // LoRA in a bank, of a product of two dimensions
+        "Reshape" if ["Reshape_product", "Reshape_flat"].iter().any(|name| node.name().ends_with(name)) => Some(first),
         _ => None,
     }
+}
+
+fn made_by_fold(index: &Index, tensor: &str) -> bool {
+    index.producer(tensor).is_some_and(is_fold)
 }
 
 struct Finder<'m> {
@@ -299,11 +311,11 @@ impl Finder<'_> {
 
     /// The fold's part of the sum that is read in the place of the attention output.
     fn term(&self, site: &Site, found: &mut Taps) {
-        let sums = self.index.consumers(&site.output).iter().filter_map(|reader| {
-            let sum = self.index.graph().node(reader.node)?.output(0)?;
-            fold_sum(&self.index, sum).filter(|(base, _)| *base == site.output)
+        let terms = self.index.consumers(&site.output).iter().filter_map(|reader| {
+            let sum = self.index.graph().node(reader.node).filter(|node| is_fold(node) && node.is("", "Add"))?;
+            sum.input(1 - reader.slot.min(1)).filter(|other| made_by_fold(&self.index, other))
         });
-        let terms: Vec<&str> = sums.map(|(_, term)| term).collect();
+        let terms: Vec<&str> = terms.collect();
         if let [term] = terms[..] {
             found.push(site.layer, Place::Term, term, site.output_layout);
         }
@@ -368,10 +380,14 @@ impl Finder<'_> {
         let mut biased = map.node.bias.is_some() || !self.spec.has_bias(linear);
         for _ in 0..MAX_STEPS {
             let sums = self.index.consumers(product).iter().filter_map(|reader| {
-                let node = self.index.graph().node(reader.node).filter(|node| node.is("", "Add"))?;
-                let other = node.input(1 - reader.slot.min(1))?;
-                let bias = is_constant(&self.index, other);
-                (bias && !biased || is_fold(node)).then_some((node.output(0)?, bias))
+                let node = self.index.graph().node(reader.node)?;
+                if is_fold(node) {
+                    let is_own = under(&self.index, node.output(0)?) == Some(product);
+                    return node.output(0).filter(|_| is_own).map(|sum| (sum, false));
+                }
+                let other = node.input(1 - reader.slot.min(1)).filter(|_| node.is("", "Add"))?;
+                let is_bias = is_constant(&self.index, other) && !biased;
+                node.output(0).filter(|_| is_bias).map(|sum| (sum, true))
             });
             match sums.collect::<Vec<_>>()[..] {
                 [(sum, bias)] => (product, biased) = (sum, biased || bias),

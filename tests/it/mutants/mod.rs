@@ -59,6 +59,8 @@ pub enum Kind {
     Slot,
     /// The adapters `gated` and `a` in a bank.
     Bank,
+    /// The graph of `llama_bias` with DoRA beside every map.
+    Dora,
     /// The base graph of `gemma2`.
     Gemma2,
     /// As [`Folded`](Self::Folded), in a branch of a merged decoder whose other one is whole; run by ONNX Runtime.
@@ -134,12 +136,18 @@ impl Bench {
             ("gated", json!({"gate": "head"})),
             ("elu_plus_one", json!({"feature_map": "elu_plus_one"})),
             ("relu", json!({"feature_map": "relu"})),
+            ("dora", json!({"method": "lora", "rank": 2, "dora": true, "targets": null})),
         ];
         for (name, fields) in fields {
             crate::methods::adapter(&bench.model("llama_bias"), &fields, &bench.at(name));
         }
-        for (name, emission) in [("baked", Emission::Baked), ("slot", Emission::Slot), ("bank", Emission::Bank)] {
-            let names: &[&str] = if emission == Emission::Bank { &["gated", "a"] } else { &["a"] };
+        let folds: [(&str, Emission, &[&str]); 4] = [
+            ("baked", Emission::Baked, &["a"]),
+            ("slot", Emission::Slot, &["a"]),
+            ("bank", Emission::Bank, &["gated", "a"]),
+            ("scaled", Emission::Baked, &["dora"]),
+        ];
+        for (name, emission, names) in folds {
             let adapters: Vec<_> = names.iter().map(|name| ((*name).to_owned(), bench.at(name))).collect();
             let options = FoldOptions { emission, ..FoldOptions::default() };
             fold_adapters(&bench.at("llama_bias"), &adapters, options, &bench.made(name)).unwrap();
@@ -167,6 +175,7 @@ impl Bench {
             Kind::Other(adapter) => ("baked", "llama_bias", Some(adapter)),
             Kind::Slot => ("slot", "llama_bias", Some("a")),
             Kind::Bank => ("bank", "llama_bias", Some("a")),
+            Kind::Dora => ("scaled", "llama_bias", Some("dora")),
             Kind::Gemma2 => ("gemma2", "gemma2", None),
         }
     }

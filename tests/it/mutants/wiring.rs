@@ -173,6 +173,10 @@ fn one_head(model: &Model, _: Dialect) -> Model {
     slightly(model, "self_attn.q_proj", 1.01, |_, column| (HEAD..2 * HEAD).contains(&column))
 }
 
+fn values_under_dora(model: &Model, _: Dialect) -> Model {
+    slightly(model, "self_attn.v_proj", 1.05, |_, _| true)
+}
+
 fn scaled_logits(model: &Model, _: Dialect) -> Model {
     let scaled = op("Mul", "mutant/scaled", &[&inner("logits"), "mutant/more"]);
     replace_output(model, "logits", vec![number("mutant/more", 1.001)], vec![scaled], "mutant/scaled")
@@ -222,6 +226,12 @@ pub fn all() -> Vec<Mutant> {
         folded("o_proj is larger by half a thousandth", tiny_output, at(1, "output_projection")),
         folded("one weight of down_proj is larger by a twentieth", one_weight, at(1, "down_projection")),
         folded("one query head is larger by a hundredth", one_head, at(1, "query_projection")),
+        Mutant::new(
+            "v_proj beside DoRA is larger by a twentieth",
+            Kind::Dora,
+            values_under_dora,
+            at(1, "value_projection"),
+        ),
         folded("the logits are larger by a thousandth", scaled_logits, outside("logits")),
         folded("the logits of a token are those of the next", earlier_logits, outside("logits")),
         portable("the residual stream goes on from the norm", normed_residual, at(1, "attention_residual")),
