@@ -2,6 +2,7 @@
 
 mod options;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -11,6 +12,7 @@ use prefold::base::{
 };
 use prefold::export::{Dialect, ExportOptions, Precision, export_weights};
 use prefold::fold::fold_folder;
+use prefold::onnx::Model;
 use prefold::parity::{
     self, Budget, Candidate, CaseOptions, Check, Facts, NoOpPair, Open, Reference, generated_prompts, standard_cases,
 };
@@ -292,4 +294,23 @@ fn a_weight_of_another_shape_is_refused() {
     let transposed = |shape: &WeightShape| Ok(weight(&spec, shape).t().unwrap());
     let error = export_weights(&spec, transposed, &ExportOptions::default(), folder.path()).unwrap_err();
     assert_eq!(error.to_string(), "`model.embed_tokens.weight` has shape [16, 40] where the decoder needs [40, 16]");
+}
+
+/// Quantisers infer types first, and know operators of ONNX alone. The head's product is left out: no weight comes after it.
+#[test]
+fn the_ort_dialect_tells_the_types_that_only_a_runtime_knows() {
+    for folder in every_family() {
+        let (checkpoint, out) = (Checkpoint::open(&folder).unwrap(), tempfile::tempdir().unwrap());
+        let options = ExportOptions { dialect: Dialect::Ort, ..ExportOptions::default() };
+        export_weights(checkpoint.spec(), |weight| checkpoint.weight(weight.role), &options, out.path()).unwrap();
+        let model = Model::open(out.path()).unwrap();
+        let graph = model.graph();
+        let told: BTreeSet<&str> = graph.value_info().iter().chain(graph.outputs()).map(|value| value.name()).collect();
+        let known = ["SimplifiedLayerNormalization", "FusedMatMul"];
+        let fused =
+            graph.nodes().iter().filter(|node| node.domain() == "com.microsoft" && !known.contains(&node.op_type()));
+        for output in fused.flat_map(|node| node.outputs()).filter(|output| !output.is_empty()) {
+            assert!(told.contains(output.as_str()), "{}: {output}", folder.display());
+        }
+    }
 }
