@@ -324,7 +324,7 @@ impl Subject<'_> {
         let zeros = [fold::NamedAdapter { name: "zeros".into(), adapter: zeros }];
         let over = if self.model.metadata(fold::MARK).is_some() { Over::Stack } else { Over::Refuse };
         let options = fold::FoldOptions { over, ..fold::FoldOptions::default() };
-        let (edited, _) = fold::fold(self.model, self.parent, &zeros, options, folder)?;
+        let (edited, _) = fold::fold_over_any(self.model, self.parent, &zeros, options, folder)?;
         self.save(&edited, folder)
     }
 

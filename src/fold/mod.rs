@@ -118,8 +118,23 @@ pub fn graph_file(path: &Path) -> PathBuf {
 ///
 /// # Errors
 /// When the graph's sites are not those of the adapters' model, the adapters do not go into one graph, the graph carries one
-/// already and nothing is said of it, or the edited graph does not hold together.
+/// already and nothing is said of it, DoRA would be stacked with another adapter of the same map, or the edited graph does not
+/// hold together.
 pub fn fold(
+    model: &Model,
+    source: &Path,
+    adapters: &[NamedAdapter],
+    options: FoldOptions,
+    folder: &Path,
+) -> Result<(Model, Folded)> {
+    if let Some(first) = adapters.first().filter(|_| options.over == Over::Stack) {
+        check_stack(&Record::all(model)?, first.adapter.config())?;
+    }
+    fold_over_any(model, source, adapters, options, folder)
+}
+
+/// [`fold`] for adapters of zeros, which mean the same over any other.
+pub(crate) fn fold_over_any(
     model: &Model,
     source: &Path,
     adapters: &[NamedAdapter],
@@ -320,9 +335,6 @@ pub fn fold_adapters(
         .iter()
         .map(|(name, path)| Ok(NamedAdapter { name: name.clone(), adapter: open_adapter(&graph, path)? }));
     let opened: Vec<NamedAdapter> = opened.collect::<Result<_>>()?;
-    if let Some(first) = opened.first().filter(|_| options.over == Over::Stack) {
-        check_stack(&Record::all(&model)?, first.adapter.config())?;
-    }
     let (edited, folded) = fold(&model, folder_of(&graph), &opened, options, folder)?;
     let target = folder.join(MODEL_NAME);
     edited.save(&target)?;
