@@ -39,12 +39,21 @@ pub(super) struct ExportArgs {
     /// Weights go into model.onnx.data where all together exceed this many MiB
     #[arg(long, default_value_t = 64, value_name = "MIB")]
     external_data_threshold: u64,
+    /// With --dialect ort, for rows that end in padding or have none, as one row of generated text: the attention operator rotates and
+    /// counts by itself, which is faster, and position_ids is no input
+    #[arg(long)]
+    right_padding_only: bool,
 }
 
 /// As the command line has it where nothing is given.
 impl Default for ExportArgs {
     fn default() -> Self {
-        Self { dialect: Dialect::Portable, precision: Precision::F32, external_data_threshold: 64 }
+        Self {
+            dialect: Dialect::Portable,
+            precision: Precision::F32,
+            external_data_threshold: 64,
+            right_padding_only: false,
+        }
     }
 }
 
@@ -54,6 +63,7 @@ impl ExportArgs {
             dialect: self.dialect,
             precision: self.precision,
             external_data_threshold: self.external_data_threshold.saturating_mul(1 << 20),
+            right_padding_only: self.right_padding_only,
         }
     }
 }

@@ -34,7 +34,7 @@ use super::export::ExportArgs;
 use super::{Context, command_line, existing_graph, named_adapter, usage};
 use crate::adapter::{Adapter, CONFIG_NAME, WEIGHTS_NAME};
 use crate::base::{Checkpoint, Decoder, DeviceChoice};
-use crate::export::{Dialect, ExportOptions, Precision, export};
+use crate::export::{ExportOptions, Precision, dialect_of, export, is_right_padding_only};
 use crate::files::{FileFact, Manifest, TemporaryFolder};
 use crate::fold::{
     ADAPTER_IDS, Carry, Emission, FoldOptions, Record, fold_adapters, name_of, slot_values, unfold_folder,
@@ -310,6 +310,16 @@ fn folder_of(graph: &Path) -> &Path {
     graph.parent().unwrap_or(Path::new("."))
 }
 
+/// The options, with padding on the right alone where nobody said which and the graph says that it is for no other.
+fn with_padding_of(graph: &Graph, options: &VerifyArgs) -> VerifyArgs {
+    let mut options = options.clone();
+    if options.padding.is_empty() && is_right_padding_only(graph) {
+        tracing::warn!("padding on the left is not checked: the graph was exported with --right-padding-only");
+        options.padding = vec![Side::Right];
+    }
+    options
+}
+
 /// Compares a graph with its model in every runtime.
 fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<Report> {
     if matches!(options.reference, ComputeType::Bf16 | ComputeType::F16) {
@@ -319,6 +329,7 @@ fn verify(context: &Context, subject: &Subject, options: &VerifyArgs) -> Result<
         ));
     }
     let graph = Graph::open(&subject.graph)?;
+    let options = &with_padding_of(&graph, options);
     let facts = facts(subject)?;
     let chosen = chosen(context, &graph, options)?;
     let lineup = Lineup::of(&graph, folder_of(&subject.graph), &subject.adapters)?;

@@ -14,7 +14,7 @@ pub(super) const PAST: &str = "past_sequence_length";
 pub(super) const TOTAL: &str = "past_sequence_length + sequence_length";
 
 /// Queries, keys and values of a layer, `[batch, sequence, heads · head_dim]`, normalised where the model does so, not yet
-/// rotated.
+/// rotated. Where the dialect [attends to the packed product](Operators::attends_to_packed), `query` is that, and the others are empty.
 pub(super) struct Projected {
     pub(super) query: String,
     pub(super) key: String,
@@ -25,6 +25,11 @@ pub(super) struct Projected {
 pub(super) trait Operators {
     /// Whether the linear maps that read one tensor are one product, `self_attn.qkv_proj` and `mlp.gate_up_proj`.
     fn packs(&self) -> bool {
+        false
+    }
+
+    /// Whether attention takes queries, keys and values as one product.
+    fn attends_to_packed(&self) -> bool {
         false
     }
 
@@ -132,7 +137,9 @@ pub(super) fn declare(graph: &mut GraphWriter) {
     };
     graph.input("input_ids", DataType::Int64, [BATCH.into(), SEQUENCE.into()]);
     graph.input("attention_mask", DataType::Int64, [BATCH.into(), TOTAL.into()]);
-    graph.input("position_ids", DataType::Int64, [BATCH.into(), SEQUENCE.into()]);
+    if graph.options().takes_positions(spec) {
+        graph.input("position_ids", DataType::Int64, [BATCH.into(), SEQUENCE.into()]);
+    }
     graph.output("logits", float, [BATCH.into(), SEQUENCE.into(), (spec.vocab_size as i64).into()]);
     for layer in 0..spec.num_layers {
         for part in ["key", "value"] {
@@ -222,11 +229,17 @@ fn output_norm(
 
 fn attention(graph: &mut GraphWriter, operators: &mut dyn Operators, layer: usize, x: &str) -> Result<String> {
     let maps = ("self_attn.qkv_proj", [Linear::Query, Linear::Key, Linear::Value]);
-    let [query, key, value] = mlp::linears(graph, operators, layer, maps, x)?;
-    let (heads, kv_heads) = (graph.spec().attention.num_heads, graph.spec().attention.num_kv_heads);
-    let query = qk_norm(graph, operators, layer, (NormSite::Query, heads), query)?;
-    let key = qk_norm(graph, operators, layer, (NormSite::Key, kv_heads), key)?;
-    let mixed = operators.attention(graph, layer, &Projected { query, key, value })?;
+    let projected = if operators.attends_to_packed() && graph.spec().attention.qk_norm.is_none() {
+        let query = mlp::packed(graph, layer, maps, x)?;
+        Projected { query, key: String::new(), value: String::new() }
+    } else {
+        let [query, key, value] = mlp::linears(graph, operators, layer, maps, x)?;
+        let (heads, kv_heads) = (graph.spec().attention.num_heads, graph.spec().attention.num_kv_heads);
+        let query = qk_norm(graph, operators, layer, (NormSite::Query, heads), query)?;
+        let key = qk_norm(graph, operators, layer, (NormSite::Key, kv_heads), key)?;
+        Projected { query, key, value }
+    };
+    let mixed = operators.attention(graph, layer, &projected)?;
     mlp::linear(graph, layer, Linear::AttentionOutput, &mixed)
 }
 

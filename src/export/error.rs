@@ -26,6 +26,18 @@ pub enum Error {
         /// The shape that it should have.
         expected: Vec<usize>,
     },
+    /// The attention operator cannot count the tokens of rows by itself.
+    #[error("a graph for padding on the right alone cannot be written: {reason}")]
+    #[diagnostic(
+        code(prefold::export::right_padding),
+        help(
+            "leave --right-padding-only out; with it goes --dialect ort, and a model whose heads the operator rotates"
+        )
+    )]
+    RightPadding {
+        /// Why not.
+        reason: String,
+    },
     /// A weight could not be converted.
     #[error("candle failed while converting `{tensor}`: {source}")]
     #[diagnostic(code(prefold::export::convert))]

@@ -12,13 +12,22 @@
 //! Linear maps that read one tensor are one product: with one token each product is little work between two waits of ONNX
 //! Runtime's threads for each other.
 //!
-//! Rotation stands before the attention operator (`do_rotary` = 0), so that the rotated query is a tensor of the graph and
+//! By default rotation stands before the attention operator (`do_rotary` = 0), so that the rotated query is a tensor of the graph and
 //! positions come from `position_ids`: the operator itself takes them, but of a prompt the first number alone, so that rows
 //! padded on the left would be turned by other angles than those that follow. Its tables hold the angles of the pass's own
 //! tokens, row by row, so that no position is beyond them. GroupQueryAttention by itself knows only rows that end in
 //! padding; here every row counts as full length and padding on either side is hidden by the operator's `attention_bias`.
 //! It takes several rows only without a past or one token at a time, and heads whose width is a multiple of 8; where the
 //! width is not, attention is written in standard operators, as in the portable dialect.
+//!
+//! For rows that have padding on the right alone (`right_padding_only`) the operator does all that by itself, from the number of real
+//! tokens in each row, the packed product, and tables of all positions:
+//!
+//! ```text
+//! qkv_proj ─────────────────────────────────┬─ GroupQueryAttention ─► o_proj
+//! attention_mask ─ ReduceSum ─ Sub 1 ─ Cast ┤        │
+//!    past, total, cos and sin of positions ─┘     present
+//! ```
 //!
 //! `SimplifiedLayerNormalization` has no schema under `com.microsoft`, and the one that ONNX Runtime keeps in `ai.onnx` is
 //! refused by the official checker. So the graph calls `com.microsoft.SimplifiedLayerNormalization` and defines it as a
@@ -30,8 +39,8 @@ use super::mask::Mask;
 use super::norm::{self, NormNode};
 use super::rotary::Angles;
 use super::writer::GraphWriter;
-use super::{OPSET, Result, mlp};
-use crate::base::{Activation, DecoderSpec, NormKind};
+use super::{Error, OPSET, Result, mlp};
+use crate::base::{Activation, DecoderSpec, NormKind, Rotary};
 use crate::onnx::{DataType, FunctionDef, NodeDef, TensorDef};
 
 /// The operator set of the fused operators.
@@ -41,6 +50,26 @@ const NORM: &str = "SimplifiedLayerNormalization";
 
 /// What GroupQueryAttention asks of the width of a head.
 const HEAD_MULTIPLE: usize = 8;
+
+/// What it asks of the width of a head that it rotates, and of the part of it that is rotated.
+const ROTATED_MULTIPLE: usize = 16;
+
+/// Whether GroupQueryAttention can rotate the heads of a decoder by itself.
+pub(super) fn rotates_inside(spec: &DecoderSpec) -> Result<()> {
+    let width = spec.attention.head_dim;
+    let refused = |reason: String| Err(Error::RightPadding { reason });
+    if !width.is_multiple_of(HEAD_MULTIPLE) {
+        return refused(format!("heads are {width} wide, and GroupQueryAttention takes multiples of {HEAD_MULTIPLE}"));
+    }
+    let fits = |size: usize| size.is_multiple_of(ROTATED_MULTIPLE);
+    match spec.attention.rotary.iter().find(|rotary| !(fits(width) && fits(rotary.dim))) {
+        Some(rotary) => refused(format!(
+            "{} elements of heads {width} wide are rotated, and GroupQueryAttention rotates multiples of {ROTATED_MULTIPLE}, of such",
+            rotary.dim
+        )),
+        None => Ok(()),
+    }
+}
 
 /// Fused operators.
 #[derive(Debug)]
@@ -87,6 +116,10 @@ fn root_mean_square_epsilon(spec: &DecoderSpec) -> Option<f64> {
 impl Operators for Fused {
     fn packs(&self) -> bool {
         true
+    }
+
+    fn attends_to_packed(&self) -> bool {
+        matches!(&self.attention, Attention::Grouped(Grouped { rotation: Rotation::Inside, .. }))
     }
 
     fn norm(&mut self, graph: &mut GraphWriter, node: &NormNode, x: &str) -> Result<String> {
@@ -165,34 +198,67 @@ impl Operators for Fused {
 struct Grouped {
     /// By rotary embedding.
     angles: Vec<Angles>,
-    /// The row of [`Angles`] for each token, `int64[batch, sequence]`; empty where nothing is rotated.
-    rows: String,
-    /// `[batch, 1, sequence, total]`.
-    bias: String,
+    rotation: Rotation,
     /// Tokens of each row but one, `int32[batch]`.
     lengths: String,
     /// Past and new tokens, `int32[]`.
     total: String,
 }
 
+/// Where queries and keys are rotated.
+#[derive(Debug)]
+enum Rotation {
+    /// Before the operator, for padding on either side.
+    Before {
+        /// The row of [`Angles`] for each token, `int64[batch, sequence]`; empty where nothing is rotated.
+        rows: String,
+        /// `[batch, 1, sequence, total]`.
+        bias: String,
+    },
+    /// In it, for padding on the right.
+    Inside,
+}
+
 impl Grouped {
     fn new(graph: &mut GraphWriter) -> Result<Self> {
-        let rotary = &graph.spec().attention.rotary;
+        let rotary = graph.spec().attention.rotary.iter().enumerate();
+        if graph.options().right_padding_only {
+            let tokens = graph.dimension("/model/lengths/total", "attention_mask", 1);
+            let total = graph.cast_always("/model/lengths/Cast_total", &tokens, DataType::Int32);
+            let lengths = real_lengths(graph);
+            let angles = rotary.map(|(index, rotary)| Angles::by_position(graph, index, rotary, (&tokens, &lengths)));
+            let angles = angles.collect::<Result<_>>()?;
+            return Ok(Self { angles, rotation: Rotation::Inside, lengths, total });
+        }
         let bias = padding_bias(graph)?;
         let total = graph.dimension("/model/lengths/total", "attention_mask", 1);
         let total = graph.cast_always("/model/lengths/Cast_total", &total, DataType::Int32);
         let lengths = row_lengths(graph, &total);
-        let rows = if rotary.is_empty() { String::new() } else { token_rows(graph) };
-        let angles = rotary.iter().enumerate().map(|(index, rotary)| Angles::by_pair(graph, index, rotary)).collect();
-        Ok(Self { angles, rows, bias, lengths, total })
+        let rows = if rotary.len() == 0 { String::new() } else { token_rows(graph) };
+        let angles = rotary.map(|(index, rotary)| Angles::by_pair(graph, index, rotary)).collect();
+        Ok(Self { angles, rotation: Rotation::Before { rows, bias }, lengths, total })
     }
 
     fn make(&self, graph: &mut GraphWriter, layer: usize, projected: &Projected) -> String {
         let attention = &graph.spec().attention;
         let at = |op: &str| format!("/model/layers.{layer}/self_attn/{op}");
         let (heads, kv_heads) = (attention.num_heads as i64, attention.num_kv_heads as i64);
-        let query = self.rotate(graph, &at("q_rotary/RotaryEmbedding"), layer, &projected.query, heads);
-        let key = self.rotate(graph, &at("k_rotary/RotaryEmbedding"), layer, &projected.key, kv_heads);
+        let turned = self.turned(graph, layer);
+        let (query, key, inside, rest) = match &self.rotation {
+            Rotation::Before { rows, bias } => {
+                let mut rotate = |name: &str, x: &str, heads| match turned {
+                    Some((rotary, angles)) => rotate(graph, &at(name), (rotary, angles, rows), x, heads),
+                    None => x.to_owned(),
+                };
+                let query = rotate("q_rotary/RotaryEmbedding", &projected.query, heads);
+                let key = rotate("k_rotary/RotaryEmbedding", &projected.key, kv_heads);
+                (query, key, None, vec!["", "", "", bias]) // rotary caches and positions: rotated already
+            }
+            Rotation::Inside => {
+                let tables = turned.map_or_else(Vec::new, |(_, angles)| vec![angles.cos.as_str(), &angles.sin]);
+                (projected.query.clone(), projected.key.clone(), turned, tables)
+            }
+        };
         let cache = |side: &str, part: &str| format!("{side}.{layer}.{part}");
         let mixed = at("GroupQueryAttention/output_0");
         let mut node = NodeDef::new("GroupQueryAttention", at("GroupQueryAttention"))
@@ -200,7 +266,10 @@ impl Grouped {
             .attr_int("num_heads", heads)
             .attr_int("kv_num_heads", kv_heads)
             .attr_float("scale", attention.scale as f32)
-            .attr_int("do_rotary", 0);
+            .attr_int("do_rotary", i64::from(inside.is_some()));
+        if inside.is_some_and(|(rotary, _)| rotary.interleaved) {
+            node = node.attr_int("rotary_interleaved", 1);
+        }
         if let Some(cap) = attention.softcap {
             node = node.attr_float("softcap", cap as f32);
         }
@@ -211,30 +280,40 @@ impl Grouped {
             node.inputs([&query, &key, &projected.value])
                 .inputs([cache("past_key_values", "key"), cache("past_key_values", "value")])
                 .inputs([&self.lengths, &self.total])
-                .inputs(["", "", ""]) // rotary caches and positions: rotated already
-                .inputs([&self.bias])
+                .inputs(rest)
                 .outputs([mixed.clone(), cache("present", "key"), cache("present", "value")]),
         );
         graph.describe(&mixed, attention.num_heads * attention.head_dim);
         mixed
     }
 
-    fn rotate(&self, graph: &mut GraphWriter, name: &str, layer: usize, x: &str, heads: i64) -> String {
+    /// How a layer's queries and keys are rotated, and by which angles.
+    fn turned<'a>(&'a self, graph: &GraphWriter<'a>, layer: usize) -> Option<(&'a Rotary, &'a Angles)> {
         let spec = graph.spec();
-        let index = spec.layers.get(layer).and_then(|layer| layer.rotary);
-        let found = index.and_then(|index| Some((spec.attention.rotary.get(index)?, self.angles.get(index)?)));
-        let Some((rotary, angles)) = found else { return x.to_owned() };
-        let mut node = NodeDef::new("RotaryEmbedding", name)
-            .domain(DOMAIN)
-            .attr_int("num_heads", heads)
-            .attr_int("interleaved", i64::from(rotary.interleaved));
-        if rotary.dim < spec.attention.head_dim {
-            node = node.attr_int("rotary_embedding_dim", rotary.dim as i64);
-        }
-        let rotated = graph.node_with(node, name, &[x, &self.rows, &angles.cos, &angles.sin]);
-        graph.describe(&rotated, heads as usize * spec.attention.head_dim);
-        rotated
+        let index = spec.layers.get(layer).and_then(|layer| layer.rotary)?;
+        Some((spec.attention.rotary.get(index)?, self.angles.get(index)?))
     }
+}
+
+/// `x` turned before the attention operator, each token by its row of angles.
+fn rotate(
+    graph: &mut GraphWriter,
+    name: &str,
+    (rotary, angles, rows): (&Rotary, &Angles, &str),
+    x: &str,
+    heads: i64,
+) -> String {
+    let width = graph.spec().attention.head_dim;
+    let mut node = NodeDef::new("RotaryEmbedding", name)
+        .domain(DOMAIN)
+        .attr_int("num_heads", heads)
+        .attr_int("interleaved", i64::from(rotary.interleaved));
+    if rotary.dim < width {
+        node = node.attr_int("rotary_embedding_dim", rotary.dim as i64);
+    }
+    let rotated = graph.node_with(node, name, &[x, rows, &angles.cos, &angles.sin]);
+    graph.describe(&rotated, heads as usize * width);
+    rotated
 }
 
 /// Hides padding only: the operator is causal by itself. The sequence dimension is written out because the operator does not
@@ -259,6 +338,16 @@ fn row_lengths(graph: &mut GraphWriter, total: &str) -> String {
     let one = graph.node_with(one, &at("one"), &[]);
     let last = graph.node("Sub", &at("Sub"), &[total, &one]);
     graph.node("Expand", &at("Expand"), &[&last, &batch])
+}
+
+/// The number of real tokens in each row but one, `int32[batch]`.
+fn real_lengths(graph: &mut GraphWriter) -> String {
+    let at = |name: &str| format!("/model/lengths/{name}");
+    let (axis, one) = (graph.integers(&[1]), graph.integer(1));
+    let sum = NodeDef::new("ReduceSum", at("ReduceSum")).attr_int("keepdims", 0);
+    let real = graph.node_with(sum, &at("ReduceSum"), &["attention_mask", &axis]);
+    let last = graph.node("Sub", &at("Sub"), &[&real, &one]);
+    graph.cast_always(&at("Cast_last"), &last, DataType::Int32)
 }
 
 /// `0..batch · sequence` in the shape of `input_ids`.

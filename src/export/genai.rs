@@ -1,17 +1,24 @@
 //! `genai_config.json`, by which onnxruntime-genai knows a graph.
 //!
 //! Its type is `decoder`: names and sizes stand in the file, and nothing depends on the family. The cache grows by copying, since
-//! these graphs put out the keys of all tokens, and not into a buffer of the longest text.
+//! these graphs put out the keys of all tokens, and not into a buffer of the longest text; in graphs for padding on the right
+//! alone the attention operator knows how much of a buffer is filled, and writes new keys into it.
 
 use serde_json::{Map, Value, json};
 
+use super::ExportOptions;
 use crate::base::{DecoderSpec, Tokenizer};
 
 /// File name.
 pub const GENAI_NAME: &str = "genai_config.json";
 
 /// The configuration of an exported graph. `config` is the checkpoint's, for what no tokenizer says.
-pub(super) fn config(spec: &DecoderSpec, tokenizer: Option<&Tokenizer>, config: &Value) -> Value {
+pub(super) fn config(
+    spec: &DecoderSpec,
+    options: &ExportOptions,
+    tokenizer: Option<&Tokenizer>,
+    config: &Value,
+) -> Value {
     let attention = &spec.attention;
     let mut model = json!({
         "type": "decoder",
@@ -28,7 +35,6 @@ pub(super) fn config(spec: &DecoderSpec, tokenizer: Option<&Tokenizer>, config: 
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",
-                "position_ids": "position_ids",
                 "past_key_names": "past_key_values.%d.key",
                 "past_value_names": "past_key_values.%d.value",
             },
@@ -39,12 +45,15 @@ pub(super) fn config(spec: &DecoderSpec, tokenizer: Option<&Tokenizer>, config: 
             },
         },
     });
+    if options.takes_positions(spec) {
+        model["decoder"]["inputs"]["position_ids"] = "position_ids".into();
+    }
     if let Value::Object(model) = &mut model {
         model.extend(tokens(tokenizer, config));
     }
     json!({
         "model": model,
-        "search": { "do_sample": false, "max_length": spec.max_positions, "past_present_share_buffer": false },
+        "search": { "do_sample": false, "max_length": spec.max_positions, "past_present_share_buffer": options.right_padding_only },
     })
 }
 

@@ -23,7 +23,10 @@ pub(super) fn matmul(graph: &mut GraphWriter, name: &str, role: WeightRole, x: &
     Ok(graph.node("MatMul", &format!("{name}/MatMul"), &[x, &weight]))
 }
 
-/// Several maps of the same input, each by itself or, where the dialect packs them, as one product under the name `module`:
+/// Maps of the same input, and the name of the module that is all of them.
+pub(super) type Maps<const N: usize> = (&'static str, [Linear; N]);
+
+/// Several maps of the same input, each by itself or, where the dialect packs them, as one product:
 /// ```text
 /// x ─ MatMul [Wᵀ | Wᵀ | …] ─ (Add) ─ Split ─► the products
 /// ```
@@ -31,7 +34,7 @@ pub(super) fn linears<const N: usize>(
     graph: &mut GraphWriter,
     operators: &dyn Operators,
     layer: usize,
-    (module, maps): (&str, [Linear; N]),
+    (module, maps): Maps<N>,
     x: &str,
 ) -> Result<[String; N]> {
     let mut products = maps.map(|_| String::new());
@@ -41,22 +44,34 @@ pub(super) fn linears<const N: usize>(
         }
         return Ok(products);
     }
-    let name = format!("/model/layers.{layer}/{}", module.replace('.', "/"));
-    let stem = format!("model.layers.{layer}.{module}");
-    let weight = graph.packed_transposed_weight(&stem, &maps.map(|map| WeightRole::Weight(layer, map)))?;
-    let mut packed = graph.node("MatMul", &format!("{name}/MatMul"), &[x, &weight]);
-    if maps.iter().any(|map| graph.spec().has_bias(*map)) {
-        let bias = graph.packed_weight(&format!("{stem}.bias"), &maps.map(|map| WeightRole::Bias(layer, map)))?;
-        packed = graph.node("Add", &format!("{name}/Add"), &[&packed, &bias]);
-    }
+    let packed = packed(graph, layer, (module, maps), x)?;
     let widths = maps.map(|map| graph.spec().linear_shape(map)[0] as i64);
     let widths = graph.integers(&widths);
     for (product, map) in products.iter_mut().zip(maps) {
         *product = format!("/model/layers.{layer}/{}/output_0", map.module().replace('.', "/"));
     }
-    let split = NodeDef::new("Split", format!("{name}/Split")).attr_int("axis", -1);
+    let name = format!("/model/layers.{layer}/{}/Split", module.replace('.', "/"));
+    let split = NodeDef::new("Split", name).attr_int("axis", -1);
     graph.add(split.inputs([&packed, &widths]).outputs(products.iter().map(String::as_str)));
     Ok(products)
+}
+
+/// Several maps of the same input as one product, behind each other in its last dimension.
+pub(super) fn packed<const N: usize>(
+    graph: &mut GraphWriter,
+    layer: usize,
+    (module, maps): Maps<N>,
+    x: &str,
+) -> Result<String> {
+    let name = format!("/model/layers.{layer}/{}", module.replace('.', "/"));
+    let stem = format!("model.layers.{layer}.{module}");
+    let weight = graph.packed_transposed_weight(&stem, &maps.map(|map| WeightRole::Weight(layer, map)))?;
+    let product = graph.node("MatMul", &format!("{name}/MatMul"), &[x, &weight]);
+    if !maps.iter().any(|map| graph.spec().has_bias(*map)) {
+        return Ok(product);
+    }
+    let bias = graph.packed_weight(&format!("{stem}.bias"), &maps.map(|map| WeightRole::Bias(layer, map)))?;
+    Ok(graph.node("Add", &format!("{name}/Add"), &[&product, &bias]))
 }
 
 pub(super) fn make(graph: &mut GraphWriter, operators: &mut dyn Operators, layer: usize, x: &str) -> Result<String> {

@@ -37,10 +37,15 @@ pub use genai::GENAI_NAME;
 
 use crate::base::{self, Checkpoint, DecoderSpec, WeightShape};
 use crate::files::{FileFact, Manifest};
-use crate::onnx::{DataType, MODEL_NAME, ModelBuilder};
+use crate::onnx::{DataType, MODEL_NAME, Model, ModelBuilder};
 
 /// File name of the external data.
 pub const DATA_NAME: &str = "model.onnx.data";
+
+/// Under which keys a graph's metadata tell how it was exported.
+const DIALECT_KEY: &str = "prefold.dialect";
+const PADDING_KEY: &str = "prefold.padding";
+const RIGHT: &str = "right";
 
 const IR_VERSION: i64 = 8;
 const OPSET: i64 = 17;
@@ -133,11 +138,40 @@ pub struct ExportOptions {
     pub precision: Precision,
     /// Weights go into `model.onnx.data` where all of them together have more bytes than this.
     pub external_data_threshold: u64,
+    /// In the `ort` dialect: rows end in padding or have none. Then the attention operator rotates and counts positions by itself, as
+    /// in the graphs of onnxruntime-genai's builder, and `position_ids` is no input.
+    #[serde(default)]
+    pub right_padding_only: bool,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { dialect: Dialect::Portable, precision: Precision::F32, external_data_threshold: 64 << 20 }
+        Self {
+            dialect: Dialect::Portable,
+            precision: Precision::F32,
+            external_data_threshold: 64 << 20,
+            right_padding_only: false,
+        }
+    }
+}
+
+/// Whether a graph says that it was exported for rows that end in padding or have none.
+pub fn is_right_padding_only(model: &Model) -> bool {
+    model.metadata(PADDING_KEY) == Some(RIGHT)
+}
+
+/// The dialect that a graph says it was exported in; none where prefold did not export it.
+///
+/// # Errors
+/// When it says something else.
+pub fn dialect_of(model: &Model) -> std::result::Result<Option<Dialect>, String> {
+    model.metadata(DIALECT_KEY).map(str::parse).transpose()
+}
+
+impl ExportOptions {
+    /// Whether positions are an input: not where the attention operator counts them, unless the model embeds them.
+    fn takes_positions(&self, spec: &DecoderSpec) -> bool {
+        !self.right_padding_only || spec.embedding.positions.is_some()
     }
 }
 
@@ -148,7 +182,7 @@ impl Default for ExportOptions {
 /// When a weight cannot be read or a file cannot be written.
 pub fn export(checkpoint: &Checkpoint, options: &ExportOptions, folder: &Path) -> Result<PathBuf> {
     let path = export_weights(checkpoint.spec(), |weight| checkpoint.weight(weight.role), options, folder)?;
-    write_companions(checkpoint, folder)?;
+    write_companions(checkpoint, options, folder)?;
     write_manifest(checkpoint, options, folder)?;
     Ok(path)
 }
@@ -157,13 +191,16 @@ pub fn export(checkpoint: &Checkpoint, options: &ExportOptions, folder: &Path) -
 /// type.
 ///
 /// # Errors
-/// Those of `weight`; when a tensor has another shape, or a file cannot be written.
+/// Those of `weight`; when a tensor has another shape, a file cannot be written, or the decoder does not allow what the options ask for.
 pub fn export_weights(
     spec: &DecoderSpec,
     weight: impl Fn(&WeightShape) -> base::Result<Tensor>,
     options: &ExportOptions,
     folder: &Path,
 ) -> Result<PathBuf> {
+    if options.right_padding_only {
+        padded_on_the_right(spec, options.dialect)?;
+    }
     let mut graph = writer::GraphWriter::new(spec, &weight, options, folder)?;
     decoder::declare(&mut graph);
     match options.dialect {
@@ -181,24 +218,38 @@ pub fn export_weights(
     Ok(path)
 }
 
-fn new_builder(dialect: Dialect) -> ModelBuilder {
+/// Whether a graph can leave padding and positions to its attention operator.
+fn padded_on_the_right(spec: &DecoderSpec, dialect: Dialect) -> Result<()> {
+    match dialect {
+        Dialect::Portable => {
+            let reason = "the portable dialect has no operator that counts the tokens of a row";
+            Err(Error::RightPadding { reason: reason.into() })
+        }
+        Dialect::Ort => fused::rotates_inside(spec),
+    }
+}
+
+fn new_builder(options: &ExportOptions) -> ModelBuilder {
     let mut builder = ModelBuilder::new("decoder", IR_VERSION);
     builder.producer("prefold", env!("CARGO_PKG_VERSION")).opset("", OPSET);
-    builder.metadata("prefold.dialect", &dialect.to_string());
-    if dialect == Dialect::Ort {
+    builder.metadata(DIALECT_KEY, &options.dialect.to_string());
+    if options.dialect == Dialect::Ort {
         builder.opset(fused::DOMAIN, 1);
+    }
+    if options.right_padding_only {
+        builder.metadata(PADDING_KEY, RIGHT);
     }
     builder
 }
 
-fn write_companions(checkpoint: &Checkpoint, folder: &Path) -> Result<()> {
+fn write_companions(checkpoint: &Checkpoint, options: &ExportOptions, folder: &Path) -> Result<()> {
     crate::files::write_json(&folder.join("config.json"), "a model configuration", checkpoint.config())?;
     let tokenizer = checkpoint.tokenizer();
     match &tokenizer {
         Ok(tokenizer) => tokenizer.save(folder)?,
         Err(error) => tracing::warn!("the graph goes without a tokenizer: {error}"),
     }
-    let config = genai::config(checkpoint.spec(), tokenizer.as_ref().ok(), checkpoint.config());
+    let config = genai::config(checkpoint.spec(), options, tokenizer.as_ref().ok(), checkpoint.config());
     Ok(crate::files::write_json(&folder.join(GENAI_NAME), "a configuration of onnxruntime-genai", &config)?)
 }
 

@@ -1,8 +1,9 @@
 //! Rotary position embedding: angles for every dialect, and the rotation in standard operators.
 //!
 //! Angles are computed in the graph from `position_ids`, so that there is no table that a position could be beyond, and
-//! frequencies may depend on the length of the sequence.
+//! frequencies may depend on the length of the sequence. An operator that counts positions by itself is given a table of all.
 
+use super::Result;
 use super::writer::GraphWriter;
 use crate::base::{LongContext, Rotary};
 use crate::onnx::{DataType, NodeDef};
@@ -27,8 +28,34 @@ impl Angles {
     /// One column a pair, `[batch · sequence, dim / 2]`.
     pub(super) fn by_pair(graph: &mut GraphWriter, index: usize, rotary: &Rotary) -> Self {
         let columns: Vec<Column> = (0..rotary.dim / 2).map(|pair| Column { pair: Some(pair), sign: 1.0 }).collect();
-        let positions = graph.reshape(&at(index, "Reshape_positions"), "position_ids", &[-1, 1]);
-        Self::new(graph, index, rotary, &positions, &columns)
+        let positions = graph.reshape(&at(index, "Reshape_positions"), POSITIONS, &[-1, 1]);
+        Self::new(graph, index, rotary, (&positions, POSITIONS), &columns)
+    }
+
+    /// One row a position from 0 on, one column a pair, in the graph's type: `[max_positions, dim / 2]`, written out, or, where
+    /// frequencies depend on the length, `[total, dim / 2]`, computed. `total` and `last` are int tensors: past and new tokens
+    /// together, without dimensions, and the last position of each row.
+    pub(super) fn by_position(
+        graph: &mut GraphWriter,
+        index: usize,
+        rotary: &Rotary,
+        (total, last): (&str, &str),
+    ) -> Result<Self> {
+        let columns: Vec<Column> = (0..rotary.dim / 2).map(|pair| Column { pair: Some(pair), sign: 1.0 }).collect();
+        if rotary.long != LongContext::Same {
+            let (zero, one) = (graph.integer(0), graph.integer(1));
+            let positions = graph.node("Range", &at(index, "Range_positions"), &[&zero, total, &one]);
+            let positions = graph.unsqueeze(&at(index, "Unsqueeze_positions"), &positions, &[1]);
+            return Ok(Self::new(graph, index, rotary, (&positions, last), &columns));
+        }
+        let factor = rotary.attention_factor as f32;
+        let angles = |position: usize| rotary.inv_freq.iter().map(move |frequency| position as f32 * frequency);
+        let positions = graph.spec().max_positions;
+        let mut table = |name: &str, of: fn(f32) -> f32| {
+            let values = (0..positions).flat_map(|position| angles(position).map(|angle| of(angle) * factor)).collect();
+            graph.matrix(&at(index, name), rotary.dim / 2, values)
+        };
+        Ok(Self { cos: table("cos_cache", f32::cos)?, sin: table("sin_cache", f32::sin)? })
     }
 
     /// One column an element of a head, `[batch, 1, sequence, head_dim]`, for [`rotate`]: sines have the sign with which
@@ -44,15 +71,21 @@ impl Angles {
             Column { pair: (element < rotary.dim).then_some(pair), sign: if second { 1.0 } else { -1.0 } }
         };
         let columns: Vec<Column> = (0..graph.spec().attention.head_dim).map(column).collect();
-        let positions = graph.unsqueeze(&at(index, "Unsqueeze_positions"), "position_ids", &[1, 3]);
-        Self::new(graph, index, rotary, &positions, &columns)
+        let positions = graph.unsqueeze(&at(index, "Unsqueeze_positions"), POSITIONS, &[1, 3]);
+        Self::new(graph, index, rotary, (&positions, POSITIONS), &columns)
     }
 
-    /// Products in float32, as transformers computes them, then in the graph's type.
-    fn new(graph: &mut GraphWriter, index: usize, rotary: &Rotary, positions: &str, columns: &[Column]) -> Self {
+    /// Products in float32, as transformers computes them, then in the graph's type. The last of all positions is the largest of `last`.
+    fn new(
+        graph: &mut GraphWriter,
+        index: usize,
+        rotary: &Rotary,
+        (positions, last): (&str, &str),
+        columns: &[Column],
+    ) -> Self {
         let at = |name: &str| at(index, name);
         let positions = graph.cast_always(&at("Cast_positions"), positions, DataType::Float);
-        let frequencies = frequencies(graph, index, rotary, columns);
+        let frequencies = frequencies(graph, index, rotary, last, columns);
         let angles = graph.node("Mul", &at("Mul"), &[&positions, &frequencies]);
         let factor = rotary.attention_factor as f32;
         let cosines = columns.iter().map(|c| if c.pair.is_some() { factor } else { 1.0 }).collect();
@@ -70,16 +103,18 @@ impl Angles {
     }
 }
 
+const POSITIONS: &str = "position_ids";
+
 fn at(index: usize, name: &str) -> String {
     format!("/model/rotary_emb.{index}/{name}")
 }
 
 /// float32 `[columns]`, zero where nothing is turned. Where they depend on the length:
 /// ```text
-/// position_ids ─ Cast ─ ReduceMax ─ Add 1 ─ Greater original ─┐
+/// last ─ Cast ─ ReduceMax ─ Add 1 ─ Greater original ─────────┐
 ///                                     (others of this length) ┴ Where
 /// ```
-fn frequencies(graph: &mut GraphWriter, index: usize, rotary: &Rotary, columns: &[Column]) -> String {
+fn frequencies(graph: &mut GraphWriter, index: usize, rotary: &Rotary, last: &str, columns: &[Column]) -> String {
     let at = |name: &str| at(index, name);
     let pick = |values: &[f32]| -> Vec<f32> {
         columns.iter().map(|c| c.pair.and_then(|pair| values.get(pair)).copied().unwrap_or(0.0)).collect()
@@ -92,9 +127,9 @@ fn frequencies(graph: &mut GraphWriter, index: usize, rotary: &Rotary, columns: 
         }
         LongContext::Ntk { original, theta, factor } => (*original, Long::Ntk { theta: *theta, factor: *factor }),
     };
-    let last = NodeDef::new("ReduceMax", at("ReduceMax")).attr_int("keepdims", 0);
-    let positions = graph.cast_always(&at("Cast_length"), "position_ids", DataType::Double);
-    let last = graph.node_with(last, &at("ReduceMax"), &[&positions]);
+    let positions = graph.cast_always(&at("Cast_length"), last, DataType::Double);
+    let largest = NodeDef::new("ReduceMax", at("ReduceMax")).attr_int("keepdims", 0);
+    let last = graph.node_with(largest, &at("ReduceMax"), &[&positions]);
     let one = graph.double(1.0);
     let length = graph.node("Add", &at("Add_length"), &[&last, &one]);
     let limit = graph.double(original as f64);

@@ -41,7 +41,7 @@ impl<'a> GraphWriter<'a> {
         } else {
             None
         };
-        let builder = new_builder(options.dialect);
+        let builder = new_builder(options);
         Ok(Self { spec, weights, options, builder, external, constants: BTreeSet::new() })
     }
 
@@ -52,6 +52,10 @@ impl<'a> GraphWriter<'a> {
     /// The type of weights and activations.
     pub(super) fn data_type(&self) -> DataType {
         self.options.precision.data_type()
+    }
+
+    pub(super) fn options(&self) -> &'a ExportOptions {
+        self.options
     }
 
     pub(super) fn input(&mut self, name: &str, data_type: DataType, dims: impl IntoIterator<Item = Dim>) {
@@ -151,6 +155,12 @@ impl<'a> GraphWriter<'a> {
     /// A float32 constant of its own name.
     pub(super) fn floats(&mut self, name: &str, values: &[f32]) -> String {
         self.constant(name.into(), |name| TensorDef::from_f32s(name, &[values.len() as i64], values))
+    }
+
+    /// A matrix in the graph's type, in the data file where it is large.
+    pub(super) fn matrix(&mut self, name: &str, columns: usize, values: Vec<f32>) -> Result<String> {
+        let rows = values.len() / columns.max(1);
+        self.tensor(name, Tensor::from_vec(values, (rows, columns), &Device::Cpu))
     }
 
     /// A float64 constant of its own name.

@@ -18,6 +18,7 @@ const HEADS: [&str; 2] = ["num_attention_heads", "n_head"];
 /// Compares a graph with another one, which is the reference.
 pub(super) fn beside(context: &Context, graph: &Path, other: &Path, options: &VerifyArgs) -> Result<Report> {
     let (file, other_file) = (Graph::open(graph)?, Graph::open(other)?);
+    let options = &with_padding_of(&file, options);
     let chosen = chosen(context, &file, options)?;
     let of_reference = plainest(context, options)?;
     let lineups = [(&file, graph), (&other_file, other)]

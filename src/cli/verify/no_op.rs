@@ -15,15 +15,16 @@ pub(super) fn no_op(
     let Some(Adapted { adapter, .. }) = subject.adapters.first() else { return Ok(()) };
     let scratch = TemporaryFolder::new()
         .map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
-    let base = match (&subject.base_graph, graph.metadata("prefold.dialect")) {
+    let dialect =
+        dialect_of(graph).map_err(|e| usage(format!("the graph's metadata is damaged: {e}"), "fold it again"))?;
+    let base = match (&subject.base_graph, dialect) {
         (Some(base), _) => base.clone(),
         (None, Some(dialect)) => {
-            let dialect: Dialect =
-                dialect.parse().map_err(|e| usage(format!("the graph's metadata is damaged: {e}"), "fold it again"))?;
             let precision = if precision_of(graph) == DType::F16 { Precision::F16 } else { Precision::F32 };
             let folder = scratch.path().join("base");
             std::fs::create_dir(&folder).map_err(crate::files::Error::io("create folder", &folder))?;
-            let options = ExportOptions { dialect, precision, ..ExportOptions::default() };
+            let right_padding_only = is_right_padding_only(graph);
+            let options = ExportOptions { dialect, precision, right_padding_only, ..ExportOptions::default() };
             export(subject.checkpoint, &options, &folder)?
         }
         (None, None) if !Record::all(graph)?.is_empty() => {
