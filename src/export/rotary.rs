@@ -32,7 +32,7 @@ impl Angles {
         Self::new(graph, index, rotary, (&positions, POSITIONS), &columns)
     }
 
-    /// One row a position from 0 on, one column a pair, in the graph's type: `[max_positions, dim / 2]`, written out, or, where
+    /// One row a position from 0 on, one column a pair, in the graph's type: `[max_positions + 1024, dim / 2]`, written out, or, where
     /// frequencies depend on the length, `[total, dim / 2]`, computed. `total` and `last` are int tensors: past and new tokens
     /// together, without dimensions, and the last position of each row.
     pub(super) fn by_position(
@@ -50,7 +50,7 @@ impl Angles {
         }
         let factor = rotary.attention_factor as f32;
         let angles = |position: usize| rotary.inv_freq.iter().map(move |frequency| position as f32 * frequency);
-        let positions = graph.spec().max_positions;
+        let positions = graph.spec().max_positions.saturating_add(ROOM_FOR_A_PREFIX);
         let mut table = |name: &str, of: fn(f32) -> f32| {
             let values = (0..positions).flat_map(|position| angles(position).map(|angle| of(angle) * factor)).collect();
             graph.matrix(&at(index, name), rotary.dim / 2, values)
@@ -104,6 +104,9 @@ impl Angles {
 }
 
 const POSITIONS: &str = "position_ids";
+
+/// Rows of a table beyond the model's positions, for the virtual tokens of prefix tuning.
+const ROOM_FOR_A_PREFIX: usize = 1024;
 
 fn at(index: usize, name: &str) -> String {
     format!("/model/rotary_emb.{index}/{name}")

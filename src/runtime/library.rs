@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use ort::environment::{Environment, EnvironmentBuilder, GlobalThreadPoolOptions};
+
 use super::{Error, Provider, Result};
 use crate::files::{self, Member, Wheel};
 
@@ -225,8 +227,29 @@ fn is_library_member(path: &str) -> bool {
 ///
 /// # Errors
 /// When it cannot be loaded, is too old, or another one is loaded already.
-pub(super) fn load(path: &Path) -> Result<ort::environment::Environment> {
-    static LOADED: Mutex<Option<(PathBuf, ort::environment::Environment)>> = Mutex::new(None);
+pub(super) fn load(path: &Path) -> Result<Environment> {
+    load_with(path, Ok)
+}
+
+/// Loads the library at `path` with one pool of threads for all sessions of this process, none for one thread per core. Each
+/// session's own threads would spin for a while after a run, in the way of another session's: who measures sessions in turn
+/// wants them to share. Where the library is loaded already nothing changes.
+///
+/// # Errors
+/// When it cannot be loaded, is too old, or another one is loaded already.
+pub fn share_threads(path: &Path, threads: Option<usize>) -> Result<()> {
+    let shared = |builder: EnvironmentBuilder| {
+        let pool = GlobalThreadPoolOptions::default().with_intra_threads(threads.unwrap_or(0))?;
+        Ok(builder.with_global_thread_pool(pool.with_inter_threads(1)?))
+    };
+    load_with(path, shared).map(|_| ())
+}
+
+fn load_with(
+    path: &Path,
+    configure: impl FnOnce(EnvironmentBuilder) -> ort::Result<EnvironmentBuilder>,
+) -> Result<Environment> {
+    static LOADED: Mutex<Option<(PathBuf, Environment)>> = Mutex::new(None);
 
     let asked = path.canonicalize().map_err(files::Error::io("open", path))?;
     let mut loaded = LOADED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -241,8 +264,8 @@ pub(super) fn load(path: &Path) -> Result<ort::environment::Environment> {
         return Err(refused(reason));
     }
     let builder = ort::init_from(&asked).map_err(|error| refused(error.to_string()))?;
-    let environment = builder.with_name("prefold").with_telemetry(false).build();
-    let environment = environment.map_err(|error| refused(error.to_string()))?;
+    let builder = configure(builder.with_name("prefold").with_telemetry(false));
+    let environment = builder.and_then(EnvironmentBuilder::build).map_err(|error| refused(error.to_string()))?;
     *loaded = Some((asked, environment.clone()));
     Ok(environment)
 }

@@ -21,7 +21,7 @@ fn graphs_are_measured_beside_each_other() {
         let seconds: Vec<f64> =
             graph["decode_seconds"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).collect();
         assert_eq!((seconds.len(), graph["prefill_seconds"].as_array().unwrap().len()), (2, 2));
-        // the upper of two turns; two rows of three steps each
+        // the upper of two rounds; two rows of three steps each
         let rate = 6.0 / seconds[0].max(seconds[1]);
         assert!((graph["decode_tokens_per_second"].as_f64().unwrap() - rate).abs() < 1e-9 * rate);
     }

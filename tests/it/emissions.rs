@@ -383,6 +383,54 @@ fn slots_and_banks_compute_every_option_and_are_exactly_off() {
     }
 }
 
+/// From the export to the verdict, which leaves out padding that the graph says it is not for.
+#[test]
+fn graphs_for_padding_on_the_right_alone_are_compiled_and_verified() {
+    if ort_library().is_none() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let (at, model) = (scratch.path(), fixture("oracles/llama_head_dim"));
+    let cases = [
+        ("rotated", json!({})),
+        ("unrotated", json!({"query": "pre_rope", "feature_map": "mlp", "gate": "head"})),
+        ("lora", json!({"method": "lora", "rank": 3, "targets": ["q_proj", "v_proj", "down_proj"]})),
+        ("prefix", json!({"method": "prefix", "num_virtual_tokens": 2, "init": "random"})),
+    ];
+    for (name, fields) in &cases {
+        adapter(&model, fields, &at.join(name));
+        for emission in ["baked", "slot", "bank"] {
+            let out = format!("{name}_{emission}");
+            let args = ["compile", "--model", arg(&model), "--adapter", name, "--out", &out, "--emission", emission];
+            let printed = prefold_ok(at, &[&args[..], &["--dialect", "ort", "--right-padding-only"]].concat());
+            assert!(printed.contains(" right_padding ") && !printed.contains("left_padding"), "{out}: {printed}");
+        }
+    }
+    let verify = ["verify", "--graph", "rotated_baked", "--model", arg(&model), "--adapter", "rotated"];
+    let printed = prefold_ok(at, &verify);
+    assert!(printed.contains("zero adapter") && !printed.contains("left_padding"), "{printed}");
+    let output = prefold(at, &[&verify[..], &["--padding", "left"]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let export = ["export", "--model", arg(&model), "--right-padding-only", "--out", "portable"];
+    let error = String::from_utf8(prefold(at, &export).stderr).unwrap();
+    assert!(error.contains("the portable dialect has no operator") && error.contains("--dialect ort"), "{error}");
+    assert!(!at.join("portable").exists());
+
+    // a table that the graph computes by the length of the text has no rows for a prefix
+    let longer = at.join("model");
+    std::fs::create_dir(&longer).unwrap();
+    std::fs::copy(model.join("model.safetensors"), longer.join("model.safetensors")).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(model.join("config.json")).unwrap()).unwrap();
+    config["rope_parameters"] = json!({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0});
+    std::fs::write(longer.join("config.json"), config.to_string()).unwrap();
+    prefold_ok(at, &["export", "--model", "model", "--dialect", "ort", "--right-padding-only", "--out", "longer"]);
+    prefold_ok(at, &["fold", "--graph", "longer", "--adapter", "rotated", "--out", "longer_rotated"]);
+    let output = prefold(at, &["fold", "--graph", "longer", "--adapter", "prefix", "--out", "longer_prefix"]);
+    let error = String::from_utf8(output.stderr).unwrap().replace("\n  │ ", " ");
+    assert!(!output.status.success() && error.contains("rotates by a table that the graph computes"), "{error}");
+}
+
 #[test]
 fn values_are_converted_and_checked_against_a_graph() {
     let bench = Bench::new(Dialect::Portable);

@@ -75,9 +75,18 @@ fn fused_graphs_compute_pytorch_s_logits() {
 /// onnxruntime-genai finds the graph's inputs and outputs by the names of the configuration that lies beside it.
 #[test]
 fn an_exported_graph_is_described_for_onnxruntime_genai() {
+    described_for_genai("oracles/llama_bias", &ExportOptions::default());
+    described_for_genai("oracles/gpt2", &ExportOptions { dialect: Dialect::Ort, ..ExportOptions::default() });
+    let right = ExportOptions { dialect: Dialect::Ort, right_padding_only: true, ..ExportOptions::default() };
+    described_for_genai("oracles/llama_head_dim", &right);
+    described_for_genai("oracles/gpt2", &right);
+}
+
+/// The operator knows how much of a buffer is filled, and positions are an input only where they are embedded.
+fn described_for_genai(oracle: &str, options: &ExportOptions) {
     let folder = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(&fixture("oracles/llama_bias")).unwrap();
-    let path = export(&checkpoint, &ExportOptions::default(), folder.path()).unwrap();
+    let checkpoint = Checkpoint::open(&fixture(oracle)).unwrap();
+    let path = export(&checkpoint, options, folder.path()).unwrap();
     let text = std::fs::read(folder.path().join(GENAI_NAME)).unwrap();
     let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
     let model = Model::open(&path).unwrap();
@@ -101,7 +110,9 @@ fn an_exported_graph_is_described_for_onnxruntime_genai() {
     assert_eq!(decoder["head_size"], spec.attention.head_dim);
     assert_eq!(decoder["num_key_value_heads"], spec.attention.num_kv_heads);
     assert_eq!(config["model"]["vocab_size"], spec.vocab_size);
-    assert_eq!(config["search"]["past_present_share_buffer"], false);
+    assert_eq!(config["search"]["past_present_share_buffer"], options.right_padding_only);
+    let takes_positions = decoder["inputs"]["position_ids"].is_string();
+    assert_eq!(takes_positions, !options.right_padding_only || oracle == "oracles/gpt2");
     for token in ["bos_token_id", "eos_token_id", "pad_token_id"] {
         assert!(!config["model"][token].is_null(), "{token}: {config}");
     }

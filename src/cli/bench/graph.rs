@@ -18,13 +18,13 @@ use super::median;
 use crate::fold::ADAPTER_EXTENSION;
 use crate::onnx::Model;
 use crate::runtime::{
-    self, DType, Dim, Error, Given, GraphDecoder, OrtOptions, Port, RuntimeInfo, Session, Value, WithGiven,
+    self, DType, Dim, Error, Given, GraphDecoder, OrtOptions, Port, RuntimeInfo, Session, Value, WithGiven, library,
 };
 
 /// Measure decoder graphs beside each other: prefill and decoding with a cache
 ///
-/// The graphs take turns, each begun by runs that do not count, and every round begins with another, so that what else the
-/// machine does meets all of them. Ratios are of times to the first graph, the median over the turns.
+/// The graphs take turns at the prefill and every four steps, each time another one first, and share their threads, so that what else the
+/// machine does meets all of them alike. Ratios are of times to the first graph, the median over the rounds.
 ///
 /// Slots are filled by GRAPH=FILE.onnx_adapter, banks by --input adapter_ids=…; without, slots are off.
 #[derive(Args, Debug)]
@@ -47,7 +47,7 @@ pub(super) struct BenchGraph {
     /// Rows of the batch
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Measured turns of each graph after each loading; one more comes before them
+    /// Measured rounds after each loading, a prefill and all steps of each graph; one more comes before them
     #[arg(long, default_value_t = 7)]
     rounds: usize,
     /// How often the graphs are loaded, each time in another order: where its weights come to lie in memory changes the speed
@@ -145,7 +145,7 @@ struct Report {
     graphs: Vec<Measured>,
 }
 
-/// One graph's turns.
+/// One graph's rounds.
 #[derive(Debug, Serialize)]
 struct Measured {
     graph: PathBuf,
@@ -155,12 +155,12 @@ struct Measured {
     load_seconds: Vec<f64>,
     /// Seconds of each prefill.
     prefill_seconds: Vec<f64>,
-    /// Seconds of all cached steps of each turn.
+    /// Seconds of all cached steps of each round.
     decode_seconds: Vec<f64>,
     median_prefill_ms: f64,
     /// New tokens of all rows in a second.
     decode_tokens_per_second: f64,
-    /// Its time over the first graph's, turn by turn, the median.
+    /// Its time over the first graph's, round by round, the median.
     prefill_ratio: f64,
     decode_ratio: f64,
 }
@@ -185,7 +185,7 @@ impl BenchGraph {
         }
         println!("{}", table(&report));
         println!(
-            "{} {}, batch {}, {} prompt tokens, {} steps, median of {} turns{}",
+            "{} {}, batch {}, {} prompt tokens, {} steps, median of {} rounds{}",
             report.runtime.runtime,
             report.runtime.version,
             self.batch,
@@ -202,6 +202,10 @@ impl BenchGraph {
     }
 
     fn measure(&self, context: &Context) -> Result<Report> {
+        if self.runtime == Engine::Ort {
+            // threads of an idle session would spin in the way of the session whose turn it is
+            library::share_threads(&library::find(context.ort_lib(), &context.cache)?, self.threads)?;
+        }
         let mut graphs: Vec<Measured> = self.graphs.iter().map(|graph| Measured::new(&graph.name)).collect();
         // the graph that a process loads first decodes slower than the same one loaded after it, so one that does not count is
         // there before all
@@ -225,7 +229,7 @@ impl BenchGraph {
         })
     }
 
-    /// Loads the graphs, the first of them another one each time, and measures their turns.
+    /// Loads the graphs, the first of them another one each time, and measures rounds of them.
     fn load(&self, context: &Context, load: usize, graphs: &mut [Measured]) -> Result<()> {
         let mut order: Vec<usize> = (0..graphs.len()).collect();
         order.rotate_left(load % graphs.len());
@@ -251,17 +255,45 @@ impl BenchGraph {
         }
         let prompt = self.prompt(&decoders);
         for round in 0..=self.rounds {
-            for turn in 0..decoders.len() {
-                let at = (round + turn) % decoders.len();
-                let (Some(decoder), Some(graph)) = (decoders.get_mut(at), graphs.get_mut(at)) else { continue };
-                let (prefill, decode) = self.turn(decoder, &prompt)?;
-                if round > 0 {
-                    graph.prefill_seconds.push(prefill);
-                    graph.decode_seconds.push(decode);
-                }
+            let times = self.round(&mut decoders, &prompt, round)?;
+            // the first round of a session is slower
+            for (graph, (prefill, decode)) in graphs.iter_mut().zip(times).filter(|_| round > 0) {
+                graph.prefill_seconds.push(prefill);
+                graph.decode_seconds.push(decode);
             }
         }
         Ok(())
+    }
+
+    /// Seconds of a prefill and of the steps after it, for each graph. They take turns every few steps, so that what else the machine
+    /// does meets all of them alike; the first step after another graph's is slower, by a percent or two.
+    fn round(
+        &self,
+        decoders: &mut [GraphDecoder<Opened>],
+        prompt: &Array2<i64>,
+        round: usize,
+    ) -> Result<Vec<(f64, f64)>> {
+        let mask = Array2::ones(prompt.raw_dim());
+        let steps: Vec<usize> = (0..self.decode_steps).collect();
+        let mut times = vec![(0.0, 0.0); decoders.len()];
+        let mut order: Vec<usize> = (0..decoders.len()).collect();
+        order.rotate_left(round % decoders.len());
+        for turn in std::iter::once(&[][..]).chain(steps.chunks(STEPS_OF_A_TURN)) {
+            for at in &order {
+                let (Some(decoder), Some((prefill, decode))) = (decoders.get_mut(*at), times.get_mut(*at)) else {
+                    continue;
+                };
+                if turn.is_empty() {
+                    *prefill = timed(|| decoder.prefill(prompt, &mask))?;
+                }
+                for step in turn {
+                    let next = prompt.column(step % self.prompt_length).to_vec();
+                    *decode += timed(|| decoder.step(&next))?;
+                }
+            }
+            order.rotate_left(1);
+        }
+        Ok(times)
     }
 
     /// A graph that is given what stays the same in every run, and the names of these inputs.
@@ -291,30 +323,17 @@ impl BenchGraph {
         let last = i64::try_from(vocab).unwrap_or(i64::MAX).max(2);
         Array2::from_shape_fn((self.batch, self.prompt_length), |_| random.random_range(1..last))
     }
-
-    /// Seconds of a prefill and of the steps after it. A graph is faster right after itself than after another one, so each
-    /// turn begins with a prefill and a few steps that do not count.
-    fn turn(&self, decoder: &mut GraphDecoder<Opened>, prompt: &Array2<i64>) -> Result<(f64, f64)> {
-        decoder.reset();
-        decoder.prefill(prompt, &Array2::ones(prompt.raw_dim()))?;
-        for step in 0..self.decode_steps.min(UNCOUNTED_STEPS) {
-            decoder.step(&prompt.column(step % self.prompt_length).to_vec())?;
-        }
-        decoder.reset();
-        let started = Instant::now();
-        decoder.prefill(prompt, &Array2::ones(prompt.raw_dim()))?;
-        let prefill = started.elapsed().as_secs_f64();
-        let started = Instant::now();
-        for step in 0..self.decode_steps {
-            let next: Vec<i64> = prompt.column(step % self.prompt_length).to_vec();
-            decoder.step(&next)?;
-        }
-        Ok((prefill, started.elapsed().as_secs_f64()))
-    }
 }
 
-/// Cached steps of a turn before those that count.
-const UNCOUNTED_STEPS: usize = 4;
+/// Cached steps of a graph before it is another one's turn.
+const STEPS_OF_A_TURN: usize = 4;
+
+/// How many seconds it takes.
+fn timed<T>(run: impl FnOnce() -> runtime::Result<T>) -> Result<f64> {
+    let started = Instant::now();
+    run()?;
+    Ok(started.elapsed().as_secs_f64())
+}
 
 impl Measured {
     fn new(graph: &Path) -> Self {

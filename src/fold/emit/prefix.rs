@@ -338,7 +338,8 @@ impl Block<'_, '_> {
         }
         self.shift.rename(&mut tensor);
         let mut prefix = tensor.clone();
-        if let Some(turned) = node.and_then(|node| positions::turned_inside(index, node, &nodes)) {
+        let turned = node.map(|node| positions::turned_inside(index, node, &nodes)).transpose()?.flatten();
+        if let Some(turned) = turned {
             (nodes, prefix) = positions::turned_further(self.writer.job, self.length, nodes, turned, &tensor)?;
         }
         let first = self.writer.first;

@@ -31,6 +31,7 @@ use crate::onnx::{Dim, Index, Model, Node, NodeDef, NodeId, TensorDef, Use};
 pub use explain::{Block, explain};
 pub(in crate::fold) use group_query_attention::columns;
 pub(in crate::fold) use position_uses::position_uses;
+pub(in crate::fold) use positions::is_from_positions;
 pub use positions::{Exactness, Positions, exactness};
 
 /// An attention site: the query that meets the keys, and the attention output it belongs to.

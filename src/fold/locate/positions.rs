@@ -76,6 +76,11 @@ pub fn exactness(model: &Model) -> Exactness {
     Exactness { positions, attention_mask, exact_for: exact_for.to_owned() }
 }
 
+/// Whether a tensor is computed from positions that are an input.
+pub(in crate::fold) fn is_from_positions(index: &Index, tensor: &str) -> bool {
+    Origins::new(index).of(tensor).given
+}
+
 /// Where the positions of a node that rotates come from.
 fn rotation(origins: &mut Origins, node: &Node) -> Vec<Positions> {
     let index = origins.index;

@@ -110,15 +110,22 @@ fn rows(index: &Index, positions: &str) -> Option<Vec<i64>> {
     (!once).then(|| std::iter::once(-1).chain(std::iter::repeat_n(1, rank - 1)).collect())
 }
 
-/// The node among those of a rebuilt query that turns it by positions which the operator counts for itself.
-pub(super) fn turned_inside(index: &Index, node: &Node, nodes: &[NodeDef]) -> Option<usize> {
+/// The node among those of a rebuilt query that turns it by positions which the operator counts for itself. A table that is computed
+/// from positions is moved on with them; one that is computed otherwise may depend on the length of the text, and end with it.
+pub(super) fn turned_inside(index: &Index, node: &Node, nodes: &[NodeDef]) -> Result<Option<usize>> {
     let rotates = node.attribute("do_rotary").and_then(|a| a.as_int()).unwrap_or(0) != 0;
     let counts = node.is(MICROSOFT, "GroupQueryAttention") && rotates && node.input(9).is_none();
-    let fixed = node.input(7).is_some_and(|table| shape::is_weight(index, table));
-    if !(counts && fixed) {
-        return None;
+    let Some(table) = node.input(7).filter(|_| counts) else { return Ok(None) };
+    if locate::is_from_positions(index, table) {
+        return Ok(None);
     }
-    nodes.iter().position(|node| node.op_type() == "RotaryEmbedding")
+    if !shape::is_weight(index, table) {
+        return Err(Error::NotFolded {
+            what: format!("prefix tuning where `{}` rotates by a table that the graph computes", node.name()),
+            help: "export the base model with `prefold export`, without --right-padding-only",
+        });
+    }
+    Ok(nodes.iter().position(|node| node.op_type() == "RotaryEmbedding"))
 }
 
 /// The nodes of a query and, from its rotation on, those of the same query as far on as the prefix is long.
