@@ -54,12 +54,19 @@ const HEAD_MULTIPLE: usize = 8;
 /// What it asks of the width of a head that it rotates, and of the part of it that is rotated.
 const ROTATED_MULTIPLE: usize = 16;
 
+/// The positions of the longest table of angles that is written: a gigabyte of cosines and sines of 64 pairs in float32.
+const MOST_POSITIONS: usize = 1 << 21;
+
 /// Whether GroupQueryAttention can rotate the heads of a decoder by itself.
 pub(super) fn rotates_inside(spec: &DecoderSpec) -> Result<()> {
     let width = spec.attention.head_dim;
     let refused = |reason: String| Err(Error::RightPadding { reason });
     if !width.is_multiple_of(HEAD_MULTIPLE) {
         return refused(format!("heads are {width} wide, and GroupQueryAttention takes multiples of {HEAD_MULTIPLE}"));
+    }
+    if !spec.attention.rotary.is_empty() && spec.max_positions > MOST_POSITIONS {
+        let (positions, most) = (spec.max_positions, MOST_POSITIONS);
+        return refused(format!("the model has {positions} positions, and a table of angles holds at most {most}"));
     }
     let fits = |size: usize| size.is_multiple_of(ROTATED_MULTIPLE);
     match spec.attention.rotary.iter().find(|rotary| !(fits(width) && fits(rotary.dim))) {

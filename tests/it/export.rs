@@ -312,6 +312,8 @@ fn what_the_operator_cannot_count_or_rotate_is_refused() {
     assert!(error.ends_with("the portable dialect has no operator that counts the tokens of a row"), "{error}");
     let error = refused(&spec(|_| {}), Dialect::Ort);
     assert!(error.contains("8 elements of heads 8 wide are rotated"), "{error}");
+    let error = refused(&wide(|s| s.max_positions = usize::MAX), Dialect::Ort);
+    assert!(error.contains("positions, and a table of angles holds at most 2097152"), "{error}");
     let error = refused(&spec(|s| s.attention.head_dim = 12), Dialect::Ort);
     assert!(error.contains("heads are 12 wide, and GroupQueryAttention takes multiples of 8"), "{error}");
 }
