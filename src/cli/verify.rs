@@ -140,7 +140,8 @@ pub(super) struct VerifyArgs {
     /// Also random rows of these lengths; `max` is the model's context limit [default: max for a small model, else as long as is quick]
     #[arg(long, value_delimiter = ',')]
     lengths: Vec<String>,
-    /// Only cases with padding on this side, beside those without: for graphs whose attention takes rows that end in padding
+    /// Only cases with padding on this side, beside those without: for graphs whose attention takes rows that end in padding; a
+    /// graph that was exported with --right-padding-only is checked on the right by default
     #[arg(long, value_delimiter = ',', value_enum, value_name = "SIDE")]
     padding: Vec<Side>,
     /// Chooses the random prompts

@@ -228,18 +228,17 @@ enum Rotation {
 
 impl Grouped {
     fn new(graph: &mut GraphWriter) -> Result<Self> {
+        let inside = graph.options().right_padding_only;
+        let bias = if inside { None } else { Some(padding_bias(graph)?) };
+        let tokens = graph.dimension("/model/lengths/total", "attention_mask", 1);
+        let total = graph.cast_always("/model/lengths/Cast_total", &tokens, DataType::Int32);
         let rotary = graph.spec().attention.rotary.iter().enumerate();
-        if graph.options().right_padding_only {
-            let tokens = graph.dimension("/model/lengths/total", "attention_mask", 1);
-            let total = graph.cast_always("/model/lengths/Cast_total", &tokens, DataType::Int32);
+        let Some(bias) = bias else {
             let lengths = real_lengths(graph);
             let angles = rotary.map(|(index, rotary)| Angles::by_position(graph, index, rotary, (&tokens, &lengths)));
             let angles = angles.collect::<Result<_>>()?;
             return Ok(Self { angles, rotation: Rotation::Inside, lengths, total });
-        }
-        let bias = padding_bias(graph)?;
-        let total = graph.dimension("/model/lengths/total", "attention_mask", 1);
-        let total = graph.cast_always("/model/lengths/Cast_total", &total, DataType::Int32);
+        };
         let lengths = row_lengths(graph, &total);
         let rows = if rotary.len() == 0 { String::new() } else { token_rows(graph) };
         let angles = rotary.map(|(index, rotary)| Angles::by_pair(graph, index, rotary)).collect();

@@ -160,12 +160,9 @@ pub fn is_right_padding_only(model: &Model) -> bool {
     model.metadata(PADDING_KEY) == Some(RIGHT)
 }
 
-/// The dialect that a graph says it was exported in; none where prefold did not export it.
-///
-/// # Errors
-/// When it says something else.
-pub fn dialect_of(model: &Model) -> std::result::Result<Option<Dialect>, String> {
-    model.metadata(DIALECT_KEY).map(str::parse).transpose()
+/// The dialect that a graph says it was exported in, or that it says something else; none where prefold did not export it.
+pub fn dialect_of(model: &Model) -> Option<std::result::Result<Dialect, String>> {
+    model.metadata(DIALECT_KEY).map(str::parse)
 }
 
 impl ExportOptions {

@@ -15,11 +15,11 @@ pub(super) fn no_op(
     let Some(Adapted { adapter, .. }) = subject.adapters.first() else { return Ok(()) };
     let scratch = TemporaryFolder::new()
         .map_err(crate::files::Error::io("create a temporary folder in", std::env::temp_dir()))?;
-    let dialect =
-        dialect_of(graph).map_err(|e| usage(format!("the graph's metadata is damaged: {e}"), "fold it again"))?;
-    let base = match (&subject.base_graph, dialect) {
+    let base = match (&subject.base_graph, dialect_of(graph)) {
         (Some(base), _) => base.clone(),
         (None, Some(dialect)) => {
+            let dialect =
+                dialect.map_err(|e| usage(format!("the graph's metadata is damaged: {e}"), "fold it again"))?;
             let precision = if precision_of(graph) == DType::F16 { Precision::F16 } else { Precision::F32 };
             let folder = scratch.path().join("base");
             std::fs::create_dir(&folder).map_err(crate::files::Error::io("create folder", &folder))?;
